@@ -1,0 +1,43 @@
+# _C: the Python module. torch's paths are handed over by setup.py from torch.utils.cpp_extension: torch's own CMake
+# package fails where the CUDA toolkit is partial, even for a CPU build.
+foreach(name IN ITEMS AEP_TORCH_INCLUDE_DIRS AEP_TORCH_LIBRARY_DIRS AEP_PYTHON_INCLUDE_DIR AEP_MODULE_SUFFIX)
+  if(NOT ${name})
+    message(FATAL_ERROR "AEP_BUILD_TORCH=ON needs -D${name}=...; `pip install -e . --no-build-isolation` passes it")
+  endif()
+endforeach()
+
+file(GLOB aep_module_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/torch/*.cpp"
+     "${CMAKE_CURRENT_SOURCE_DIR}/csrc/torch/cpu/*.cpp")
+if(AEP_CUDA)
+  file(GLOB aep_module_cuda_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/torch/cuda/*.cpp")
+  list(APPEND aep_module_sources ${aep_module_cuda_sources})
+endif()
+
+add_library(_C MODULE ${aep_module_sources})
+set_target_properties(_C PROPERTIES PREFIX "" SUFFIX "${AEP_MODULE_SUFFIX}" SKIP_BUILD_RPATH ON)
+target_link_libraries(_C PRIVATE aep_kernels)
+target_include_directories(_C PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
+target_include_directories(_C SYSTEM PRIVATE ${AEP_TORCH_INCLUDE_DIRS} "${AEP_PYTHON_INCLUDE_DIR}")
+target_compile_definitions(_C PRIVATE NDEBUG TORCH_EXTENSION_NAME=_C _GLIBCXX_USE_CXX11_ABI=${AEP_TORCH_CXX11_ABI})
+target_link_directories(_C PRIVATE ${AEP_TORCH_LIBRARY_DIRS})
+target_link_libraries(_C PRIVATE c10 torch torch_cpu torch_python)
+if(AEP_CUDA)
+  target_link_libraries(_C PRIVATE c10_cuda torch_cuda)
+  # Headers that ATen pulls in (cusparse.h and others) may be in pip's wheels only. They are searched last: the toolkit's
+  # own headers must match its compiler.
+  foreach(dir IN LISTS AEP_CUDA_EXTRA_INCLUDE_DIRS)
+    target_compile_options(_C PRIVATE "SHELL:-idirafter \"${dir}\"")
+  endforeach()
+endif()
+
+# at::parallel_for is a header template and silently serial without -fopenmp. Only the compiler gets the flag: the symbols
+# of OpenMP then resolve to the libgomp that torch has loaded, and no second runtime with its own threads comes in.
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  target_compile_options(_C PRIVATE -fopenmp)
+  set(aep_parallel "OpenMP (torch's libgomp)")
+else()
+  set(aep_parallel "serial: ${CMAKE_CXX_COMPILER_ID} has another OpenMP runtime than torch; build with GCC for threads")
+endif()
+if(APPLE)
+  target_link_options(_C PRIVATE -undefined dynamic_lookup)
+endif()

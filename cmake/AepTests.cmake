@@ -1,0 +1,10 @@
+# One executable for each tests/cpp/*.cpp, without torch, run by ctest.
+file(GLOB aep_test_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/tests/cpp/*.cpp")
+find_package(Threads REQUIRED)
+foreach(source IN LISTS aep_test_sources)
+  get_filename_component(name "${source}" NAME_WE)
+  add_executable(${name} "${source}")
+  target_include_directories(${name} PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc" "${CMAKE_CURRENT_SOURCE_DIR}/tests/cpp")
+  target_link_libraries(${name} PRIVATE aep_kernels Threads::Threads)
+  add_test(NAME ${name} COMMAND ${name})
+endforeach()
