@@ -1,0 +1,166 @@
+// Weighted sums over the exits, with or without statistics, and their gradients.
+
+namespace aep::kernels::cpu::AEP_ISA_NAMESPACE {
+namespace {
+
+// The exits' rows of one sample, with class stride 1.
+template <class S>
+class ExitRows {
+ public:
+  ExitRows(const void* logits, int64_t E, int64_t K, int64_t stride_e, int64_t stride_n, int64_t stride_k)
+      : logits_(static_cast<const S*>(logits)), E_(E), K_(K), stride_e_(stride_e), stride_n_(stride_n), stride_k_(stride_k),
+        rows_(E), copy_(stride_k == 1 ? 0 : E * K) {}
+
+  const S* const* sample(int64_t n) {
+    for (int64_t e = 0; e < E_; ++e) {
+      rows_[e] = dense_row(logits_ + e * stride_e_ + n * stride_n_, stride_k_, K_, copy_.get() + (stride_k_ == 1 ? 0 : e * K_));
+    }
+    return rows_.get();
+  }
+
+ private:
+  const S* logits_;
+  int64_t E_, K_, stride_e_, stride_n_, stride_k_;
+  Scratch<const S*> rows_;
+  Scratch<S> copy_;
+};
+
+// kVectors vectors of the weighted sum from class k on: rounded products, added in ascending exit order.
+template <int kVectors, class S, class P>
+inline void weighted_sum(const S* const* rows, const Acc<S>* weights, int64_t E, int64_t k, P part, Vec<Acc<S>>* out) {
+  using A = Acc<S>;
+  using V = Vec<A>;
+  V w = V::set(weights[0]);
+  for (int u = 0; u < kVectors; ++u) out[u] = V::mul(w, load(rows[0] + k + u * V::n, part, A(0)));
+  for (int64_t e = 1; e < E; ++e) {
+    w = V::set(weights[e]);
+    const S* row = rows[e] + k;
+    for (int u = 0; u < kVectors; ++u) out[u] = V::add(out[u], V::mul(w, load(row + u * V::n, part, A(0))));
+  }
+}
+
+template <class S>
+void ensemble_as(const EnsembleParams& p, int64_t begin, int64_t end) {
+  using V = Vec<Acc<S>>;
+  if (begin >= end) return;
+  ExitRows<S> exits(p.logits, p.E, p.K, p.stride_e, p.stride_n, p.stride_k);
+  const Acc<S>* weights = static_cast<const Acc<S>*>(p.weights);
+  for (int64_t n = begin; n < end; ++n) {
+    const S* const* rows = exits.sample(n);
+    S* out = static_cast<S*>(p.output) + n * p.out_stride_n;
+    int64_t k = 0;
+    V sum[4];
+    for (; k + 4 * V::n <= p.K; k += 4 * V::n) {
+      weighted_sum<4>(rows, weights, p.E, k, Full{}, sum);
+      for (int u = 0; u < 4; ++u) store(out + k + u * V::n, sum[u], Full{});
+    }
+    for_vectors<V::n>(p.K - k, [&](int64_t i, auto part) {
+      weighted_sum<1>(rows, weights, p.E, k + i, part, sum);
+      store(out + k + i, sum[0], part);
+    });
+  }
+}
+
+template <class S>
+void ensemble_stats_as(const EnsembleStatsParams& q, int64_t begin, int64_t end) {
+  using A = Acc<S>;
+  using V = Vec<A>;
+  if (begin >= end) return;
+  const EnsembleParams& p = q.ensemble;
+  ExitRows<S> exits(p.logits, p.E, p.K, p.stride_e, p.stride_n, p.stride_k);
+  Scratch<S> own_row(p.output ? 0 : p.K);
+  const A* weights = static_cast<const A*>(p.weights);
+  const A divisor = read<A>(q.normalizer) * read<A>(q.temperature);
+  for (int64_t n = begin; n < end; ++n) {
+    const S* const* rows = exits.sample(n);
+    S* out = p.output ? static_cast<S*>(p.output) + n * p.out_stride_n : own_row.get();
+    TopTwo<A> top[2];
+    V sum[4];
+    int64_t k = 0;
+    for (; k + 4 * V::n <= p.K; k += 4 * V::n) {
+      weighted_sum<4>(rows, weights, p.E, k, Full{}, sum);
+      for (int u = 0; u < 4; ++u) {
+        store(out + k + u * V::n, sum[u], Full{});
+        // What is judged is what is returned: the value after rounding to the storage type.
+        top[u & 1].add(sizeof(S) == sizeof(A) ? sum[u] : load(out + k + u * V::n, Full{}, A(0)));
+      }
+    }
+    for_vectors<V::n>(p.K - k, [&](int64_t i, auto part) {
+      weighted_sum<1>(rows, weights, p.E, k + i, part, sum);
+      store(out + k + i, sum[0], part);
+      top[0].add(load(out + k + i, part, -kInfinity<A>));
+    });
+    top[0].merge(top[1]);
+    A first, second;
+    top[0].reduce(first, second);
+    const RowStats stats = row_stats(out, p.K, first, second, divisor);
+    q.stats[n * 3 + 0] = stats.confidence;
+    q.stats[n * 3 + 1] = stats.entropy;
+    q.stats[n * 3 + 2] = stats.margin;
+    q.argmax[n] = stats.argmax;
+  }
+}
+
+template <class S>
+void ensemble_backward_logits_as(const EnsembleBackwardParams& p, int64_t begin, int64_t end) {
+  using A = Acc<S>;
+  using V = Vec<A>;
+  if (begin >= end) return;
+  ExitRows<S> grads(p.grad, 1, p.K, 0, p.grad_stride_n, p.grad_stride_k);
+  const A* weights = static_cast<const A*>(p.weights);
+  for (int64_t n = begin; n < end; ++n) {
+    const S* grad = grads.sample(n)[0];
+    for (int64_t e = 0; e < p.E; ++e) {
+      const V w = V::set(weights[e]);
+      S* out = static_cast<S*>(p.grad_logits) + e * p.out_stride_e + n * p.out_stride_n;
+      for_vectors<V::n>(p.K, [&](int64_t k, auto part) { store(out + k, V::mul(w, load(grad + k, part, A(0))), part); });
+    }
+  }
+}
+
+template <class S>
+Acc<S> dot(const S* a, const S* b, int64_t K) {
+  using A = Acc<S>;
+  using V = Vec<A>;
+  V s[2] = {V::set(0), V::set(0)};
+  int64_t k = 0;
+  for (; k + 2 * V::n <= K; k += 2 * V::n) {
+    for (int u = 0; u < 2; ++u) s[u] = V::fma(load(a + k + u * V::n, Full{}, A(0)), load(b + k + u * V::n, Full{}, A(0)), s[u]);
+  }
+  for_vectors<V::n>(K - k, [&](int64_t i, auto part) {
+    s[0] = V::fma(load(a + k + i, part, A(0)), load(b + k + i, part, A(0)), s[0]);
+  });
+  return V::sum(V::add(s[0], s[1]));
+}
+
+template <class S>
+void ensemble_backward_weights_as(const EnsembleBackwardParams& p, int64_t chunk_begin, int64_t chunk_end) {
+  using A = Acc<S>;
+  if (chunk_begin >= chunk_end) return;
+  ExitRows<S> grads(p.grad, 1, p.K, 0, p.grad_stride_n, p.grad_stride_k);
+  ExitRows<S> exits(p.logits, p.E, p.K, p.stride_e, p.stride_n, p.stride_k);
+  for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
+    A* partial = static_cast<A*>(p.partials) + chunk * p.E;
+    for (int64_t e = 0; e < p.E; ++e) partial[e] = 0;
+    const int64_t last = smaller(p.N, (chunk + 1) * kEnsembleChunkRows);
+    for (int64_t n = chunk * kEnsembleChunkRows; n < last; ++n) {
+      const S* grad = grads.sample(n)[0];
+      const S* const* rows = exits.sample(n);
+      for (int64_t e = 0; e < p.E; ++e) partial[e] += dot(grad, rows[e], p.K);
+    }
+  }
+}
+
+void ensemble(const EnsembleParams& p, int64_t begin, int64_t end) { AEP_BY_DTYPE(p.dtype, ensemble_as, p, begin, end) }
+void ensemble_stats(const EnsembleStatsParams& p, int64_t begin, int64_t end) {
+  AEP_BY_DTYPE(p.ensemble.dtype, ensemble_stats_as, p, begin, end)
+}
+void ensemble_backward_logits(const EnsembleBackwardParams& p, int64_t begin, int64_t end) {
+  AEP_BY_DTYPE(p.dtype, ensemble_backward_logits_as, p, begin, end)
+}
+void ensemble_backward_weights(const EnsembleBackwardParams& p, int64_t begin, int64_t end) {
+  AEP_BY_DTYPE(p.dtype, ensemble_backward_weights_as, p, begin, end)
+}
+
+}  // namespace
+}  // namespace aep::kernels::cpu::AEP_ISA_NAMESPACE

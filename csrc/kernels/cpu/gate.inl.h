@@ -1,0 +1,132 @@
+// The gate: judge every row, then copy every row to the place that the partition gave it.
+//
+// Outputs are a partition, so a row's place is known only when all are judged. The running sum is computed twice instead of being kept
+// in between: reading two rows again costs no more than writing one and reading it back.
+
+namespace aep::kernels::cpu::AEP_ISA_NAMESPACE {
+namespace {
+
+// running' of one row into `out`, rounded to its storage type; its largest two values into `top`.
+template <class R, class S>
+void update_running(const R* running, const S* logits, Acc<S> weight, int64_t K, R* out, TopTwo<Acc<S>>& top) {
+  using A = Acc<S>;
+  using V = Vec<A>;
+  const V w = V::set(weight);
+  for_vectors<V::n>(K, [&](int64_t k, auto part) {
+    store(out + k, V::add(load(running + k, part, A(0)), V::mul(w, load(logits + k, part, A(0)))), part);
+    top.add(load(out + k, part, -kInfinity<A>));
+  });
+}
+
+template <class S>
+TopTwo<Acc<S>> top_two(const S* row, int64_t K) {
+  using A = Acc<S>;
+  TopTwo<A> top;
+  for_vectors<Vec<A>::n>(K, [&](int64_t k, auto part) { top.add(load(row + k, part, -kInfinity<A>)); });
+  return top;
+}
+
+template <class A>
+bool leaves(const GateParams& p, int64_t row, const RowStats& stats, bool judged, float threshold, double count_threshold) {
+  if (!judged) return false;
+  switch (p.policy) {
+    case GatePolicy::confidence: return stats.confidence >= threshold;
+    case GatePolicy::entropy: return stats.entropy <= threshold;
+    case GatePolicy::margin: return stats.margin >= threshold;
+    case GatePolicy::patience: {
+      const int64_t* state = p.state + row * 2;
+      return static_cast<double>(state[0] == stats.argmax ? state[1] + 1 : 1) >= count_threshold;
+    }
+    case GatePolicy::vote: {
+      const int64_t* votes = p.state + row * p.S;
+      int64_t most = 0;
+      for (int64_t k = 0; k < p.S; ++k) most = larger(most, votes[k] + (k == stats.argmax));
+      return static_cast<double>(most) >= count_threshold;
+    }
+  }
+  return false;
+}
+
+template <class R, class S>
+void gate_judge_as(const GateParams& p, int64_t begin, int64_t end) {
+  using A = Acc<S>;
+  if (begin >= end) return;
+  const A weight = read<A>(p.weight), temperature = read<A>(p.temperature), threshold = read<A>(p.threshold);
+  const A divisor = p.on == GateOn::ensemble ? (read<A>(p.weight_sum) + weight) * temperature : temperature;
+  GateRow* places = static_cast<GateRow*>(p.scratch);
+  Scratch<R> running(p.K);
+  for (int64_t n = begin; n < end; ++n) {
+    const S* logits = static_cast<const S*>(p.exit_logits) + n * p.logits_stride_n;
+    TopTwo<A> top;
+    update_running(static_cast<const R*>(p.running) + n * p.running_stride_n, logits, weight, p.K, running.get(), top);
+    RowStats stats;
+    A first, second;
+    GateRow& row = places[n];
+    if (p.on == GateOn::ensemble) {
+      top.reduce(first, second);
+      stats = row_stats(running.get(), p.K, first, second, divisor);
+      row.answer = stats.argmax;
+    } else {
+      top_two(logits, p.K).reduce(first, second);
+      stats = row_stats(logits, p.K, first, second, divisor);
+      row.answer = argmax_of(running.get(), p.K);
+    }
+    const bool judged = stats.confidence == stats.confidence;
+    row.judged = judged ? stats.argmax : -1;
+    row.stats[0] = stats.confidence;
+    row.stats[1] = stats.entropy;
+    row.stats[2] = stats.margin;
+    row.leaves = p.enabled && leaves<A>(p, n, stats, judged, static_cast<float>(threshold), static_cast<double>(threshold));
+  }
+}
+
+template <class R, class S>
+void gate_scatter_as(const GateParams& p, int64_t begin, int64_t end) {
+  using A = Acc<S>;
+  const A weight = read<A>(p.weight);
+  const GateRow* places = static_cast<const GateRow*>(p.scratch);
+  const size_t bytes = static_cast<size_t>(p.feature_row_bytes);
+  for (int64_t n = begin; n < end; ++n) {
+    const GateRow& row = places[n];
+    const int64_t to = row.place;
+    TopTwo<A> unused;
+    update_running(static_cast<const R*>(p.running) + n * p.running_stride_n,
+                   static_cast<const S*>(p.exit_logits) + n * p.logits_stride_n, weight, p.K,
+                   static_cast<R*>(p.running_out) + to * p.K, unused);
+    p.indices_out[to] = p.indices[n];
+    p.argmax_out[to] = row.answer;
+    for (int i = 0; i < 3; ++i) p.stats_out[to * 3 + i] = row.stats[i];
+    if (p.S > 0) {
+      int64_t* state = p.state_out + to * p.S;
+      const int64_t* old = p.state + n * p.S;
+      if (p.policy == GatePolicy::patience) {
+        state[0] = row.judged;
+        state[1] = row.judged < 0 ? 0 : row.judged == old[0] ? old[1] + 1 : 1;
+      } else {
+        for (int64_t k = 0; k < p.S; ++k) state[k] = old[k];
+        if (p.policy == GatePolicy::vote && row.judged >= 0) state[row.judged] += 1;
+      }
+    }
+    if (bytes == 0) continue;
+    char* out = static_cast<char*>(p.features_out) + to * p.feature_out_stride_bytes;
+    if (row.leaves) {
+      memset(out, 0, bytes);  // leavers are placed behind the stayers: these are the rows that must be zero
+    } else {
+      memcpy(out, static_cast<const char*>(p.features) + n * p.feature_stride_bytes, bytes);
+    }
+  }
+}
+
+#define AEP_GATE_BY_DTYPE(F, ...)                                                                                         \
+  switch (p.dtype) {                                                                                                      \
+    case DType::f32: return F<float, float>(__VA_ARGS__);                                                                 \
+    case DType::f64: return F<double, double>(__VA_ARGS__);                                                               \
+    case DType::bf16: return p.running_dtype == DType::f32 ? F<float, BF16>(__VA_ARGS__) : F<BF16, BF16>(__VA_ARGS__);    \
+    case DType::f16: return p.running_dtype == DType::f32 ? F<float, F16>(__VA_ARGS__) : F<F16, F16>(__VA_ARGS__);        \
+  }
+
+void gate_judge(const GateParams& p, int64_t begin, int64_t end) { AEP_GATE_BY_DTYPE(gate_judge_as, p, begin, end) }
+void gate_scatter(const GateParams& p, int64_t begin, int64_t end) { AEP_GATE_BY_DTYPE(gate_scatter_as, p, begin, end) }
+
+}  // namespace
+}  // namespace aep::kernels::cpu::AEP_ISA_NAMESPACE

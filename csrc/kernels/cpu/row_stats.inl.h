@@ -1,0 +1,145 @@
+// Softmax statistics of one row: the largest two values come from the pass that made the row, one exp pass gives the rest.
+
+namespace aep::kernels::cpu::AEP_ISA_NAMESPACE {
+namespace {
+
+struct RowStats {
+  float confidence, entropy, margin;
+  int64_t argmax;  // of the values before the division; the first NaN if there is one
+};
+
+// The largest two values seen, lane by lane. NaN may or may not get through: the exp pass finds it.
+template <class A>
+struct TopTwo {
+  using V = Vec<A>;
+  V first = V::set(-kInfinity<A>), second = V::set(-kInfinity<A>);
+
+  void add(V x) {
+    second = V::max(second, V::min(first, x));
+    first = V::max(first, x);
+  }
+  void merge(const TopTwo& o) {
+    second = V::max(V::max(second, o.second), V::min(first, o.first));
+    first = V::max(first, o.first);
+  }
+  void reduce(A& top, A& next) const {
+    A lanes1[V::n], lanes2[V::n];
+    store(lanes1, first, Full{});
+    store(lanes2, second, Full{});
+    top = next = -kInfinity<A>;
+    for (int i = 0; i < V::n; ++i) {
+      next = larger(next, smaller(top, lanes1[i]));
+      top = larger(top, lanes1[i]);
+      next = larger(next, lanes2[i]);
+    }
+  }
+};
+
+// Index of the first value equal to `x`; -1 if there is none.
+template <class S>
+int64_t first_equal(const S* row, int64_t K, Acc<S> x) {
+  using V = Vec<Acc<S>>;
+  const V wanted = V::set(x);
+  int64_t k = 0;
+  for (; k + V::n <= K; k += V::n) {
+    const unsigned hit = V::bits(V::eq(load(row + k, Full{}, Acc<S>(0)), wanted));
+    if (hit) return k + __builtin_ctz(hit);
+  }
+  for (; k < K; ++k) {
+    if (value_of(row[k]) == x) return k;
+  }
+  return -1;
+}
+
+template <class S>
+int64_t first_nan(const S* row, int64_t K) {
+  for (int64_t k = 0; k < K; ++k) {
+    if (value_of(row[k]) != value_of(row[k])) return k;
+  }
+  return -1;
+}
+
+// Index of the largest value: the first NaN, else the lowest index among equals.
+template <class S>
+int64_t argmax_of(const S* row, int64_t K) {
+  using V = Vec<Acc<S>>;
+  V best = V::set(-kInfinity<Acc<S>>);
+  bool nan = false;
+  for_vectors<V::n>(K, [&](int64_t k, auto part) {
+    const V x = load(row + k, part, -kInfinity<Acc<S>>);
+    nan |= V::bits(V::unordered(x, x)) != 0;
+    best = V::max(best, x);
+  });
+  if (nan) return first_nan(row, K);
+  Acc<S> top = -kInfinity<Acc<S>>;
+  for (int i = 0; i < V::n; ++i) top = larger(top, V::lane(best, i));
+  return first_equal(row, K, top);
+}
+
+template <class A>
+inline RowStats make_stats(A sum, A weighted, A next_exp, int64_t argmax) {
+  // With d = z - max z <= 0: p = e^d / sum, entropy = log sum - (sum of e^d d) / sum.
+  return {static_cast<float>(A(1) / sum), static_cast<float>(log_of(sum) - weighted / sum),
+          static_cast<float>((A(1) - next_exp) / sum), argmax};
+}
+
+template <class S>
+RowStats nan_stats(const S* row, int64_t K, Acc<S> top) {
+  const int64_t at = first_nan(row, K);
+  const float nan = kNaN<float>;
+  return {nan, nan, nan, at >= 0 ? at : first_equal(row, K, top)};
+}
+
+// The general case (a divisor that is negative, zero, NaN or has no finite reciprocal): plain and slow.
+template <class S>
+RowStats stats_by_division(const S* row, int64_t K, Acc<S> divisor) {
+  using A = Acc<S>;
+  A top = -kInfinity<A>, next = -kInfinity<A>;
+  bool nan = false;
+  for (int64_t k = 0; k < K; ++k) {
+    const A z = value_of(row[k]) / divisor;
+    nan |= z != z;
+    next = larger(next, smaller(top, z));
+    top = larger(top, z);
+  }
+  const int64_t argmax = argmax_of(row, K);
+  A sum = 0, weighted = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    A d = value_of(row[k]) / divisor - top;
+    d = larger(d, A(-10000));  // the exponential is 0 there, and 0 * -inf must be 0
+    const A e = exponential_of(d);
+    sum += e;
+    weighted += e * d;
+  }
+  if (nan || !(top - top == 0)) return {kNaN<float>, kNaN<float>, kNaN<float>, argmax};
+  return make_stats(sum, weighted, exponential_of(next - top), argmax);
+}
+
+// `top` and `next` are the row's largest two values (anything if the row holds a NaN).
+template <class S>
+RowStats row_stats(const S* row, int64_t K, Acc<S> top, Acc<S> next, Acc<S> divisor) {
+  using A = Acc<S>;
+  using V = Vec<A>;
+  const A inverse = A(1) / divisor;
+  if (!(divisor > 0 && inverse > 0 && inverse < kInfinity<A>)) return stats_by_division(row, K, divisor);
+  const V peak = V::set(top), scale = V::set(inverse), floor = V::set(A(-10000));
+  V sum0 = V::set(0), sum1 = V::set(0), weighted0 = V::set(0), weighted1 = V::set(0);
+  const auto step = [&](V x, V& sum, V& weighted) {
+    const V d = V::max(floor, V::mul(V::sub(x, peak), scale));  // keeps NaN; the floor avoids 0 * -inf
+    const V e = exponential(d);
+    sum = V::add(sum, e);
+    weighted = V::fma(e, d, weighted);
+  };
+  int64_t k = 0;
+  for (; k + 2 * V::n <= K; k += 2 * V::n) {
+    step(load(row + k, Full{}, A(0)), sum0, weighted0);
+    step(load(row + k + V::n, Full{}, A(0)), sum1, weighted1);
+  }
+  for_vectors<V::n>(K - k, [&](int64_t i, auto part) { step(load(row + k + i, part, -kInfinity<A>), sum0, weighted0); });
+  const A sum = V::sum(V::add(sum0, sum1)), weighted = V::sum(V::add(weighted0, weighted1));
+  if (!(sum - sum == 0)) return nan_stats(row, K, top);
+  return make_stats(sum, weighted, exponential_of((next - top) * inverse), first_equal(row, K, top));
+}
+
+}  // namespace
+}  // namespace aep::kernels::cpu::AEP_ISA_NAMESPACE

@@ -1,0 +1,115 @@
+// The parts that run once, on one thread, and are too small to need vectors: label checks, final sums, the gate's partition, scratch memory.
+// Sums run in ascending order, in double, and are rounded once: they do not depend on how the rows were computed.
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <new>
+
+#include "api.h"
+#include "kernel_table.h"
+
+namespace aep::kernels::cpu {
+namespace {
+
+template <class A>
+A read(Scalar s) {
+  return s.ptr ? *static_cast<const A*>(s.ptr) : static_cast<A>(s.value);
+}
+
+template <class A>
+void reduce_losses(const JointCrossEntropyReduceParams& p) {
+  const A* rows = static_cast<const A*>(p.row_losses);
+  const A* exit_weights = static_cast<const A*>(p.exit_weights);
+  const A* class_weight = static_cast<const A*>(p.class_weight);
+  A* loss = static_cast<A*>(p.loss);
+  A* exit_losses = static_cast<A*>(p.exit_losses);
+  A denominator = 1;
+  if (p.reduction == Reduction::none) {
+    for (int64_t n = 0; n < p.N; ++n) {
+      A sum = exit_weights[0] * rows[n];
+      for (int64_t e = 1; e < p.E; ++e) sum = sum + exit_weights[e] * rows[e * p.N + n];
+      loss[n] = sum;
+    }
+  } else {
+    if (p.reduction == Reduction::mean) {
+      double total = 0;
+      for (int64_t n = 0; n < p.N; ++n) {
+        const int64_t y = p.target[n * p.target_stride];
+        if (y != p.ignore_index) total += class_weight ? static_cast<double>(class_weight[y]) : 1.0;
+      }
+      denominator = static_cast<A>(total);
+    }
+    A sum = 0;
+    for (int64_t e = 0; e < p.E; ++e) {
+      double total = 0;
+      for (int64_t n = 0; n < p.N; ++n) total += static_cast<double>(rows[e * p.N + n]);
+      exit_losses[e] = static_cast<A>(total / static_cast<double>(denominator));
+      const A product = exit_weights[e] * exit_losses[e];
+      sum = e == 0 ? product : sum + product;
+    }
+    *loss = sum;
+  }
+  if (p.denominator) *static_cast<A*>(p.denominator) = denominator;
+}
+
+template <class A>
+void finish_weights(const EnsembleBackwardParams& p) {
+  const A* partials = static_cast<const A*>(p.partials);
+  A* out = static_cast<A*>(p.grad_weights);
+  const int64_t chunks = ensemble_backward_chunks(p.N);
+  for (int64_t e = 0; e < p.E; ++e) {
+    double total = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += static_cast<double>(partials[chunk * p.E + e]);
+    out[e] = static_cast<A>(total);
+  }
+}
+
+}  // namespace
+
+int64_t ensemble_backward_chunks(int64_t N) { return (N + kEnsembleChunkRows - 1) / kEnsembleChunkRows; }
+
+void ensemble_backward_weights_finish(const EnsembleBackwardParams& p) {
+  p.dtype == DType::f64 ? finish_weights<double>(p) : finish_weights<float>(p);
+}
+
+int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t K, const int64_t* ignore_index) {
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t y = target[n * stride];
+    if ((y < 0 || y >= K) && !(ignore_index && y == *ignore_index)) return n;
+  }
+  return -1;
+}
+
+void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p) {
+  p.dtype == DType::f64 ? reduce_losses<double>(p) : reduce_losses<float>(p);
+}
+
+size_t gate_scratch_bytes(int64_t n) { return static_cast<size_t>(n) * sizeof(GateRow); }
+
+int64_t gate_partition(const GateParams& p) {
+  GateRow* rows = static_cast<GateRow*>(p.scratch);
+  int64_t stay = 0;
+  for (int64_t n = 0; n < p.n; ++n) stay += !rows[n].leaves;
+  int64_t next[2] = {0, stay};
+  for (int64_t n = 0; n < p.n; ++n) rows[n].place = next[rows[n].leaves ? 1 : 0]++;
+  *p.count_out = stay;
+  if (p.dtype == DType::f64) {
+    *static_cast<double*>(p.weight_sum_out) = read<double>(p.weight_sum) + read<double>(p.weight);
+  } else {
+    *static_cast<float*>(p.weight_sum_out) = read<float>(p.weight_sum) + read<float>(p.weight);
+  }
+  return stay;
+}
+
+void throw_bad_alloc() { throw std::bad_alloc(); }
+
+void* allocate_scratch(size_t bytes) {
+  constexpr size_t line = 64;
+  void* memory = aligned_alloc(line, (bytes + line) / line * line);
+  if (!memory) throw_bad_alloc();
+  return memory;
+}
+
+void free_scratch(void* memory) { free(memory); }
+
+}  // namespace aep::kernels::cpu
