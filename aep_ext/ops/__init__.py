@@ -1,0 +1,25 @@
+"""The operators of early-exit ensembles (torch namespace ``aep``).
+
+Every function runs natively where the extension has kernels for the device of its tensors, and on the pure-torch
+reference (:mod:`aep_ext.ops.reference`) elsewhere, with the same results and the same errors.
+"""
+from __future__ import annotations
+
+from aep_ext.ops.combine import ensemble, ensemble_stats
+from aep_ext.ops.gating import gate
+from aep_ext.ops.head import multi_exit_linear_head
+from aep_ext.ops.loss import joint_cross_entropy
+from aep_ext.ops.subsets import subset_correct
+from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
+
+__all__ = [
+    "EnsembleStats",
+    "GateResult",
+    "JointLoss",
+    "ensemble",
+    "ensemble_stats",
+    "gate",
+    "joint_cross_entropy",
+    "multi_exit_linear_head",
+    "subset_correct",
+]

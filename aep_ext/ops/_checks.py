@@ -1,0 +1,254 @@
+"""Checks of the operators' arguments: used by the reference path and by the fake kernels.
+
+The native operators make the same checks in C++ (csrc/torch/checks.h) with the same words; tests/ops/test_bad_input.py
+compares the two. Every message has the form ``aep::<operator>: <rule>, got <value>``.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "mean", "sum")
+POLICIES = ("confidence", "entropy", "margin", "patience", "vote")
+SUBJECTS = ("ensemble", "exit")
+MAX_SUBSET_EXITS = 16
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are formed: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def state_width(policy: str, num_classes: int) -> int:
+    """Number of int64 state entries per row that ``policy`` keeps."""
+    return {"patience": 2, "vote": num_classes}.get(policy, 0)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"aep::{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _floating(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"aep::{op}: {name} must be float32, float64, bfloat16 or float16, got {_name(tensor.dtype)}"
+        )
+
+
+def _dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"aep::{op}: {name} must be {_name(dtype)}, got {_name(tensor.dtype)}")
+
+
+def _has_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape)):
+        raise ValueError(f"aep::{op}: {name} must have shape {list(shape)}, got {_shape(tensor)}")
+
+
+def _same_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"aep::{op}: {name} must be on device {device}, got {tensor.device}")
+
+
+def _exit_logits(op: str, exit_logits: Tensor) -> None:
+    _tensor(op, "exit_logits", exit_logits)
+    _floating(op, "exit_logits", exit_logits)
+    if exit_logits.dim() != 3:
+        raise ValueError(f"aep::{op}: exit_logits must have 3 dimensions (E, N, K), got shape {_shape(exit_logits)}")
+    if exit_logits.shape[0] < 1 or exit_logits.shape[2] < 1:
+        raise ValueError(f"aep::{op}: exit_logits must have E >= 1 and K >= 1, got shape {_shape(exit_logits)}")
+
+
+def _vector(op: str, name: str, vector: Tensor, length: int, device: torch.device) -> None:
+    _tensor(op, name, vector)
+    _floating(op, name, vector)
+    _has_shape(op, name, vector, [length])
+    _same_device(op, name, vector, device)
+
+
+def _integers(op: str, name: str, tensor: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    _tensor(op, name, tensor)
+    _dtype(op, name, tensor, torch.int64)
+    _has_shape(op, name, tensor, shape)
+    _same_device(op, name, tensor, device)
+
+
+def _scalar(op: str, name: str, value: object, device: torch.device, *, positive: bool = False) -> None:
+    """A number, or a 0-d floating tensor on ``device`` (whose value is not read: that could wait for the device)."""
+    if isinstance(value, Tensor):
+        _floating(op, name, value)
+        _has_shape(op, name, value, [])
+        _same_device(op, name, value, device)
+    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"aep::{op}: {name} must be a number or a 0-d tensor, got {type(value).__name__}")
+    elif positive and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"aep::{op}: {name} must be finite and greater than 0, got {value:g}")
+    elif math.isnan(value):
+        raise ValueError(f"aep::{op}: {name} must not be NaN, got {value:g}")
+
+
+def labels(op: str, target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+    """Raises IndexError for the first label that is neither a class nor ``ignore_index``. CPU tensors only: elsewhere
+    reading the labels would wait for the device, and under tracing there is nothing to read."""
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        bad &= target != ignore_index
+    if bool(bad.any()):
+        position = int(bad.nonzero()[0])
+        rule = f"within 0..{num_classes - 1}" + ("" if ignore_index is None else " or ignore_index")
+        raise IndexError(f"aep::{op}: target must be {rule}, got {int(target[position])} at position {position}")
+
+
+def _feature_map(op: str, name: str, features: Tensor) -> None:
+    _tensor(op, name, features)
+    _floating(op, name, features)
+    if features.dim() != 4:
+        raise ValueError(f"aep::{op}: {name} must have 4 dimensions (N, C, H, W), got shape {_shape(features)}")
+    if any(size < 1 for size in features.shape[1:]):
+        raise ValueError(f"aep::{op}: {name} must have C, H and W of at least 1, got shape {_shape(features)}")
+
+
+def multi_exit_linear_head(
+    features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None
+) -> None:
+    """Arguments of ``aep::multi_exit_linear_head``."""
+    op = "multi_exit_linear_head"
+    if len(features) < 1:
+        raise ValueError(f"aep::{op}: features must hold at least 1 tensor, got 0")
+    if len(weights) != len(features):
+        raise ValueError(f"aep::{op}: weights must hold {len(features)} tensors, got {len(weights)}")
+    if biases is not None and len(biases) != len(features):
+        raise ValueError(f"aep::{op}: biases must hold {len(features)} tensors, got {len(biases)}")
+    for e, x in enumerate(features):
+        _feature_map(op, f"features[{e}]", x)
+    first = features[0]
+    _tensor(op, "weights[0]", weights[0])
+    if weights[0].dim() != 2 or weights[0].shape[0] < 1:
+        raise ValueError(f"aep::{op}: weights[0] must have shape [K, C] with K >= 1, got {_shape(weights[0])}")
+    num_classes = weights[0].shape[0]
+    for e, (x, weight) in enumerate(zip(features, weights)):
+        if x.shape[0] != first.shape[0]:
+            raise ValueError(f"aep::{op}: features[{e}] must have N = {first.shape[0]}, got shape {_shape(x)}")
+        _tensor(op, f"weights[{e}]", weight)
+        _has_shape(op, f"weights[{e}]", weight, [num_classes, x.shape[1]])
+        pairs = [(f"features[{e}]", x), (f"weights[{e}]", weight)]
+        bias = None if biases is None else biases[e]
+        if bias is not None:
+            _tensor(op, f"biases[{e}]", bias)
+            _has_shape(op, f"biases[{e}]", bias, [num_classes])
+            pairs.append((f"biases[{e}]", bias))
+        for name, tensor in pairs:
+            _dtype(op, name, tensor, first.dtype)
+            _same_device(op, name, tensor, first.device)
+
+
+def ensemble(exit_logits: Tensor, weights: Tensor, *, op: str = "ensemble") -> None:
+    """Arguments of ``aep::ensemble``."""
+    _exit_logits(op, exit_logits)
+    _vector(op, "weights", weights, exit_logits.shape[0], exit_logits.device)
+
+
+def ensemble_stats(
+    exit_logits: Tensor, weights: Tensor, normalizer: float | Tensor, temperature: float | Tensor
+) -> None:
+    """Arguments of ``aep::ensemble_stats``."""
+    op = "ensemble_stats"
+    ensemble(exit_logits, weights, op=op)
+    _scalar(op, "normalizer", normalizer, exit_logits.device, positive=True)
+    _scalar(op, "temperature", temperature, exit_logits.device, positive=True)
+
+
+def joint_cross_entropy(
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> None:
+    """Arguments of ``aep::joint_cross_entropy``, the values of the labels apart (:func:`labels`)."""
+    op = "joint_cross_entropy"
+    _exit_logits(op, exit_logits)
+    exits, rows, classes = exit_logits.shape
+    _integers(op, "target", target, [rows], exit_logits.device)
+    _vector(op, "exit_weights", exit_weights, exits, exit_logits.device)
+    if class_weight is not None:
+        _vector(op, "class_weight", class_weight, classes, exit_logits.device)
+        if torch.is_grad_enabled() and class_weight.requires_grad:
+            raise ValueError(f"aep::{op}: class_weight must not require a gradient, got requires_grad=True")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"aep::{op}: label_smoothing must be within 0..1, got {label_smoothing:g}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"aep::{op}: reduction must be 'none', 'mean' or 'sum', got '{reduction}'")
+
+
+def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> None:
+    """Arguments of ``aep::subset_correct``, the values of the labels apart (:func:`labels`)."""
+    op = "subset_correct"
+    ensemble(exit_logits, weights, op=op)
+    if exit_logits.shape[0] > MAX_SUBSET_EXITS:
+        raise ValueError(
+            f"aep::{op}: exit_logits must have at most {MAX_SUBSET_EXITS} exits, got {exit_logits.shape[0]}"
+        )
+    _integers(op, "target", target, [exit_logits.shape[1]], exit_logits.device)
+
+
+def gate(
+    features: Tensor,
+    running: Tensor,
+    weight_sum: float | Tensor,
+    indices: Tensor,
+    state: Tensor,
+    exit_logits: Tensor,
+    weight: float | Tensor,
+    threshold: float | Tensor,
+    temperature: float | Tensor,
+    policy: str,
+    on: str,
+) -> None:
+    """Arguments of ``aep::gate``."""
+    op = "gate"
+    _tensor(op, "exit_logits", exit_logits)
+    _floating(op, "exit_logits", exit_logits)
+    if exit_logits.dim() != 2 or exit_logits.shape[1] < 1:
+        raise ValueError(f"aep::{op}: exit_logits must have shape [n, K] with K >= 1, got {_shape(exit_logits)}")
+    rows, classes = exit_logits.shape
+    device = exit_logits.device
+    if policy not in POLICIES:
+        raise ValueError(f"aep::{op}: policy must be one of {', '.join(POLICIES)}, got '{policy}'")
+    if on not in SUBJECTS:
+        raise ValueError(f"aep::{op}: on must be 'ensemble' or 'exit', got '{on}'")
+    _tensor(op, "features", features)
+    _floating(op, "features", features)
+    if features.dim() < 1 or features.shape[0] != rows:
+        raise ValueError(f"aep::{op}: features must have {rows} rows, got shape {_shape(features)}")
+    _same_device(op, "features", features, device)
+    _tensor(op, "running", running)
+    allowed = accumulate_dtype(exit_logits.dtype)
+    if running.dtype not in (allowed, exit_logits.dtype):
+        rule = _name(allowed) if allowed == exit_logits.dtype else f"{_name(allowed)} or {_name(exit_logits.dtype)}"
+        raise TypeError(f"aep::{op}: running must be {rule}, got {_name(running.dtype)}")
+    _has_shape(op, "running", running, [rows, classes])
+    _same_device(op, "running", running, device)
+    _integers(op, "indices", indices, [rows], device)
+    _integers(op, "state", state, [rows, state_width(policy, classes)], device)
+    _scalar(op, "weight_sum", weight_sum, device)
+    _scalar(op, "weight", weight, device)
+    _scalar(op, "threshold", threshold, device)
+    _scalar(op, "temperature", temperature, device, positive=True)

@@ -1,0 +1,41 @@
+"""Formulas for ``torch.utils.flop_counter``: two floating-point operations per multiply-add of a matrix product, as there.
+
+Only the heads hold matrix products. The weighted sums, losses and gates count nothing, as torch counts nothing for elementwise
+work; so the counts equal those of the reference path.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_NO_PRODUCTS = (
+    "ensemble",
+    "ensemble_backward_logits",
+    "ensemble_backward_weights",
+    "ensemble_stats",
+    "joint_cross_entropy",
+    "joint_cross_entropy_backward",
+    "subset_correct",
+    "gate",
+)
+
+
+def multi_exit_linear_head_flops(
+    features_shape: list[torch.Size], weights_shape: list[torch.Size], *args: Any, **kwargs: Any
+) -> int:
+    """2 * N * C_e * K, summed over the exits. The backward consists of torch's own products, which torch counts."""
+    return sum(2 * x[0] * w[0] * w[1] for x, w in zip(features_shape, weights_shape))
+
+
+def no_flops(*args: Any, **kwargs: Any) -> int:
+    """Nothing that torch's counter would count."""
+    return 0
+
+
+def register() -> None:
+    """Registers the formulas; the extension must be loaded."""
+    register_flop_formula(torch.ops.aep.multi_exit_linear_head)(multi_exit_linear_head_flops)
+    for name in _NO_PRODUCTS:
+        register_flop_formula(getattr(torch.ops.aep, name))(no_flops)

@@ -1,0 +1,46 @@
+"""Exit heads: global average pool and linear layer of all exits at once."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from aep_ext.ops import _checks, _native, reference
+from aep_ext.ops._dispatch import use_native
+
+
+def multi_exit_linear_head(
+    features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
+) -> Tensor:
+    """Exit logits from the exits' feature maps.
+
+    Args:
+        features: E tensors (N, C_e, H_e, W_e) of one floating dtype and device, any strides; channels_last and
+            contiguous memory are the fast ones. C, H and W at least 1; N may be 0.
+        weights: E tensors (K, C_e), dtype and device as the features.
+        biases: E entries, each a tensor (K,) or None; or None for no bias at all.
+
+    Returns:
+        (E, N, K) in the dtype of the features. The pool accumulates in float32 (float64 for float64) and rounds to the
+        features' dtype before the product.
+
+    Differentiable in all tensors, once. The gradient of a feature map is an expanded view of one number per channel, so
+    that autograd adds it to the trunk's gradient without a full-size tensor of its own. Under autocast all inputs are
+    cast to the autocast dtype, as torch does for ``linear``. Multiply-adds: N * C_e * K per exit.
+
+    Raises:
+        TypeError: a dtype breaks the rules above.
+        ValueError: a shape, a device or the number of tensors does.
+
+    Source: section 3.1 of arXiv 2301.12168 (the exits), in the form of torchvision's ResNet head.
+
+    Equivalent to::
+
+        torch.stack([F.linear(x.mean((2, 3)), w, b) for x, w, b in zip(features, weights, biases)])
+    """
+    if len(features) > 0 and use_native(features[0]):
+        if biases is None:
+            biases = [None] * len(features)
+        return _native.multi_exit_linear_head(features, weights, biases)[0]
+    _checks.multi_exit_linear_head(features, weights, biases)
+    return reference.multi_exit_linear_head(features, weights, biases)

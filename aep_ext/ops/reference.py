@@ -1,0 +1,227 @@
+"""The pure-torch oracle of every operator: the specification, the test oracle and the fallback without the extension.
+
+The functions take the same arguments as the public ones in :mod:`aep_ext.ops` and expect them to have been checked.
+They run on any device and are differentiated by torch. Three rules hold throughout:
+
+- sums are formed in the *accumulation dtype*: float64 for float64, float32 for float32, bfloat16 and float16;
+- a weighted sum over exits is rounded product by product and added in ascending order of the exits, so that every
+  implementation returns the same bits;
+- nothing reads a value back from the device.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from aep_ext.ops._checks import accumulate_dtype
+from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
+
+# The table of subset scores is built for at most this many numbers at a time (64 MiB of float32).
+_SUBSET_TABLE = 1 << 24
+
+
+def _autocast(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Casts to the autocast dtype where autocast is on, as torch does for ``linear``; float64 stays."""
+    kind = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def multi_exit_linear_head(
+    features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
+) -> Tensor:
+    """Global average pool and linear layer of every exit, stacked: (E, N, K)."""
+    exits = len(features)
+    biases = [None] * exits if biases is None else list(biases)
+    cast = _autocast([*features, *weights, *biases])
+    features, weights, biases = cast[:exits], cast[exits : 2 * exits], cast[2 * exits :]
+    return torch.stack([F.linear(x.mean((2, 3)), w, b) for x, w, b in zip(features, weights, biases)])
+
+
+def _weighted(exit_logits: Tensor, weights: Tensor) -> Tensor:
+    """Sum over exits in the accumulation dtype: rounded products added in ascending order."""
+    dtype = accumulate_dtype(exit_logits.dtype)
+    weights = weights.to(dtype)
+    total = exit_logits[0].to(dtype) * weights[0]
+    for e in range(1, exit_logits.shape[0]):
+        total = total + exit_logits[e].to(dtype) * weights[e]
+    return total
+
+
+def ensemble(exit_logits: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the exits' logits: (N, K)."""
+    return _weighted(exit_logits, weights).to(exit_logits.dtype)
+
+
+def _statistics(scaled: Tensor) -> Tensor:
+    """(N, 3) in the dtype of ``scaled``: confidence, entropy in nats and margin of ``softmax(scaled)``."""
+    probabilities = torch.softmax(scaled, -1)
+    # entr(p) = -p ln p, with entr(0) = 0 and entr(NaN) = NaN.
+    entropy = torch.special.entr(probabilities).sum(-1)
+    top = probabilities.topk(min(2, probabilities.shape[-1]), -1).values
+    confidence = top[:, 0]
+    margin = confidence - top[:, 1] if top.shape[-1] == 2 else confidence
+    # topk ranks NaN first, but a softmax row is NaN as a whole or not at all.
+    return torch.stack([confidence, entropy, margin], -1)
+
+
+def ensemble_stats(
+    exit_logits: Tensor,
+    weights: Tensor,
+    *,
+    normalizer: float | Tensor = 1.0,
+    temperature: float | Tensor = 1.0,
+) -> EnsembleStats:
+    """Weighted sum with the statistics of its softmax."""
+    logits = ensemble(exit_logits, weights)
+    with torch.no_grad():
+        dtype = accumulate_dtype(logits.dtype)
+        divisor = _scalar(normalizer, logits, dtype) * _scalar(temperature, logits, dtype)
+        stats = _statistics(logits.to(dtype) / divisor)
+        return EnsembleStats(logits, stats.float(), logits.argmax(-1))
+
+
+def joint_cross_entropy(
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> JointLoss:
+    """Cross entropy of every exit and their weighted sum. A label out of range gives a NaN loss and no gradient."""
+    dtype = accumulate_dtype(exit_logits.dtype)
+    classes = exit_logits.shape[-1]
+    log_p = torch.log_softmax(exit_logits.to(dtype), -1)
+    used = target != ignore_index
+    known = (target >= 0) & (target < classes)
+    label = torch.where(known, target, 0)
+    row_weight = torch.ones_like(label, dtype=dtype) if class_weight is None else class_weight.to(dtype)[label]
+    losses = -log_p.gather(-1, label.expand(exit_logits.shape[:2]).unsqueeze(-1)).squeeze(-1) * row_weight
+    if label_smoothing > 0:
+        smooth = -(log_p if class_weight is None else log_p * class_weight.to(dtype)).sum(-1)
+        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * smooth
+    losses = losses.masked_fill(used & ~known, float("nan")).masked_fill(~used, 0.0)
+    if reduction == "mean":
+        exit_losses = losses.sum(-1) / row_weight.masked_fill(~used, 0.0).sum()
+    else:
+        exit_losses = losses.sum(-1) if reduction == "sum" else losses
+    exit_weights = exit_weights.to(dtype)
+    loss = exit_losses[0] * exit_weights[0]
+    for e in range(1, exit_logits.shape[0]):
+        loss = loss + exit_losses[e] * exit_weights[e]
+    return JointLoss(loss, exit_losses)
+
+
+def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """Top-1 and top-5 counts of every subset: (2^E - 1, 2) int64. A label out of range is never correct."""
+    with torch.no_grad():
+        exits, rows, classes = exit_logits.shape
+        dtype = accumulate_dtype(exit_logits.dtype)
+        products = exit_logits.to(dtype) * weights.to(dtype)[:, None, None]
+        low = max(0, min(exits, (_SUBSET_TABLE // max(1, classes)).bit_length() - 1))  # exits in one table
+        step = max(1, _SUBSET_TABLE // (classes << low))
+        counts = torch.zeros(1 << exits, 2, dtype=torch.int64, device=exit_logits.device)
+        for start in range(0, rows, step):
+            part, label = products[:, start : start + step], target[start : start + step]
+            table = torch.zeros_like(part[:1])  # row m: the sum over the subset m of the first `low` exits
+            for e in range(low):
+                table = torch.cat([table, table + part[e]])
+            for high in range(1 << (exits - low)):
+                scores = table
+                for e in range(low, exits):
+                    if high >> (e - low) & 1:
+                        scores = scores + part[e]
+                counts[high << low : (high + 1) << low] += _correct(scores, label)
+        return counts[1:]
+
+
+def _correct(scores: Tensor, target: Tensor) -> Tensor:
+    """(M, 2): rows of ``scores`` (M, n, K) whose label has rank 0, and rank below min(5, K)."""
+    classes = scores.shape[-1]
+    label = target.clamp(0, classes - 1)[:, None]
+    own = scores.gather(-1, label.expand(scores.shape[0], -1, 1))
+    lower = torch.arange(classes, device=scores.device) < label
+    rank = ((scores > own) | ((scores == own) & lower)).sum(-1)
+    wrong = scores.isnan().any(-1) | (target < 0) | (target >= classes)
+    rank = rank.masked_fill(wrong, classes)
+    return torch.stack([(rank < 1).sum(-1), (rank < min(5, classes)).sum(-1)], -1)
+
+
+def _scalar(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A 0-d tensor of ``dtype`` beside ``like``."""
+    return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=like.device)
+
+
+def gate(
+    features: Tensor,
+    running: Tensor,
+    weight_sum: float | Tensor,
+    indices: Tensor,
+    state: Tensor,
+    exit_logits: Tensor,
+    *,
+    weight: float | Tensor,
+    threshold: float | Tensor,
+    temperature: float | Tensor = 1.0,
+    policy: str = "confidence",
+    on: str = "ensemble",
+    enabled: bool = True,
+) -> GateResult:
+    """Adds one exit to the running ensemble, decides which rows leave, and puts those that stay in front."""
+    with torch.no_grad():
+        dtype = accumulate_dtype(exit_logits.dtype)
+        weight, weight_sum = _scalar(weight, running, dtype), _scalar(weight_sum, running, dtype)
+        threshold, temperature = _scalar(threshold, running, dtype), _scalar(temperature, running, dtype)
+        own = exit_logits.to(dtype)
+        running = (running.to(dtype) + own * weight).to(running.dtype)
+        weight_sum = weight_sum + weight
+        answer = running.argmax(-1)
+        if on == "ensemble":
+            judged, judged_class = running.to(dtype) / (weight_sum * temperature), answer
+        else:
+            judged, judged_class = own / temperature, own.argmax(-1)
+        stats = _statistics(judged).float()
+        leaves, state = _decide(policy, stats, judged_class, state, threshold)
+        if not enabled:
+            leaves = torch.zeros_like(leaves)
+        order = torch.argsort(leaves.to(torch.uint8), stable=True)
+        count = (~leaves).sum()
+        gone = (torch.arange(order.shape[0], device=order.device) >= count).view(-1, *[1] * (features.dim() - 1))
+        # Channels_last stays so, which indexing alone would not give.
+        compacted = torch.empty_like(features, memory_format=suggest_memory_format(features))
+        compacted.copy_(features[order].masked_fill(gone, 0))
+        return GateResult(
+            compacted, running[order], indices[order], state[order], stats[order], answer[order], weight_sum, count
+        )
+
+
+def _decide(
+    policy: str, stats: Tensor, judged_class: Tensor, state: Tensor, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which rows reach ``threshold`` (n,) bool, and the new state. A row without a distribution (NaN) never does.
+
+    Statistics are compared in float32, the precision in which they are returned; counts in float64.
+    """
+    confidence, entropy, margin = stats.unbind(-1)
+    valid = ~confidence.isnan()
+    if policy == "confidence":
+        return confidence >= threshold.float(), state
+    if policy == "entropy":
+        return entropy <= threshold.float(), state
+    if policy == "margin":
+        return margin >= threshold.float(), state
+    if policy == "patience":
+        last, length = state.unbind(-1)
+        length = torch.where(judged_class == last, length + 1, 1).masked_fill(~valid, 0)
+        last = judged_class.masked_fill(~valid, -1)
+        return valid & (length.double() >= threshold.double()), torch.stack([last, length], -1)
+    votes = state.scatter_add(-1, judged_class[:, None], valid.to(torch.int64)[:, None])
+    return valid & (votes.amax(-1).double() >= threshold.double()), votes

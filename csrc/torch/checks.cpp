@@ -1,0 +1,220 @@
+#include "checks.h"
+
+#include <c10/util/Exception.h>
+
+#include <cmath>
+#include <ostream>
+
+#include "kernels/params.h"
+
+namespace aep {
+
+namespace {
+
+// An argument's name, with its place in a list: "features[2]".
+struct Name {
+  const char* text;
+  int64_t index = -1;
+};
+
+std::ostream& operator<<(std::ostream& out, const Name& name) {
+  out << name.text;
+  return name.index < 0 ? out : out << '[' << name.index << ']';
+}
+
+// torch's name in Python, without "torch.".
+const char* type_name(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    case at::kBFloat16: return "bfloat16";
+    case at::kHalf: return "float16";
+    case at::kLong: return "int64";
+    case at::kInt: return "int32";
+    case at::kShort: return "int16";
+    case at::kChar: return "int8";
+    case at::kByte: return "uint8";
+    case at::kBool: return "bool";
+    case at::kComplexHalf: return "complex32";
+    case at::kComplexFloat: return "complex64";
+    case at::kComplexDouble: return "complex128";
+    default: return c10::toString(type);
+  }
+}
+
+bool is_floating(const Tensor& tensor) {
+  const auto type = tensor.scalar_type();
+  return type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf;
+}
+
+void floating(const char* op, Name name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(is_floating(tensor), "aep::", op, ": ", name, " must be float32, float64, bfloat16 or float16, got ",
+                   type_name(tensor.scalar_type()));
+}
+
+void has_type(const char* op, Name name, const Tensor& tensor, at::ScalarType type) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, "aep::", op, ": ", name, " must be ", type_name(type), ", got ",
+                   type_name(tensor.scalar_type()));
+}
+
+void has_shape(const char* op, Name name, const Tensor& tensor, at::IntArrayRef shape) {
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, "aep::", op, ": ", name, " must have shape ", shape, ", got ", tensor.sizes());
+}
+
+void on_device(const char* op, Name name, const Tensor& tensor, at::Device device) {
+  TORCH_CHECK_VALUE(tensor.device() == device, "aep::", op, ": ", name, " must be on device ", device, ", got ",
+                    tensor.device());
+}
+
+void is_exit_logits(const char* op, const Tensor& exit_logits) {
+  floating(op, {"exit_logits"}, exit_logits);
+  TORCH_CHECK_VALUE(exit_logits.dim() == 3, "aep::", op, ": exit_logits must have 3 dimensions (E, N, K), got shape ",
+                    exit_logits.sizes());
+  TORCH_CHECK_VALUE(exit_logits.size(0) >= 1 && exit_logits.size(2) >= 1, "aep::", op,
+                    ": exit_logits must have E >= 1 and K >= 1, got shape ", exit_logits.sizes());
+}
+
+void is_integers(const char* op, Name name, const Tensor& tensor, at::IntArrayRef shape, at::Device device) {
+  has_type(op, name, tensor, at::kLong);
+  has_shape(op, name, tensor, shape);
+  on_device(op, name, tensor, device);
+}
+
+}  // namespace
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef shape) {
+  has_shape(op, {name}, tensor, shape);
+}
+
+void check_dtype(const char* op, const char* name, const Tensor& tensor, at::ScalarType type) {
+  has_type(op, {name}, tensor, type);
+}
+
+void check_device(const char* op, const char* name, const Tensor& tensor, at::Device device) {
+  on_device(op, {name}, tensor, device);
+}
+
+void check_floating(const char* op, const char* name, const Tensor& tensor) { floating(op, {name}, tensor); }
+
+void check_vector(const char* op, const char* name, const Tensor& vector, int64_t length, at::Device device) {
+  floating(op, {name}, vector);
+  has_shape(op, {name}, vector, {length});
+  on_device(op, {name}, vector, device);
+}
+
+void check_head(at::TensorList features, at::TensorList weights, const Biases& biases) {
+  constexpr const char* op = "multi_exit_linear_head";
+  TORCH_CHECK_VALUE(!features.empty(), "aep::", op, ": features must hold at least 1 tensor, got 0");
+  const auto exits = static_cast<int64_t>(features.size());
+  TORCH_CHECK_VALUE(weights.size() == features.size(), "aep::", op, ": weights must hold ", exits, " tensors, got ",
+                    weights.size());
+  TORCH_CHECK_VALUE(biases.size() == features.size(), "aep::", op, ": biases must hold ", exits, " tensors, got ",
+                    biases.size());
+  for (int64_t e = 0; e < exits; ++e) {
+    const Tensor& x = features[e];
+    const Name name{"features", e};
+    floating(op, name, x);
+    TORCH_CHECK_VALUE(x.dim() == 4, "aep::", op, ": ", name, " must have 4 dimensions (N, C, H, W), got shape ", x.sizes());
+    TORCH_CHECK_VALUE(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, "aep::", op, ": ", name,
+                      " must have C, H and W of at least 1, got shape ", x.sizes());
+  }
+  const Tensor& first = features[0];
+  TORCH_CHECK_VALUE(weights[0].dim() == 2 && weights[0].size(0) >= 1, "aep::", op,
+                    ": weights[0] must have shape [K, C] with K >= 1, got ", weights[0].sizes());
+  const int64_t classes = weights[0].size(0);
+  for (int64_t e = 0; e < exits; ++e) {
+    const Tensor& x = features[e];
+    TORCH_CHECK_VALUE(x.size(0) == first.size(0), "aep::", op, ": ", Name{"features", e}, " must have N = ", first.size(0),
+                      ", got shape ", x.sizes());
+    has_shape(op, {"weights", e}, weights[e], {classes, x.size(1)});
+    const std::optional<Tensor> bias = biases[e];
+    if (bias.has_value()) {
+      has_shape(op, {"biases", e}, *bias, {classes});
+    }
+    has_type(op, {"features", e}, x, first.scalar_type());
+    on_device(op, {"features", e}, x, first.device());
+    has_type(op, {"weights", e}, weights[e], first.scalar_type());
+    on_device(op, {"weights", e}, weights[e], first.device());
+    if (bias.has_value()) {
+      has_type(op, {"biases", e}, *bias, first.scalar_type());
+      on_device(op, {"biases", e}, *bias, first.device());
+    }
+  }
+}
+
+void check_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights) {
+  is_exit_logits(op, exit_logits);
+  check_vector(op, "weights", weights, exit_logits.size(0), exit_logits.device());
+}
+
+void check_scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, double value, at::Device device,
+                  bool positive) {
+  if (tensor.has_value()) {
+    floating(op, {name}, *tensor);
+    has_shape(op, {name}, *tensor, {});
+    on_device(op, {name}, *tensor, device);
+  } else if (positive) {
+    TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, "aep::", op, ": ", name, " must be finite and greater than 0, got ",
+                      value);
+  } else {
+    TORCH_CHECK_VALUE(!std::isnan(value), "aep::", op, ": ", name, " must not be NaN, got ", value);
+  }
+}
+
+void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target, const std::optional<Tensor>& class_weight,
+                double label_smoothing) {
+  is_exit_logits(op, exit_logits);
+  is_integers(op, {"target"}, target, {exit_logits.size(1)}, exit_logits.device());
+  if (class_weight.has_value()) {
+    check_vector(op, "class_weight", *class_weight, exit_logits.size(2), exit_logits.device());
+  }
+  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "aep::", op, ": label_smoothing must be within 0..1, got ",
+                    label_smoothing);
+}
+
+void check_reduction(std::string_view reduction) {
+  TORCH_CHECK_VALUE(reduction == "none" || reduction == "mean" || reduction == "sum",
+                    "aep::joint_cross_entropy: reduction must be 'none', 'mean' or 'sum', got '", reduction, "'");
+}
+
+void check_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target) {
+  constexpr const char* op = "subset_correct";
+  check_ensemble(op, exit_logits, weights);
+  TORCH_CHECK_VALUE(exit_logits.size(0) <= kernels::kMaxSubsetExits, "aep::", op, ": exit_logits must have at most ",
+                    kernels::kMaxSubsetExits, " exits, got ", exit_logits.size(0));
+  is_integers(op, {"target"}, target, {exit_logits.size(1)}, exit_logits.device());
+}
+
+void check_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
+                const Tensor& exit_logits, std::string_view policy, std::string_view on) {
+  constexpr const char* op = "gate";
+  floating(op, {"exit_logits"}, exit_logits);
+  TORCH_CHECK_VALUE(exit_logits.dim() == 2 && exit_logits.size(1) >= 1, "aep::", op,
+                    ": exit_logits must have shape [n, K] with K >= 1, got ", exit_logits.sizes());
+  const int64_t rows = exit_logits.size(0);
+  const int64_t classes = exit_logits.size(1);
+  const at::Device device = exit_logits.device();
+  TORCH_CHECK_VALUE(
+      policy == "confidence" || policy == "entropy" || policy == "margin" || policy == "patience" || policy == "vote", "aep::",
+      op, ": policy must be one of confidence, entropy, margin, patience, vote, got '", policy, "'");
+  TORCH_CHECK_VALUE(on == "ensemble" || on == "exit", "aep::", op, ": on must be 'ensemble' or 'exit', got '", on, "'");
+  floating(op, {"features"}, features);
+  TORCH_CHECK_VALUE(features.dim() >= 1 && features.size(0) == rows, "aep::", op, ": features must have ", rows,
+                    " rows, got shape ", features.sizes());
+  on_device(op, {"features"}, features, device);
+  const auto type = exit_logits.scalar_type();
+  const auto wide = accumulate_type(type);
+  if (type == wide) {
+    has_type(op, {"running"}, running, type);
+  } else {
+    TORCH_CHECK_TYPE(running.scalar_type() == type || running.scalar_type() == wide, "aep::", op, ": running must be ",
+                     type_name(wide), " or ", type_name(type), ", got ", type_name(running.scalar_type()));
+  }
+  has_shape(op, {"running"}, running, {rows, classes});
+  on_device(op, {"running"}, running, device);
+  is_integers(op, {"indices"}, indices, {rows}, device);
+  const int64_t width = policy == "patience" ? 2 : policy == "vote" ? classes : 0;
+  is_integers(op, {"state"}, state, {rows, width}, device);
+}
+
+}  // namespace aep

@@ -1,0 +1,35 @@
+// Checks of the operators' arguments, in the words of aep_ext/ops/_checks.py: "aep::<operator>: <rule>, got <value>".
+// They run in the backend kernels, where sizes are known; fake tensors are checked by the Python twin.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+namespace aep {
+
+using at::Tensor;
+using Biases = c10::List<std::optional<Tensor>>;
+
+// float64 for float64, float32 for everything narrower.
+inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+void check_head(at::TensorList features, at::TensorList weights, const Biases& biases);
+void check_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights);
+void check_scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, double value, at::Device device,
+                  bool positive);
+void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target, const std::optional<Tensor>& class_weight,
+                double label_smoothing);
+void check_vector(const char* op, const char* name, const Tensor& vector, int64_t length, at::Device device);
+void check_reduction(std::string_view reduction);
+void check_shape(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef shape);
+void check_dtype(const char* op, const char* name, const Tensor& tensor, at::ScalarType type);
+void check_device(const char* op, const char* name, const Tensor& tensor, at::Device device);
+void check_floating(const char* op, const char* name, const Tensor& tensor);
+void check_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target);
+void check_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
+                const Tensor& exit_logits, std::string_view policy, std::string_view on);
+
+}  // namespace aep

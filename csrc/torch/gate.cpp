@@ -1,0 +1,117 @@
+// gate: common part of the backends; not differentiable.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "autograd.h"
+#include "prepare.h"
+
+namespace aep {
+
+using OptionalTensor = std::optional<Tensor>;
+using GateResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+namespace {
+
+kernels::GatePolicy kernel_policy(std::string_view policy) {
+  if (policy == "confidence") return kernels::GatePolicy::confidence;
+  if (policy == "entropy") return kernels::GatePolicy::entropy;
+  if (policy == "margin") return kernels::GatePolicy::margin;
+  return policy == "patience" ? kernels::GatePolicy::patience : kernels::GatePolicy::vote;
+}
+
+// A matrix whose rows are dense.
+Tensor dense_rows(const Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+}
+
+// Every row laid out as in `like`, so that rows can be copied as bytes; rows may lie anywhere.
+Tensor rows_like(const Tensor& tensor, const Tensor& like, at::MemoryFormat format) {
+  return tensor.strides().slice(1) == like.strides().slice(1) ? tensor : tensor.contiguous(format);
+}
+
+}  // namespace
+
+GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
+                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy, std::string_view on,
+                      bool enabled) {
+  constexpr const char* op = "gate";
+  check_gate(features, running, indices, state, exit_logits, policy, on);
+  const at::Device device = exit_logits.device();
+  check_scalar(op, "weight_sum", scalars.weight_sum_tensor, scalars.weight_sum, device, false);
+  check_scalar(op, "weight", scalars.weight_tensor, scalars.weight, device, false);
+  check_scalar(op, "threshold", scalars.threshold_tensor, scalars.threshold, device, false);
+  check_scalar(op, "temperature", scalars.temperature_tensor, scalars.temperature, device, true);
+
+  const auto type = exit_logits.scalar_type();
+  const auto options = exit_logits.options();
+  GateCall call;
+  auto& p = call.params;
+  p.n = exit_logits.size(0), p.K = exit_logits.size(1), p.S = state.size(1);
+  const auto format = features.suggest_memory_format();
+  call.features = at::empty_like(features, features.options(), format);
+  call.running = at::empty({p.n, p.K}, running.options());
+  call.indices = at::empty({p.n}, indices.options());
+  call.state = at::empty({p.n, p.S}, state.options());
+  call.stats = at::empty({p.n, 3}, options.dtype(at::kFloat));
+  call.argmax = at::empty({p.n}, indices.options());
+  call.weight_sum = at::empty({}, options.dtype(accumulate_type(type)));
+  call.count = at::empty({}, indices.options());
+
+  auto& keep = call.keep;
+  keep[0] = rows_like(features, call.features, format);
+  keep[1] = dense_rows(running);
+  keep[2] = dense_rows(exit_logits);
+  keep[3] = indices.contiguous();
+  keep[4] = state.contiguous();
+  p.features = keep[0].const_data_ptr();
+  p.running = keep[1].const_data_ptr();
+  p.exit_logits = keep[2].const_data_ptr();
+  p.indices = keep[3].const_data_ptr<int64_t>();
+  p.state = keep[4].const_data_ptr<int64_t>();
+  p.features_out = call.features.mutable_data_ptr();
+  p.running_out = call.running.mutable_data_ptr();
+  p.indices_out = call.indices.mutable_data_ptr<int64_t>();
+  p.state_out = call.state.mutable_data_ptr<int64_t>();
+  p.stats_out = call.stats.mutable_data_ptr<float>();
+  p.argmax_out = call.argmax.mutable_data_ptr<int64_t>();
+  p.weight_sum_out = call.weight_sum.mutable_data_ptr();
+  p.count_out = call.count.mutable_data_ptr<int64_t>();
+  p.dtype = kernel_type(type);
+  p.running_dtype = kernel_type(running.scalar_type());
+  p.running_stride_n = keep[1].stride(0), p.logits_stride_n = keep[2].stride(0);
+  const auto size = static_cast<int64_t>(features.element_size());
+  p.feature_row_bytes = p.n > 0 ? features.numel() / p.n * size : 0;
+  p.feature_stride_bytes = keep[0].stride(0) * size;
+  p.feature_out_stride_bytes = call.features.stride(0) * size;
+  p.weight_sum = kernel_scalar(scalars.weight_sum_tensor, scalars.weight_sum, type, keep[5]);
+  p.weight = kernel_scalar(scalars.weight_tensor, scalars.weight, type, keep[6]);
+  p.threshold = kernel_scalar(scalars.threshold_tensor, scalars.threshold, type, keep[7]);
+  p.temperature = kernel_scalar(scalars.temperature_tensor, scalars.temperature, type, keep[8]);
+  p.policy = kernel_policy(policy);
+  p.on = on == "ensemble" ? kernels::GateOn::ensemble : kernels::GateOn::exit;
+  p.enabled = enabled;
+  return call;
+}
+
+namespace {
+
+GateResult gate_autograd(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
+                         const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
+                         const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
+                         const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor,
+                         std::string_view policy, std::string_view on, bool enabled) {
+  static auto op =
+      find_operator<GateResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double,
+                               double, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                               const OptionalTensor&, std::string_view, std::string_view, bool)>("aep::gate");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature, weight_sum_tensor,
+                 weight_tensor, threshold_tensor, temperature_tensor, policy, on, enabled);
+}
+
+}  // namespace
+
+}  // namespace aep
+
+TORCH_LIBRARY_IMPL(aep, Autograd, m) { m.impl("gate", &aep::gate_autograd); }

@@ -1,0 +1,187 @@
+// multi_exit_linear_head: common part of the backends, autograd, autocast.
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include "autograd.h"
+#include "prepare.h"
+
+namespace aep {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using HeadResult = std::tuple<Tensor, Tensor>;
+
+HeadCall prepare_head(at::TensorList features, at::TensorList weights, const Biases& biases) {
+  check_head(features, weights, biases);
+  const auto exits = static_cast<int64_t>(features.size());
+  const int64_t rows = features[0].size(0);
+  int64_t channels = 0;
+  for (const Tensor& x : features) {
+    channels += x.size(1);
+  }
+  HeadCall call;
+  call.pooled = at::empty({rows, channels}, features[0].options());
+  call.logits = at::empty({exits, rows, weights[0].size(0)}, features[0].options());
+  call.pools.reserve(exits);
+  auto* out = static_cast<char*>(call.pooled.mutable_data_ptr());
+  for (const Tensor& x : features) {
+    kernels::GlobalAvgPoolParams p{};
+    p.input = x.const_data_ptr();
+    p.output = out;
+    p.dtype = kernel_type(x.scalar_type());
+    p.N = rows, p.C = x.size(1), p.H = x.size(2), p.W = x.size(3);
+    p.stride_n = x.stride(0), p.stride_c = x.stride(1), p.stride_h = x.stride(2), p.stride_w = x.stride(3);
+    p.out_stride_n = channels, p.out_stride_c = 1;
+    call.pools.push_back(p);
+    out += p.C * x.element_size();
+  }
+  return call;
+}
+
+void finish_head(const HeadCall& call, at::TensorList weights, const Biases& biases) {
+  int64_t offset = 0;
+  for (size_t e = 0; e < weights.size(); ++e) {
+    const int64_t channels = weights[e].size(1);
+    const Tensor pooled = call.pooled.narrow(1, offset, channels);
+    Tensor out = call.logits.select(0, static_cast<int64_t>(e));
+    const std::optional<Tensor> bias = biases[e];
+    if (bias.has_value()) {
+      at::addmm_out(out, *bias, pooled, weights[e].t());
+    } else {
+      at::mm_out(out, pooled, weights[e].t());
+    }
+    offset += channels;
+  }
+}
+
+namespace {
+
+HeadResult dispatch_head(at::TensorList features, at::TensorList weights, const Biases& biases) {
+  static auto op = find_operator<HeadResult(at::TensorList, at::TensorList, const Biases&)>("aep::multi_exit_linear_head");
+  return op.call(features, weights, biases);
+}
+
+// One node for all exits: it saves the weights and the pooled features, not the feature maps.
+class HeadFunction : public torch::autograd::Function<HeadFunction> {
+ public:
+  // `tensors`: E features, E weights, then those biases that exist.
+  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const Biases* biases) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const size_t exits = biases->size();
+    const auto features = tensors.slice(0, exits);
+    const auto weights = tensors.slice(exits, exits);
+    auto [logits, pooled] = dispatch_head(features, weights, *biases);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({pooled});
+    variable_list saved = weights.vec();
+    saved.push_back(pooled);
+    ctx->save_for_backward(std::move(saved));
+    std::vector<bool> has_bias(exits);
+    std::vector<c10::SymInt> shapes;
+    for (size_t e = 0; e < exits; ++e) {
+      const std::optional<Tensor> bias = (*biases)[e];
+      has_bias[e] = bias.has_value();
+      const auto sizes = features[e].sym_sizes();
+      shapes.insert(shapes.end(), sizes.begin(), sizes.end());
+    }
+    ctx->saved_data["has_bias"] = c10::List<bool>(has_bias_list(has_bias));
+    ctx->saved_data["shapes"] = c10::IValue(c10::SymIntArrayRef(shapes));
+    return {logits, pooled};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto has_bias = ctx->saved_data["has_bias"].toBoolList();
+    const size_t exits = has_bias.size();
+    const auto shapes = ctx->saved_data["shapes"].toSymIntVector();
+    const auto saved = ctx->get_saved_variables();
+    const Tensor& pooled = saved[exits];
+    size_t inputs = 2 * exits;
+    for (size_t e = 0; e < exits; ++e) {
+      inputs += has_bias.get(e);
+    }
+    variable_list result(inputs + 1);
+    if (!grads[0].defined()) {
+      return result;
+    }
+    {
+      at::AutoGradMode no_grad(false);
+      c10::SymInt offset = 0;
+      size_t next_bias = 2 * exits;
+      for (size_t e = 0; e < exits; ++e) {
+        const Tensor grad = grads[0].select(0, static_cast<int64_t>(e));
+        const auto shape = c10::SymIntArrayRef(shapes).slice(4 * e, 4);
+        if (ctx->needs_input_grad(e)) {
+          // One number per channel, shown at full size: autograd adds it to the trunk's gradient without a copy of that size.
+          const Tensor each = grad.mm(saved[e]).div(c10::Scalar(shape[2] * shape[3]));
+          result[e] = each.unsqueeze(-1).unsqueeze(-1).expand_symint(shape);
+        }
+        if (ctx->needs_input_grad(exits + e)) {
+          result[exits + e] = grad.t().mm(pooled.narrow_symint(1, offset, shape[1]));
+        }
+        if (has_bias.get(e)) {
+          if (ctx->needs_input_grad(next_bias)) {
+            result[next_bias] = grad.sum(0);
+          }
+          ++next_bias;
+        }
+        offset += shape[1];
+      }
+    }
+    variable_list sources(saved.begin(), saved.begin() + static_cast<int64_t>(exits));
+    sources.push_back(grads[0]);
+    differentiable_once("multi_exit_linear_head", sources, result);
+    return result;
+  }
+
+ private:
+  static c10::List<bool> has_bias_list(const std::vector<bool>& values) {
+    c10::List<bool> list;
+    for (const bool value : values) {
+      list.push_back(value);
+    }
+    return list;
+  }
+};
+
+HeadResult head_autograd(at::TensorList features, at::TensorList weights, const Biases& biases) {
+  std::vector<Tensor> tensors(features.begin(), features.end());
+  tensors.insert(tensors.end(), weights.begin(), weights.end());
+  for (size_t e = 0; e < biases.size(); ++e) {
+    const std::optional<Tensor> bias = biases[e];
+    if (bias.has_value()) {
+      tensors.push_back(*bias);
+    }
+  }
+  // Lists of unequal length cannot be told apart behind this point; the backend's checks name them.
+  const bool matched = features.size() == weights.size() && features.size() == biases.size() && !features.empty();
+  if (!matched || !needs_graph(at::TensorList(tensors))) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return dispatch_head(features, weights, biases);
+  }
+  const auto outputs = HeadFunction::apply(at::TensorList(tensors), &biases);
+  return {outputs[0], outputs[1]};
+}
+
+// As torch does for `linear`: everything to the autocast dtype, float64 excepted.
+HeadResult head_autocast(at::TensorList features, at::TensorList weights, const Biases& biases) {
+  const auto device = features.empty() ? at::kCPU : features[0].device().type();
+  c10::impl::ExcludeDispatchKeyGuard guard(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const auto type = at::autocast::get_autocast_dtype(device);
+  Biases cast;
+  for (size_t e = 0; e < biases.size(); ++e) {
+    const std::optional<Tensor> bias = biases[e];
+    cast.push_back(at::autocast::cached_cast(type, bias, device));
+  }
+  return dispatch_head(at::autocast::cached_cast(type, features, device), at::autocast::cached_cast(type, weights, device), cast);
+}
+
+}  // namespace
+
+}  // namespace aep
+
+TORCH_LIBRARY_IMPL(aep, Autograd, m) { m.impl("multi_exit_linear_head", &aep::head_autograd); }
+TORCH_LIBRARY_IMPL(aep, AutocastCPU, m) { m.impl("multi_exit_linear_head", &aep::head_autocast); }
+TORCH_LIBRARY_IMPL(aep, AutocastCUDA, m) { m.impl("multi_exit_linear_head", &aep::head_autocast); }

@@ -1,0 +1,210 @@
+// joint_cross_entropy: common part of the backends, autograd. Autocast leaves it alone: losses are formed in float32 whatever the
+// dtype of the logits, which a cast of the logits would only copy.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "autograd.h"
+#include "prepare.h"
+
+namespace aep {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                      const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
+                      std::string_view reduction) {
+  constexpr const char* op = "joint_cross_entropy";
+  check_loss(op, exit_logits, target, class_weight, label_smoothing);
+  check_vector(op, "exit_weights", exit_weights, exit_logits.size(0), exit_logits.device());
+  check_reduction(reduction);
+  const auto type = exit_logits.scalar_type();
+  const auto wide = exit_logits.options().dtype(accumulate_type(type));
+  LossCall call;
+  auto& p = call.params;
+  p.E = exit_logits.size(0), p.N = exit_logits.size(1), p.K = exit_logits.size(2);
+  call.exit_weights = accumulated(exit_weights, type);
+  call.row_losses = at::empty({p.E, p.N}, wide);
+  call.log_sum_exp = at::empty({p.E, p.N}, wide);
+  call.denominator = at::empty({}, wide);
+  p.logits = exit_logits.const_data_ptr();
+  p.target = target.const_data_ptr<int64_t>();
+  if (class_weight.has_value()) {
+    call.class_weight = accumulated(*class_weight, type);
+    p.class_weight = call.class_weight.const_data_ptr();
+  }
+  p.row_losses = call.row_losses.mutable_data_ptr();
+  p.log_sum_exp = call.log_sum_exp.mutable_data_ptr();
+  p.dtype = kernel_type(type);
+  p.stride_e = exit_logits.stride(0), p.stride_n = exit_logits.stride(1), p.stride_k = exit_logits.stride(2);
+  p.target_stride = target.stride(0);
+  p.ignore_index = ignore_index;
+  p.label_smoothing = label_smoothing;
+
+  auto& r = call.reduce;
+  const bool none = reduction == "none";
+  r.reduction = none ? kernels::Reduction::none : reduction == "mean" ? kernels::Reduction::mean : kernels::Reduction::sum;
+  call.loss = none ? at::empty({p.N}, wide) : at::empty({}, wide);
+  call.exit_losses = none ? call.row_losses : at::empty({p.E}, wide);
+  r.row_losses = p.row_losses;
+  r.exit_weights = call.exit_weights.const_data_ptr();
+  r.target = p.target;
+  r.class_weight = p.class_weight;
+  r.loss = call.loss.mutable_data_ptr();
+  r.exit_losses = none ? nullptr : call.exit_losses.mutable_data_ptr();
+  r.denominator = call.denominator.mutable_data_ptr();
+  r.dtype = p.dtype;
+  r.E = p.E, r.N = p.N, r.K = p.K;
+  r.target_stride = p.target_stride;
+  r.ignore_index = ignore_index;
+  return call;
+}
+
+LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
+                                       const Tensor& log_sum_exp, const OptionalTensor& class_weight, double label_smoothing,
+                                       int64_t ignore_index) {
+  constexpr const char* op = "joint_cross_entropy_backward";
+  check_loss(op, exit_logits, target, class_weight, label_smoothing);
+  const auto type = exit_logits.scalar_type();
+  LossBackwardCall call;
+  auto& p = call.params;
+  p.E = exit_logits.size(0), p.N = exit_logits.size(1), p.K = exit_logits.size(2);
+  for (const auto& [name, tensor] : {std::pair{"coefficients", &coefficients}, std::pair{"log_sum_exp", &log_sum_exp}}) {
+    check_dtype(op, name, *tensor, accumulate_type(type));
+    check_shape(op, name, *tensor, {p.E, p.N});
+    check_device(op, name, *tensor, exit_logits.device());
+  }
+  call.coefficients = coefficients;
+  call.log_sum_exp = log_sum_exp.contiguous();
+  call.grad_logits = at::empty({p.E, p.N, p.K}, exit_logits.options());
+  p.logits = exit_logits.const_data_ptr();
+  p.target = target.const_data_ptr<int64_t>();
+  if (class_weight.has_value()) {
+    call.class_weight = accumulated(*class_weight, type);
+    p.class_weight = call.class_weight.const_data_ptr();
+  }
+  p.log_sum_exp = call.log_sum_exp.const_data_ptr();
+  p.coefficients = coefficients.const_data_ptr();
+  p.grad_logits = call.grad_logits.mutable_data_ptr();
+  p.dtype = kernel_type(type);
+  p.stride_e = exit_logits.stride(0), p.stride_n = exit_logits.stride(1), p.stride_k = exit_logits.stride(2);
+  p.target_stride = target.stride(0);
+  p.coef_stride_e = coefficients.stride(0), p.coef_stride_n = coefficients.stride(1);
+  p.out_stride_e = p.N * p.K, p.out_stride_n = p.K;
+  p.ignore_index = ignore_index;
+  p.label_smoothing = label_smoothing;
+  return call;
+}
+
+namespace {
+
+LossResult dispatch_loss(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                         const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
+                         std::string_view reduction) {
+  static auto op = find_operator<LossResult(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, int64_t,
+                                            std::string_view)>("aep::joint_cross_entropy");
+  return op.call(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
+}
+
+Tensor dispatch_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients, const Tensor& log_sum_exp,
+                         const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index) {
+  static auto op = find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
+                                        int64_t)>("aep::joint_cross_entropy_backward");
+  return op.call(exit_logits, target, coefficients, log_sum_exp, class_weight, label_smoothing, ignore_index);
+}
+
+class LossFunction : public torch::autograd::Function<LossFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                               const OptionalTensor* class_weight, double label_smoothing, int64_t ignore_index,
+                               std::string_view reduction) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [loss, exit_losses, log_sum_exp, denominator] =
+        dispatch_loss(exit_logits, target, exit_weights, *class_weight, label_smoothing, ignore_index, reduction);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({log_sum_exp, denominator});
+    ctx->save_for_backward({exit_logits, target, exit_weights, class_weight->value_or(Tensor()), log_sum_exp, denominator,
+                            exit_weights.requires_grad() ? exit_losses : Tensor()});
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["reduction"] = std::string(reduction);
+    return {loss, exit_losses, log_sum_exp, denominator};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(7);
+    const Tensor& grad_loss = grads[0];
+    const Tensor& grad_exit_losses = grads[1];
+    if (!grad_loss.defined() && !grad_exit_losses.defined()) {
+      return result;
+    }
+    const auto saved = ctx->get_saved_variables();
+    const Tensor& exit_logits = saved[0];
+    const Tensor& exit_weights = saved[2];
+    const Tensor& class_weight = saved[3];
+    const std::string& reduction = ctx->saved_data["reduction"].toStringRef();
+    const bool none = reduction == "none";
+    if (ctx->needs_input_grad(0)) {
+      // d(final scalar) / d(row loss), (E, N); one number per exit, shown N times, unless rows differ.
+      Tensor coefficients;
+      if (grad_loss.defined()) {
+        const Tensor weights = exit_weights.to(grad_loss.scalar_type());
+        coefficients = (none ? weights.unsqueeze(1) : weights).mul(grad_loss);
+      }
+      if (grad_exit_losses.defined()) {
+        coefficients = coefficients.defined() ? coefficients.add(grad_exit_losses) : grad_exit_losses;
+      }
+      if (reduction == "mean") {
+        coefficients = coefficients.div(saved[5]);
+      }
+      if (!none) {
+        coefficients = coefficients.unsqueeze(1).expand_symint({exit_logits.sym_size(0), exit_logits.sym_size(1)});
+      }
+      result[0] = dispatch_backward(exit_logits, saved[1], coefficients, saved[4],
+                                    class_weight.defined() ? OptionalTensor(class_weight) : std::nullopt,
+                                    ctx->saved_data["label_smoothing"].toDouble(), ctx->saved_data["ignore_index"].toInt());
+    }
+    if (ctx->needs_input_grad(2) && grad_loss.defined()) {
+      const Tensor& exit_losses = saved[6];
+      const Tensor products = exit_losses.mul(grad_loss);
+      result[2] = (none ? products.sum(1) : products).to(exit_weights.scalar_type());
+    }
+    return result;
+  }
+};
+
+LossResult loss_autograd(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                         const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
+                         std::string_view reduction) {
+  TORCH_CHECK_VALUE(!class_weight.has_value() || !needs_graph({&*class_weight}),
+                    "aep::joint_cross_entropy: class_weight must not require a gradient, got requires_grad=True");
+  if (needs_graph({&exit_logits, &exit_weights})) {
+    const auto outputs = LossFunction::apply(exit_logits, target, exit_weights, &class_weight, label_smoothing, ignore_index,
+                                             reduction);
+    return {outputs[0], outputs[1], outputs[2], outputs[3]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return dispatch_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
+}
+
+Tensor backward_autograd(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients, const Tensor& log_sum_exp,
+                         const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index) {
+  std::vector<Tensor> result(1);
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    result[0] = dispatch_backward(exit_logits, target, coefficients, log_sum_exp, class_weight, label_smoothing, ignore_index);
+  }
+  differentiable_once("joint_cross_entropy", {exit_logits, coefficients, log_sum_exp}, result);
+  return result[0];
+}
+
+}  // namespace
+
+}  // namespace aep
+
+TORCH_LIBRARY_IMPL(aep, Autograd, m) {
+  m.impl("joint_cross_entropy", &aep::loss_autograd);
+  m.impl("joint_cross_entropy_backward", &aep::backward_autograd);
+}

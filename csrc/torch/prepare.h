@@ -1,0 +1,106 @@
+// What the backends of an operator share: checks, allocation, and the kernels' parameters. A backend calls prepare_x(), runs the
+// kernels on the parameters, and returns the tensors. Each struct keeps alive whatever its parameters point to.
+#pragma once
+
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <vector>
+
+#include "checks.h"
+#include "kernels/params.h"
+
+namespace aep {
+
+inline kernels::DType kernel_type(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return kernels::DType::f32;
+    case at::kDouble: return kernels::DType::f64;
+    case at::kBFloat16: return kernels::DType::bf16;
+    case at::kHalf: return kernels::DType::f16;
+    default: TORCH_INTERNAL_ASSERT(false, "no kernel type for ", type);
+  }
+}
+
+// A small operand in the accumulation dtype, dense.
+inline Tensor accumulated(const Tensor& tensor, at::ScalarType storage) {
+  return tensor.to(accumulate_type(storage)).contiguous();
+}
+
+// A scalar operand; `keep` holds the tensor that the result points to.
+inline kernels::Scalar kernel_scalar(const std::optional<Tensor>& tensor, double value, at::ScalarType storage, Tensor& keep) {
+  if (!tensor.has_value()) {
+    return {nullptr, value};
+  }
+  keep = accumulated(*tensor, storage);
+  return {keep.const_data_ptr(), 0.0};
+}
+
+struct HeadCall {
+  Tensor logits, pooled;
+  std::vector<kernels::GlobalAvgPoolParams> pools;
+};
+HeadCall prepare_head(at::TensorList features, at::TensorList weights, const Biases& biases);
+// After the pools: the products into the slices of `logits`, by ATen.
+void finish_head(const HeadCall& call, at::TensorList weights, const Biases& biases);
+
+struct EnsembleCall {
+  Tensor output, exit_logits, weights;
+  kernels::EnsembleParams params{};
+};
+EnsembleCall prepare_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights);
+
+struct EnsembleBackwardCall {
+  Tensor output, operand, grad, partials;
+  kernels::EnsembleBackwardParams params{};
+};
+EnsembleBackwardCall prepare_ensemble_backward_logits(const Tensor& grad, const Tensor& weights);
+EnsembleBackwardCall prepare_ensemble_backward_weights(const Tensor& grad, const Tensor& exit_logits);
+
+struct EnsembleStatsCall {
+  EnsembleCall ensemble;
+  Tensor stats, argmax;
+  std::array<Tensor, 2> keep;
+  kernels::EnsembleStatsParams params{};
+};
+EnsembleStatsCall prepare_ensemble_stats(const Tensor& exit_logits, const Tensor& weights, double normalizer,
+                                         double temperature, const std::optional<Tensor>& normalizer_tensor,
+                                         const std::optional<Tensor>& temperature_tensor);
+
+struct LossCall {
+  Tensor loss, exit_losses, log_sum_exp, denominator, row_losses, class_weight, exit_weights;
+  kernels::JointCrossEntropyParams params{};
+  kernels::JointCrossEntropyReduceParams reduce{};
+};
+LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                      const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index,
+                      std::string_view reduction);
+
+struct LossBackwardCall {
+  Tensor grad_logits, coefficients, log_sum_exp, class_weight;
+  kernels::JointCrossEntropyBackwardParams params{};
+};
+LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
+                                       const Tensor& log_sum_exp, const std::optional<Tensor>& class_weight,
+                                       double label_smoothing, int64_t ignore_index);
+
+struct SubsetCall {
+  Tensor counts, weights;
+  kernels::SubsetCorrectParams params{};
+};
+SubsetCall prepare_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target);
+
+struct GateScalars {
+  double weight_sum, weight, threshold, temperature;
+  const std::optional<Tensor>&weight_sum_tensor, &weight_tensor, &threshold_tensor, &temperature_tensor;
+};
+struct GateCall {
+  Tensor features, running, indices, state, stats, argmax, weight_sum, count;  // results
+  std::array<Tensor, 9> keep;                                                  // dense inputs, scalars
+  kernels::GateParams params{};                                                  // scratch is the backend's
+};
+GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
+                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy, std::string_view on,
+                      bool enabled);
+
+}  // namespace aep
