@@ -1,0 +1,148 @@
+"""``anticipate``: gives a CNN classifier early exits."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from aep_ext.surgery.cuts import choose_by_cost, cut_name, named_cuts, to_open_for
+from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.surgery.partition import Partition, partition
+from aep_ext.surgery.rescale import copy_head, replace_classes, study_head
+from aep_ext.surgery.sections import changes_its_input, clear_inplace, sections
+
+__all__ = ["anticipate"]
+
+
+def anticipate(
+    model: nn.Module,
+    *,
+    exits: int | None = None,
+    cuts: Sequence[str] | None = None,
+    exit_weights: Any = None,
+    num_classes: int | None = None,
+    example: Tensor | Sequence[int] | None = None,
+    fused: bool = True,
+) -> MultiExitNet:
+    """Cuts a CNN classifier into stages and copies its head to the end of every stage.
+
+    The head is everything behind the last feature map (pooling, classifier). Copies have their widths rescaled in
+    proportion to the channels and new values (each layer's ``reset_parameters``, from torch's global generator); the
+    last exit keeps the model's own head. The backbone keeps every value. ``model`` itself is not changed: the net is
+    made of a copy.
+
+    Args:
+        model: maps images (N, C, H, W) to logits (N, K). Its forward must be traceable by torch.fx down to the stages
+            (their insides need not be), or be a plain chain of modules. Forward hooks on the model itself are not
+            carried over.
+        exits: how many exits; they are spread evenly over the multiply-adds, on stage boundaries as long as there are
+            enough, else on the ends of blocks. The last is always the network's end. Default: one exit per stage found
+            (a stage ends where the network changes resolution or the group of blocks).
+        cuts: instead, qualified names of modules behind which an early exit shall sit, e.g. ``["layer1", "layer2"]``;
+            the last exit need not be named. "name+2" is two operations behind the module (for operations without a
+            module).
+        exit_weights: an ExitWeights, or the name of one ("uniform", "ascending", "descending", "mixed"). Default:
+            uniform.
+        num_classes: another number of classes than the model's: all last layers are then new.
+        example: images (N, C, H, W), or a shape (C, H, W). Default: 224 pixels, then 64, 32, 28, 96, 128, 299.
+        fused: see :class:`MultiExitNet`.
+
+    Returns:
+        A :class:`MultiExitNet` in the model's training mode; ``original_state_dict()`` gives back the model's own state
+        dict.
+
+    Raises:
+        ValueError: the model cannot be cut, or not there: the message says where and why.
+
+    Source: "Anticipate", arXiv 2301.12168, section 3.1.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"anticipate: model must be an nn.Module, got {type(model).__name__}")
+    if exits is not None and cuts is not None:
+        raise ValueError("anticipate: give exits or cuts, not both")
+    if isinstance(cuts, str):
+        raise ValueError(f"anticipate: cuts must be a sequence of names, got the string {cuts!r}")
+    if num_classes is not None and operator.index(num_classes) < 1:
+        raise ValueError(f"anticipate: num_classes must be at least 1, got {num_classes}")
+    opened = to_open_for(model, cuts or ())
+    found = partition(copy.deepcopy(model), example, opened)
+    if cuts is not None:
+        chosen = named_cuts(found, cuts)
+    elif exits is not None:
+        chosen = choose_by_cost(found, operator.index(exits))
+    else:
+        chosen = found.boundaries
+        if len(chosen) < 2:
+            raise ValueError(
+                f"anticipate: {type(model).__name__} has no stage boundary before its head (after "
+                f"{cut_name(found, chosen[-1])!r}); "
+                "name places with cuts= or give a number of exits="
+            )
+    *stages, head = sections(found, chosen)
+    classes = num_classes or found.num_classes
+    heads = _heads(found, chosen, stages, head, classes)
+    net = MultiExitNet(
+        stages,
+        heads,
+        num_classes=classes,
+        origin={
+            "kind": "anticipate",
+            "cuts": [cut_name(found, node) for node in chosen[:-1]],
+            "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+            "num_classes": classes,
+            "example": list(found.example.shape[1:]),
+        },
+        fused=fused,
+    )
+    if exit_weights is not None:
+        net.set_exit_weights(_exit_weights(exit_weights, len(heads)))
+    net.to(found.example.device)
+    net.train(model.training)
+    _restore_modes(model, net)
+    return net
+
+
+def _heads(
+    found: Partition, cuts: Sequence[fx.Node], stages: Sequence[fx.GraphModule], head: fx.GraphModule, classes: int
+) -> list[nn.Module]:
+    """Early heads rescaled to their stage's channels, and the original one; nothing writes into a shared feature
+    map."""
+    clear_inplace(head)
+    maps = [found.example.new_zeros(found.measured.shapes[cut]) for cut in cuts]
+    for stage, x in zip(stages, [found.example, *maps], strict=False):
+        if changes_its_input(stage, x):
+            clear_inplace(stage)
+            if changes_its_input(stage, x):
+                name = next((str(n.target) for n in stage.graph.nodes if n.op != "placeholder"), "")
+                raise ValueError(
+                    f"anticipate: the stage that begins with {name!r} overwrites the feature map it is given"
+                )
+    larger = None
+    if found.twice is not None:
+        larger = maps[-1].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    form = study_head(head, maps[-1], larger)
+    early = [copy_head(head, form, feature, classes) for feature in maps[:-1]]
+    if classes != form.num_classes:
+        replace_classes(head, form, classes)
+    return [*early, head]
+
+
+def _exit_weights(given: Any, count: int) -> Any:
+    if not isinstance(given, str):
+        return given
+    from aep_ext.ensemble import ExitWeights
+
+    return ExitWeights.named(given, count)
+
+
+def _restore_modes(model: nn.Module, net: MultiExitNet) -> None:
+    """Modules that the user had put in another mode than the model (a frozen BatchNorm) stay in it."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for part in (*net.stages, net.exits[-1]):
+        for name, module in part.named_modules():
+            if name in modes:
+                module.training = modes[name] if name else model.training

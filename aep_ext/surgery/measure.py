@@ -1,0 +1,91 @@
+"""Runs a traced CNN once, node by node, and notes shapes and multiply-adds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["Measured", "in_eval_without_grad", "input_channels", "measure", "pattern", "shadow"]
+
+
+@dataclass
+class Measured:
+    """Per node: the shape of its result where that is a tensor, and its multiply-adds."""
+
+    shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    macs: dict[fx.Node, int] = field(default_factory=dict)
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
+        super().__init__(module)
+        self.counter = counter
+        self.measured = Measured()
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.measured.shapes[n] = tuple(result.shape)
+        self.measured.macs[n] = (self.counter.get_total_flops() - before) // 2
+        return result
+
+
+def pattern(shape: Sequence[int], like: nn.Module) -> Tensor:
+    """A fixed pseudo-random image batch on the model's device and in its dtype; the global generator is left alone."""
+    generator = torch.Generator().manual_seed(0)
+    anchor = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0))
+    values = torch.randn(tuple(shape), generator=generator)
+    return values.to(anchor.device, anchor.dtype)
+
+
+def shadow(model: nn.Module) -> nn.Module:
+    """A copy without data (meta device) to run shapes through, at next to no cost."""
+    memo: dict[int, object] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)  # the memo stands in for the tensors, so that none is copied
+
+
+class in_eval_without_grad:  # noqa: N801 - reads as a phrase in a with statement
+    """Eval mode and no gradients inside the block; every submodule's own mode afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> nn.Module:
+        self.modes = [(module, module.training) for module in self.model.modules()]
+        self.grad = torch.no_grad()
+        self.grad.__enter__()
+        return self.model.eval()
+
+    def __exit__(self, *error: Any) -> None:
+        self.grad.__exit__(*error)
+        for module, training in self.modes:
+            module.training = training
+
+
+def measure(model: nn.Module, graph: fx.Graph, example: Tensor) -> Measured:
+    """Runs ``graph`` over ``model`` in eval mode on ``example``."""
+    with in_eval_without_grad(model), FlopCounterMode(display=False) as counter:
+        recorder = _Recorder(fx.GraphModule(model, graph), counter)
+        # Modules of the GraphModule are the model's own, except the container itself.
+        recorder.module.eval()
+        recorder.run(example)
+    return recorder.measured
+
+
+def input_channels(model: nn.Module) -> int:
+    """Channels of the images: those of the first convolution."""
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if conv is None:
+        raise ValueError(f"anticipate: {type(model).__name__} holds no Conv2d; only CNN classifiers can be given exits")
+    return conv.in_channels

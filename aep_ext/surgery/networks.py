@@ -1,0 +1,392 @@
+"""Networks by name: the paper's eight, as cut points on torchvision models, and a small one for two CPU cores.
+
+Backbones are torchvision's; the heads are those of the published experiment (arXiv 2301.12168), which differ from
+torchvision's: every exit, the last too, has the same form, with widths in proportion to its channels.
+
+Keys of ``MultiExitNet.original_state_dict()`` are torchvision's where the published single-exit network equals
+torchvision's (resnet50, densenet169, efficientnet_b5); the heads of VGG16 and MobileNetV3-Small have no counterpart
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+
+from torch import nn
+
+from aep_ext.surgery.anticipation import anticipate
+from aep_ext.surgery.heads import ConvPooledLinearHead, ConvPooledMLPHead, PooledLinearHead
+from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.surgery.resnet_small import resnet_small
+
+__all__ = [
+    "available",
+    "build",
+    "densenet169",
+    "efficientnet_b5",
+    "efficientnet_b5_full",
+    "mobilenet_v3_small",
+    "mobilenet_v3_small_full",
+    "resnet50",
+    "resnet_small",
+    "vgg16",
+    "vgg16_full",
+]
+
+
+def _models() -> ModuleType:
+    try:
+        import torchvision.models
+    except ImportError as error:
+        raise ImportError(f"the paper's networks need torchvision: pip install 'aep_ext[models]' ({error})") from error
+    return torchvision.models
+
+
+def _vgg16_features() -> nn.Module:
+    """VGG16 without its 4096-wide classifier, which is most of its parameters and never used here."""
+    vgg = _models().vgg
+    holder = nn.Module()
+    holder.features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
+    for module in holder.features:
+        if isinstance(module, nn.Conv2d):
+            _initialise(module)
+    return holder
+
+
+def _relu_head(channels: int, num_classes: int) -> nn.Module:
+    return PooledLinearHead(channels, num_classes, pre=nn.ReLU())
+
+
+def _features(*numbers: int) -> list[str]:
+    return [f"features.{number}" for number in numbers]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One of the paper's networks: where torchvision's model is cut, and which head each cut gets."""
+
+    torchvision_name: str
+    stem: str  # the first convolution: replaced when the images do not have three channels
+    stages: Sequence[Sequence[str]]  # qualified names of torchvision's modules, in order; an exit after every stage
+    channels: Sequence[int]
+    head: Callable[[int, int], nn.Module]
+    head_keys: Sequence[Sequence[str]]  # prefixes of keys: in the last exit, in the single-exit network
+    make: Callable[[], nn.Module] | None = field(default=None)
+
+    def backbone(self) -> nn.Module:
+        # One class: the classifier is thrown away, and at a thousand it would only cost time.
+        return self.make() if self.make else getattr(_models(), self.torchvision_name)(weights=None, num_classes=1)
+
+
+_RESNET_STEM = ["conv1", "bn1", "relu", "maxpool"]
+_DENSENET_STEM = ["conv0", "norm0", "relu0", "pool0"]
+_EFFICIENTNET_KEYS = [["pre.", "features.8."], ["linear.", "classifier.1."]]
+_MOBILENET_KEYS = [["pre.", "features.12."]]
+
+_PLANS: dict[str, _Plan] = {
+    "resnet50": _Plan(
+        "resnet50",
+        "conv1",
+        [[*_RESNET_STEM, "layer1"], ["layer2"], ["layer3"], ["layer4"]],
+        [256, 512, 1024, 2048],
+        PooledLinearHead,
+        [["linear.", "fc."]],
+    ),
+    # The published input block ends behind the first convolution, so the first two of VGG's five blocks are one stage.
+    "vgg16": _Plan(
+        "vgg16",
+        "features.0",
+        [_features(*range(10)), _features(*range(10, 17)), _features(*range(17, 24)), _features(*range(24, 31))],
+        [128, 256, 512, 512],
+        PooledLinearHead,
+        [["linear.", "classifier."]],
+        _vgg16_features,
+    ),
+    "vgg16_full": _Plan(
+        "vgg16",
+        "features.0",
+        [
+            _features(*range(5)),
+            _features(*range(5, 10)),
+            _features(*range(10, 17)),
+            _features(*range(17, 24)),
+            _features(*range(24, 31)),
+        ],
+        [64, 128, 256, 512, 512],
+        PooledLinearHead,
+        [["linear.", "classifier."]],
+        _vgg16_features,
+    ),
+    "densenet169": _Plan(
+        "densenet169",
+        "features.conv0",
+        [
+            [f"features.{name}" for name in (*_DENSENET_STEM, "denseblock1", "transition1")],
+            ["features.denseblock2", "features.transition2"],
+            ["features.denseblock3", "features.transition3"],
+            ["features.denseblock4", "features.norm5"],
+        ],
+        [128, 256, 640, 1664],
+        _relu_head,
+        [["linear.", "classifier."]],
+    ),
+    "mobilenet_v3_small": _Plan(
+        "mobilenet_v3_small",
+        "features.0.0",
+        [_features(0, 1, 2, 3), _features(4, 5, 6), _features(7, 8), _features(9, 10, 11)],
+        [24, 40, 48, 96],
+        ConvPooledMLPHead,
+        _MOBILENET_KEYS,
+    ),
+    "mobilenet_v3_small_full": _Plan(
+        "mobilenet_v3_small",
+        "features.0.0",
+        [_features(0, 1), _features(2, 3), _features(4, 5, 6), _features(7, 8), _features(9, 10, 11)],
+        [16, 24, 40, 48, 96],
+        ConvPooledMLPHead,
+        _MOBILENET_KEYS,
+    ),
+    "efficientnet_b5": _Plan(
+        "efficientnet_b5",
+        "features.0.0",
+        [_features(0, 1, 2), _features(3, 4), _features(5), _features(6, 7)],
+        [40, 128, 176, 512],
+        ConvPooledLinearHead,
+        _EFFICIENTNET_KEYS,
+    ),
+    "efficientnet_b5_full": _Plan(
+        "efficientnet_b5",
+        "features.0.0",
+        [_features(0, 1), *(_features(number) for number in range(2, 8))],
+        [24, 40, 64, 128, 176, 304, 512],
+        ConvPooledLinearHead,
+        _EFFICIENTNET_KEYS,
+    ),
+}
+
+
+def _initialise(conv: nn.Conv2d) -> None:
+    """As torchvision's networks initialise their convolutions."""
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+
+
+def _replace_stem(model: nn.Module, name: str, in_channels: int) -> None:
+    parent, _, child = name.rpartition(".")
+    old = model.get_submodule(name)
+    new = nn.Conv2d(
+        in_channels,
+        old.out_channels,
+        old.kernel_size,
+        stride=old.stride,
+        padding=old.padding,
+        bias=old.bias is not None,
+    )
+    _initialise(new)
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _chain(model: nn.Module, names: Sequence[str]) -> nn.Sequential:
+    """The named modules one after another, nested so that their keys stay as they were in ``model``."""
+    stage = nn.Sequential()
+    for name in names:
+        parent = stage
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in dict(parent.named_children()):
+                parent.add_module(part, nn.Sequential())
+            parent = parent.get_submodule(part)
+        parent.add_module(leaf, model.get_submodule(name))
+    return stage
+
+
+def _load_weights(model: nn.Module, plan: _Plan, weights: str, skip: str | None) -> None:
+    """Loads torchvision's pretrained parameters into everything that ``plan`` uses of the backbone, except ``skip``."""
+    entry = _models().get_model_weights(plan.torchvision_name).verify(weights)
+    published = entry.get_state_dict(progress=False, check_hash=True)
+    used = tuple(f"{name}." for stage in plan.stages for name in stage)
+    state = {key: value for key, value in published.items() if key.startswith(used)}
+    if skip is not None:
+        state = {key: value for key, value in state.items() if not key.startswith(f"{skip}.")}
+    wanted = {key for key in model.state_dict() if key.startswith(used) and not (skip and key.startswith(f"{skip}."))}
+    # Files older than BatchNorm's batch counter lack it; it has a default. Anything else that is missing is an error.
+    missing = sorted(key for key in wanted - set(state) if not key.endswith("num_batches_tracked"))
+    if missing:
+        raise ValueError(
+            f"{plan.torchvision_name}: weights {weights!r} lack {len(missing)} of the backbone's tensors, first "
+            f"{missing[0]!r}"
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def _network(name: str, num_classes: int, in_channels: int, weights: str | None) -> MultiExitNet:
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise ValueError(f"{name}: {argument} must be at least 1, got {value}")
+    plan = _PLANS[name]
+    model = plan.backbone()
+    if in_channels != 3:
+        _replace_stem(model, plan.stem, in_channels)
+    if weights is not None:
+        _load_weights(model, plan, weights, skip=plan.stem if in_channels != 3 else None)
+    return MultiExitNet(
+        [_chain(model, names) for names in plan.stages],
+        [plan.head(channels, num_classes) for channels in plan.channels],
+        num_classes=num_classes,
+        origin={
+            "kind": "network",
+            "name": name,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "head_keys": [list(pair) for pair in plan.head_keys],
+        },
+    )
+
+
+def resnet50(num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+    """ResNet50 with 4 exits (256, 512, 1024, 2048 channels); heads: pool, linear.
+
+    Args:
+        num_classes: K.
+        in_channels: channels of the images; other than 3 the first convolution is new.
+        weights: None, "DEFAULT" or another name of torchvision's weights: loaded into the backbone, the heads are new.
+
+    Raises:
+        ImportError: torchvision is missing.
+        ValueError, KeyError: a number below one; no such weights.
+    """
+    return _network("resnet50", num_classes, in_channels, weights)
+
+
+def vgg16(num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+    """VGG16 (without BatchNorm) with 4 exits (128, 256, 512, 512 channels); heads: pool, linear. See
+    :func:`resnet50`."""
+    return _network("vgg16", num_classes, in_channels, weights)
+
+
+def vgg16_full(num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+    """VGG16 with 5 exits, one after each pooling (64, 128, 256, 512, 512 channels). See :func:`resnet50`."""
+    return _network("vgg16_full", num_classes, in_channels, weights)
+
+
+def densenet169(num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+    """DenseNet169 with 4 exits (128, 256, 640, 1664 channels); heads: ReLU, pool, linear. See :func:`resnet50`."""
+    return _network("densenet169", num_classes, in_channels, weights)
+
+
+def mobilenet_v3_small(num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+    """MobileNetV3-Small with 4 exits (24, 40, 48, 96 channels); heads: 1x1 convolution to 6C with BatchNorm and
+    hardswish, pool, linear to int(1.75 C), hardswish, dropout 0.2, linear. See :func:`resnet50`."""
+    return _network("mobilenet_v3_small", num_classes, in_channels, weights)
+
+
+def mobilenet_v3_small_full(num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+    """MobileNetV3-Small with 5 exits (16, 24, 40, 48, 96 channels). See :func:`mobilenet_v3_small`."""
+    return _network("mobilenet_v3_small_full", num_classes, in_channels, weights)
+
+
+def efficientnet_b5(num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+    """EfficientNet-B5 with 4 exits (40, 128, 176, 512 channels); heads: 1x1 convolution to 4C with BatchNorm and SiLU,
+    pool, dropout 0.4, linear. See :func:`resnet50`."""
+    return _network("efficientnet_b5", num_classes, in_channels, weights)
+
+
+def efficientnet_b5_full(num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+    """EfficientNet-B5 with 7 exits (24, 40, 64, 128, 176, 304, 512 channels). See :func:`efficientnet_b5`."""
+    return _network("efficientnet_b5_full", num_classes, in_channels, weights)
+
+
+_BUILDERS: dict[str, Callable[..., MultiExitNet]] = {
+    builder.__name__: builder
+    for builder in (
+        resnet_small,
+        resnet50,
+        vgg16,
+        vgg16_full,
+        densenet169,
+        mobilenet_v3_small,
+        mobilenet_v3_small_full,
+        efficientnet_b5,
+        efficientnet_b5_full,
+    )
+}
+
+
+def available() -> list[str]:
+    """Names that :func:`build` knows; it also takes "torchvision/<name>" and "timm/<name>"."""
+    return sorted(_BUILDERS)
+
+
+def build(name: str, num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+    """Builds a network by name.
+
+    Args:
+        name: one of :func:`available`, or "torchvision/<name>" or "timm/<name>": any classifier of these libraries,
+            given exits by :func:`aep_ext.anticipate`.
+        num_classes: K.
+        in_channels: channels of the images; other than 3 the first convolution is new (timm adapts pretrained ones).
+        weights: None, "DEFAULT", or a name of torchvision's weights or timm's pretrained tag. Pretrained values go into
+            the backbone; the last layer is new where ``num_classes`` is not the pretrained number.
+
+    Raises:
+        ValueError: no network of that name.
+        ImportError: the library it comes from is missing.
+    """
+    library, slash, inner = name.partition("/")
+    if slash and library in _LIBRARIES:
+        for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+            if value < 1:
+                raise ValueError(f"build: {argument} must be at least 1, got {value}")
+        net = anticipate(_LIBRARIES[library](inner, num_classes, in_channels, weights), num_classes=num_classes)
+        net.origin = {
+            "kind": "network",
+            "name": name,
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "exits": net.num_exits,
+            "cuts": net.origin["cuts"],
+        }
+        return net
+    if name not in _BUILDERS:
+        raise ValueError(
+            f"build: no network named {name!r}; there are: {', '.join(available())}, torchvision/<name>, timm/<name>"
+        )
+    return _BUILDERS[name](num_classes, in_channels=in_channels, weights=weights)
+
+
+def _from_torchvision(name: str, num_classes: int, in_channels: int, weights: str | None) -> nn.Module:
+    models = _models()
+    try:
+        builder = models.get_model_builder(name)
+    except ValueError as error:
+        raise ValueError(f"build: torchvision has no classifier named {name!r}") from error
+    arguments: dict[str, object] = {} if weights is not None else {"num_classes": num_classes}
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary heads make training mode another network; with weights torchvision drops them by itself.
+        arguments |= {"aux_logits": False, "init_weights": False} if weights is None else {}
+    model = builder(weights=weights, **arguments)
+    if name in ("googlenet", "inception_v3") and weights is not None:
+        model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
+    if in_channels != 3:
+        stem = next(path for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
+        _replace_stem(model, stem, in_channels)
+        if getattr(model, "transform_input", False):
+            model.transform_input = False  # it mixes three colour channels
+    return model
+
+
+def _from_timm(name: str, num_classes: int, in_channels: int, weights: str | None) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"timm/{name} needs timm: pip install 'aep_ext[models]' ({error})") from error
+    if not timm.is_model(name):
+        raise ValueError(f"build: timm has no network named {name!r}")
+    full = name if weights in (None, "DEFAULT") else f"{name}.{weights}"
+    return timm.create_model(full, pretrained=weights is not None, num_classes=num_classes, in_chans=in_channels)
+
+
+_LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}

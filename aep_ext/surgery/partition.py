@@ -1,0 +1,358 @@
+"""Cuts any CNN into stages: finds where one tensor carries everything, which of these places are stage boundaries, and
+where the head begins.
+
+Terms. A *cut point* is a node of the traced graph whose 4-D result is the only tensor alive behind it. A *unit* is what
+lies between cut points and holds parameters, with the parameter-free operations behind it (activation, pooling). A
+*boundary* is a cut point at a unit's end where the next unit works at another resolution, or begins another group of
+blocks (a Sequential of residual blocks, say).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from aep_ext.surgery import measure as measuring
+from aep_ext.surgery.measure import Measured, in_eval_without_grad, input_channels, pattern, shadow
+from aep_ext.surgery.tracing import CannotTrace, TracedModel, chain_graph, is_plain_sequential, trace
+
+__all__ = ["Partition", "Unit", "alive_after", "partition"]
+
+_SIZES = (224, 64, 32, 28, 96, 128, 299)  # tried in this order where the user gives no example
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters, and what follows them up to the next ones. ``end``: its cut point. ``size``: (H, W) behind its
+    parameters, before any pooling that follows."""
+
+    end: fx.Node
+    size: tuple[int, int]
+    path: str | None  # of the module, where the unit's parameters are one module's
+    is_block: bool  # a module of two or more weighted layers
+    weighted: bool  # has parameters of two or more dimensions: no mere normalisation
+
+
+@dataclass
+class Partition:
+    """What was found in a model. ``model`` is the copy that the graph refers to."""
+
+    model: nn.Module
+    traced: TracedModel
+    measured: Measured
+    cuts: list[fx.Node]  # all cut points before the head, in order; the last is where the head begins
+    units: list[Unit]
+    boundaries: list[fx.Node]  # chosen by the rule above; the last is where the head begins
+    num_classes: int
+    example: Tensor
+    twice: Tensor | None  # an example of twice the size, if the model takes one
+
+    @property
+    def head_start(self) -> fx.Node:
+        return self.cuts[-1]
+
+
+def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: set[str]) -> Partition:
+    """Traces and measures ``model`` (a copy that may be changed) and finds cut points, boundaries and head.
+
+    Raises:
+        ValueError: no CNN classifier, or one that cannot be cut; the message says why.
+    """
+    image = _example(model, example)
+    opened = set(opened)
+    kept_whole: set[str] = set()
+    try:
+        traced = _trace_or_chain(model, opened, image)
+    except CannotTrace as error:
+        raise ValueError(f"anticipate: {type(model).__name__} cannot be cut: {error}") from error
+    while True:
+        measured = _measure(model, traced.graph, image)
+        more = _to_open(model, traced, measured) - opened - kept_whole
+        if not more:
+            break
+        path = min(more)
+        try:
+            traced = _trace_or_chain(model, opened | {path}, image)
+            opened.add(path)
+        except CannotTrace:
+            kept_whole.add(path)
+    nodes = list(traced.graph.nodes)
+    output = nodes[-1].args[0]
+    shape = measured.shapes.get(output) if isinstance(output, fx.Node) else None
+    if shape is None or len(shape) != 2 or shape[0] != image.shape[0]:
+        got = list(shape) if shape else f"a {type(output).__name__}"
+        raise ValueError(f"anticipate: {type(model).__name__} must return logits of shape [N, K], got {got}")
+    twice = _at_twice_the_size(model, traced.graph, image)
+    cuts = _cut_points(model, traced, measured, twice)
+    units = _units(model, nodes, cuts, measured)
+    return Partition(
+        model,
+        traced,
+        measured,
+        cuts,
+        units,
+        _boundaries(units),
+        shape[1],
+        image,
+        twice[0] if twice is not None else None,
+    )
+
+
+# ---- the example
+# -------------------------------------------------------------------------------------------------------
+
+
+def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor:
+    """Two images: a batch of one would hide a forward that mixes up batch and features."""
+    if isinstance(example, Tensor):
+        if example.dim() != 4 or example.shape[0] < 1:
+            raise ValueError(f"anticipate: example must be images [N, C, H, W], got shape {list(example.shape)}")
+        return torch.cat([example[:1].detach()] * 2)
+    if example is not None:
+        shape = tuple(int(size) for size in example)
+        if len(shape) not in (3, 4) or min(shape) < 1:
+            raise ValueError(f"anticipate: example must be a tensor or a shape (C, H, W) or (N, C, H, W), got {shape}")
+        image = pattern((2, *shape[-3:]), model)
+        _probe(model, image)
+        return image
+    channels, errors = input_channels(model), []
+    for size in _SIZES:
+        image = pattern((2, channels, size, size), model)
+        try:
+            _probe(model, image)
+        except Exception as error:  # whatever the model raises on a size it does not take
+            errors.append(f"{size}: {_first_line(error)}")
+            continue
+        return image
+    raise ValueError(
+        f"anticipate: {type(model).__name__} takes none of the sizes tried ({'; '.join(errors)}); give example=(C, H, "
+        "W)"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _probe(model: nn.Module, image: Tensor) -> None:
+    """Whether the model takes this image: without data if it can, else for real."""
+    try:
+        with in_eval_without_grad(shadow(model)) as ghost:
+            ghost(image.to("meta"))
+    except Exception:  # a model may be no match for the meta device and still be sound
+        with in_eval_without_grad(model):
+            model(image)
+
+
+def _measure(model: nn.Module, graph: fx.Graph, image: Tensor) -> Measured:
+    try:
+        return measuring.measure(shadow(model), graph, image.to("meta"))
+    except Exception:  # as in _probe
+        try:
+            return measuring.measure(model, graph, image)
+        except Exception as error:
+            raise ValueError(
+                f"anticipate: {type(model).__name__} cannot be cut: its traced forward does not run "
+                f"({_first_line(error)})"
+            ) from error
+
+
+def _at_twice_the_size(model: nn.Module, graph: fx.Graph, image: Tensor) -> tuple[Tensor, Measured] | None:
+    n, c, h, w = image.shape
+    larger = pattern((n, c, 2 * h, 2 * w), model)
+    try:
+        return larger, _measure(model, graph, larger)
+    except ValueError:  # a network for one size only
+        return None
+
+
+# ---- tracing
+# -----------------------------------------------------------------------------------------------------------
+
+
+def _trace_or_chain(model: nn.Module, opened: set[str], image: Tensor) -> TracedModel:
+    try:
+        return trace(model, opened)
+    except CannotTrace as untraceable:
+        try:
+            return chain_graph(model, image, opened)
+        except CannotTrace as unchained:
+            raise CannotTrace(
+                f"torch.fx cannot follow its forward ({untraceable}), and it is no plain chain of modules ({unchained})"
+            ) from untraceable
+
+
+def _is_block(module: nn.Module) -> bool:
+    return sum(p.dim() >= 2 for p in module.parameters()) >= 2
+
+
+def _to_open(model: nn.Module, traced: TracedModel, measured: Measured) -> set[str]:
+    """Leaves that hide stages (built of convolutions, they reduce the image fourfold or more) or the pooling (they are
+    given feature maps and return vectors). Modules of torch itself stay whole."""
+    paths: set[str] = set()
+    for node in traced.graph.nodes:
+        if node.op != "call_module":
+            continue
+        module = model.get_submodule(node.target)
+        if is_plain_sequential(module) or type(module).__module__.startswith("torch.nn."):
+            continue
+        source = next((a for a in node.args if isinstance(a, fx.Node)), None)
+        before, after = measured.shapes.get(source, ()), measured.shapes.get(node)
+        if source is None or len(before) != 4 or after is None:
+            continue
+        convolutions = sum(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in module.modules())
+        area = 1 if len(after) != 4 else after[2] * after[3]
+        if area == 1 < before[2] * before[3] or (convolutions >= 2 and before[2] * before[3] >= 16 * area):
+            paths.add(node.target)
+    return paths
+
+
+def describe(node: fx.Node) -> str:
+    """A node in words: the module's name, or the function's, or "the image"."""
+    if node.op == "placeholder":
+        return "the image"
+    return repr(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target)))
+
+
+# ---- cut points
+# --------------------------------------------------------------------------------------------------------
+
+
+def alive_after(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """For each position, the values made so far that are still needed. Parameters read directly can be read again
+    anywhere."""
+    position = {node: i for i, node in enumerate(nodes)}
+    last_use = {node: max((position[user] for user in node.users), default=-1) for node in nodes}
+    alive: list[fx.Node] = []
+    result = []
+    for i, node in enumerate(nodes):
+        made = [] if node.op == "get_attr" else [node]
+        alive = [n for n in alive + made if last_use[n] > i]
+        result.append(alive)
+    return result
+
+
+def _weighted_nodes(model: nn.Module, nodes: Sequence[fx.Node]) -> list[bool]:
+    """Which nodes use parameters of two or more dimensions."""
+    return [any(p.dim() >= 2 for p in _parameters_of(model, node)) for node in nodes]
+
+
+def _parameters_of(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
+    if node.op == "call_module":
+        return list(model.get_submodule(node.target).parameters())
+    found = []
+    for source in node.all_input_nodes:
+        if source.op == "get_attr":
+            owner, _, name = source.target.rpartition(".")
+            value = getattr(model.get_submodule(owner), name)
+            found += [value] if isinstance(value, nn.Parameter) else []
+    return found
+
+
+def _cut_points(
+    model: nn.Module, traced: TracedModel, measured: Measured, twice: tuple[Tensor, Measured] | None
+) -> list[fx.Node]:
+    """Cut points up to the one where the head begins: the last feature map before the global pooling (its size no
+    longer follows the image's) and before the last weighted layer; dropouts in front of it belong to the head."""
+    nodes = list(traced.graph.nodes)
+    weighted = _weighted_nodes(model, nodes)
+    if not any(weighted):
+        raise ValueError(f"anticipate: {type(model).__name__} has no layer with weights in its forward")
+    classifier = max(i for i, has in enumerate(weighted) if has)
+    alive = alive_after(nodes)
+    shapes = measured.shapes
+    cuts = []
+    for i, node in enumerate(nodes[:classifier]):
+        shape = shapes.get(node, ())
+        if alive[i] != [node] or len(shape) != 4 or node.op in ("placeholder", "get_attr"):
+            continue
+        if twice is not None:
+            bigger = twice[1].shapes.get(node, ())
+            is_map = len(bigger) == 4 and (bigger[2:] != shape[2:] or bigger[3] != shape[3])
+        else:
+            is_map = shape[2] * shape[3] > 1
+        if is_map:
+            cuts.append(node)
+    while len(cuts) > 1 and _is_dropout(model, cuts[-1]):
+        cuts.pop()
+    if not cuts:
+        crowded = next((i for i in range(classifier) if len(alive[i]) > 1), 0)
+        names = ", ".join(describe(n) for n in alive[crowded][:4])
+        raise ValueError(
+            f"anticipate: {type(model).__name__} cannot be cut: nowhere before its classifier does one feature map "
+            "carry everything "
+            f"(after {describe(nodes[crowded])} there are {len(alive[crowded])} tensors: {names})"
+        )
+    return cuts
+
+
+def _is_dropout(model: nn.Module, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(
+        model.get_submodule(node.target), (nn.modules.dropout._DropoutNd, nn.Identity)
+    )
+
+
+# ---- units and boundaries
+# ----------------------------------------------------------------------------------------------
+
+
+def _units(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node], measured: Measured) -> list[Unit]:
+    position = {node: i for i, node in enumerate(nodes)}
+    units: list[Unit] = []
+    start = 0
+    for cut in cuts:
+        stop = position[cut] + 1
+        having = [node for node in nodes[start:stop] if _parameters_of(model, node)]
+        start = stop
+        size = measured.shapes[cut][2:]
+        if not having:
+            if units:
+                last = units[-1]
+                units[-1] = Unit(cut, last.size, last.path, last.is_block, last.weighted)
+            else:
+                units.append(Unit(cut, size, None, False, False))
+            continue
+        modules = [node.target for node in having if node.op == "call_module"]
+        path = modules[0] if len(having) == 1 and modules else None
+        weights = [p for node in having for p in _parameters_of(model, node) if p.dim() >= 2]
+        is_block = len(having) > 1 or (path is not None and _is_block(model.get_submodule(path)))
+        units.append(Unit(cut, size, path, is_block, bool(weights)))
+    return units
+
+
+def _parent(unit: Unit) -> str | None:
+    return None if unit.path is None else unit.path.rpartition(".")[0]
+
+
+def _boundaries(units: Sequence[Unit]) -> list[fx.Node]:
+    ends: list[int] = []
+    for i in range(1, len(units)):
+        before, after = units[i - 1], units[i]
+        other_size = before.size != after.size
+        other_group = before.is_block and after.is_block and None not in (_parent(before), _parent(after))
+        other_group = other_group and _parent(before) != _parent(after)
+        if other_size or other_group:
+            ends.append(_before_its_normalisation(units, i) - 1)
+    first_block = next((i for i, unit in enumerate(units) if unit.is_block), 0)
+    # The stem of a network of blocks is no stage of its own: what it yields is too early to classify. Where single
+    # layers outnumber the blocks (VGG), they are the stages.
+    if sum(unit.weighted for unit in units[:first_block]) >= sum(unit.is_block for unit in units):
+        first_block = 0
+    ends = [end for end in dict.fromkeys(ends) if end >= first_block]
+    return [units[end].end for end in ends if end != len(units) - 1] + [units[-1].end]
+
+
+def _before_its_normalisation(units: Sequence[Unit], index: int) -> int:
+    """A normalisation that opens the container of a strided convolution (ConvNeXt) goes with it to the next stage."""
+    while index >= 2:
+        unit, before = units[index], units[index - 1]
+        parent = _parent(unit)
+        same = parent not in (None, "") and _parent(before) == parent
+        if not same or before.weighted or _parent(units[index - 2]) == parent:
+            break
+        index -= 1
+    return index

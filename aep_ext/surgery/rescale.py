@@ -1,0 +1,257 @@
+"""Copies of a network's own head for feature maps with other channel counts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from aep_ext.surgery.measure import in_eval_without_grad
+
+__all__ = ["HeadForm", "copy_head", "replace_classes", "study_head"]
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.PReLU, *_NORMS)
+
+
+class HeadForm:
+    """What the original head does to its feature map.
+
+    Attributes:
+        inputs: for each layer with parameters, the shape of what it is given.
+        classifier: the layer that makes the classes: the last one with weights.
+        any_size: whether it takes feature maps of any height and width.
+        map_shape: (N, C, H, W) of its own feature map.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, tuple[int, ...]],
+        classifier: str,
+        any_size: bool,
+        map_shape: tuple[int, ...],
+        num_classes: int,
+    ) -> None:
+        self.inputs = inputs
+        self.classifier = classifier
+        self.any_size = any_size
+        self.map_shape = map_shape
+        self.num_classes = num_classes
+
+
+def _layers(head: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in head.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadForm:
+    """Runs the original head on its feature map ``x`` (two images) and, if there is one, on a larger map.
+
+    Raises:
+        ValueError: the head has parameters that cannot be rescaled.
+    """
+    layers = _layers(head)
+    inputs: dict[str, tuple[int, ...]] = {}
+    order: list[str] = []
+
+    def hook(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name] = tuple(args[0].shape)
+            order.append(name)
+
+        return note
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
+    try:
+        with in_eval_without_grad(head):
+            output = head(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    weighted = [name for name in order if isinstance(layers[name], (nn.Linear, nn.modules.conv._ConvNd))]
+    read_directly = [node for node in head.graph.nodes if node.op == "get_attr"]
+    if read_directly:
+        raise ValueError(
+            f"anticipate: the head's parameter {read_directly[0].target!r} is used outside a layer and cannot be "
+            "rescaled"
+        )
+    for name in order:
+        if not isinstance(layers[name], _LAYERS) or hasattr(layers[name], "parametrizations"):
+            raise ValueError(
+                f"anticipate: the head's layer {name!r} ({type(layers[name]).__name__}) cannot be rescaled"
+            )
+    if not weighted:
+        raise ValueError("anticipate: the head has no linear layer or convolution")
+    any_size = False
+    if larger is not None:
+        try:
+            with in_eval_without_grad(head):
+                any_size = head(larger).shape == output.shape
+        except Exception:  # a head for one size
+            any_size = False
+    return HeadForm(inputs, weighted[-1], any_size, tuple(x.shape), output.shape[1])
+
+
+def _fresh(module: nn.Module, name: str, shape: Sequence[int]) -> None:
+    old = getattr(module, name, None)
+    if isinstance(old, Tensor):
+        new = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
+        setattr(module, name, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+
+
+def _resize(module: nn.Module, incoming: int, outgoing: int, trailing: Sequence[int]) -> None:
+    """Gives a layer new widths and new values. ``outgoing`` counts for linear layers and convolutions alone."""
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = incoming, outgoing
+        _fresh(module, "weight", (outgoing, incoming))
+        _fresh(module, "bias", (outgoing,))
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups > 1:
+            depthwise = module.groups == module.in_channels
+            outgoing = incoming * (module.out_channels // module.in_channels) if depthwise else outgoing
+            module.groups = incoming if depthwise else gcd(gcd(module.groups, incoming), outgoing)
+        module.in_channels, module.out_channels = incoming, outgoing
+        _fresh(module, "weight", (outgoing, incoming // module.groups, *module.kernel_size))
+        _fresh(module, "bias", (outgoing,))
+    elif isinstance(module, nn.LayerNorm):
+        shape = (incoming,) if len(module.normalized_shape) == 1 else tuple(trailing[-len(module.normalized_shape) :])
+        module.normalized_shape = shape
+        _fresh(module, "weight", shape)
+        _fresh(module, "bias", shape)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = gcd(module.num_groups, incoming)
+        module.num_channels = incoming
+        _fresh(module, "weight", (incoming,))
+        _fresh(module, "bias", (incoming,))
+    elif isinstance(module, nn.PReLU):
+        if module.num_parameters > 1:
+            module.num_parameters = incoming
+            _fresh(module, "weight", (incoming,))
+    else:
+        module.num_features = incoming
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            _fresh(module, name, (incoming,))
+    module.reset_parameters()
+
+
+def _channel_dim(module: nn.Module, shape: Sequence[int]) -> int:
+    """Which dimension of a layer's input holds what the layer calls features."""
+    if isinstance(module, nn.Linear):
+        return len(shape) - 1
+    if isinstance(module, nn.LayerNorm):
+        # The channels-first LayerNorms of torchvision and timm are subclasses that permute by themselves.
+        last = shape[-1] == module.normalized_shape[-1] and not (
+            len(shape) == 4 and shape[1] == module.normalized_shape[-1]
+        )
+        return len(shape) - 1 if last else 1
+    return 1
+
+
+def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, num_classes: int) -> fx.GraphModule:
+    """A new head like ``head`` for the feature map ``x`` (two images, C_e channels): all widths times C_e / C, the
+    classes kept.
+
+    Every layer gets new values by its ``reset_parameters``. A head that is made for one height and width gets an
+    adaptive average pooling to it in front.
+
+    Raises:
+        ValueError: the copy does not give [N, K].
+    """
+    new = copy.deepcopy(head)
+    for parameter in new.parameters():
+        parameter.requires_grad_(True)
+    _flatten_instead_of_view(new, form)
+    if not form.any_size:
+        _pool_first(new, form.map_shape[2:])
+    ratio = x.shape[1] / form.map_shape[1]
+    layers = _layers(new)
+    done: set[str] = set()
+
+    def hook(name: str) -> Any:
+        def adapt(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in done:
+                return
+            done.add(name)
+            incoming = args[0].shape[_channel_dim(module, form.inputs[name])]
+            width = getattr(module, "out_features", getattr(module, "out_channels", 0))
+            outgoing = num_classes if name == form.classifier else max(1, round(width * ratio))
+            _resize(module, incoming, outgoing, args[0].shape)
+
+        return adapt
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items() if name in form.inputs]
+    try:
+        with in_eval_without_grad(new):
+            shape = tuple(new(x).shape)
+    except RuntimeError as error:
+        raise ValueError(
+            f"anticipate: the head cannot be rescaled from {form.map_shape[1]} to {x.shape[1]} channels: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if shape != (x.shape[0], num_classes):
+        raise ValueError(
+            f"anticipate: the head, rescaled to {x.shape[1]} channels, must give [{x.shape[0]}, {num_classes}], got "
+            f"{list(shape)}: a size "
+            "is fixed in its forward"
+        )
+    for name in [n for n, m in layers.items() if n not in form.inputs]:
+        _drop(new, name)
+    return new
+
+
+def _drop(head: nn.Module, name: str) -> None:
+    """Removes what the head carries but never runs (kept in the original head for its keys alone)."""
+    owner = head.get_submodule(name)
+    for tensors in (owner._parameters, owner._buffers):
+        tensors.clear()
+
+
+def replace_classes(head: fx.GraphModule, form: HeadForm, num_classes: int) -> None:
+    """Gives the head a new last layer for another number of classes."""
+    layer = head.get_submodule(form.classifier)
+    incoming = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    _resize(layer, incoming, num_classes, ())
+
+
+def _flatten_instead_of_view(head: fx.GraphModule, form: HeadForm) -> None:
+    """``x.view(-1, 512)`` holds a width that is not the copy's: such a view becomes ``torch.flatten(x, 1)``."""
+    for node in list(head.graph.nodes):
+        view = node.op == "call_method" and node.target in ("view", "reshape")
+        view = view or (node.op == "call_function" and node.target is torch.reshape)
+        if not view:
+            continue
+        sizes = (
+            node.args[1:]
+            if len(node.args) > 2
+            else node.args[1]
+            if len(node.args) == 2
+            else node.kwargs.get("shape", ())
+        )
+        if isinstance(sizes, (tuple, list)) and len(sizes) == 2 and isinstance(sizes[1], int):
+            with head.graph.inserting_before(node):
+                flat = head.graph.call_function(torch.flatten, (node.args[0], 1))
+            node.replace_all_uses_with(flat)
+            head.graph.erase_node(node)
+    head.graph.eliminate_dead_code()
+    head.recompile()
+
+
+def _pool_first(head: fx.GraphModule, size: Sequence[int]) -> None:
+    name = "fit"
+    while hasattr(head, name):
+        name += "_"
+    head.add_submodule(name, nn.AdaptiveAvgPool2d(tuple(size)))
+    placeholder = next(node for node in head.graph.nodes if node.op == "placeholder")
+    with head.graph.inserting_after(placeholder):
+        pooled = head.graph.call_module(name, (placeholder,))
+    placeholder.replace_all_uses_with(pooled, delete_user_cb=lambda user: user is not pooled)
+    head.recompile()

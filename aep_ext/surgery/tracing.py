@@ -1,0 +1,296 @@
+"""A CNN's forward as one flat graph of module calls, opened only where a cut may lie.
+
+Modules stay whole (leaves) unless they must be opened. So everything inside them that depends on the training mode
+(dropout, stochastic depth, BatchNorm) keeps working, and whatever they do in Python needs no tracing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["CannotTrace", "TracedModel", "chain_graph", "trace"]
+
+
+class CannotTrace(Exception):
+    """torch.fx could not follow this forward; the text says why."""
+
+
+@dataclass
+class TracedModel:
+    """``graph``: its targets are qualified names in the model. ``outputs``: for each module that was called, leaf or
+    opened, the nodes that hold its results, one per call."""
+
+    graph: fx.Graph
+    outputs: dict[str, list[fx.Node]] = field(default_factory=dict)
+
+
+class FunctionInMode(nn.Module):
+    """A function with an argument that is ``self.training``, as a module, so that a traced net still obeys train/eval.
+
+    Args:
+        function: importable, so that the module can be pickled.
+        where: position or keyword of the argument.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], where: int | str) -> None:
+        super().__init__()
+        self.function = function
+        self.where = where
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(self.where, str):
+            return self.function(*args, **{**kwargs, self.where: self.training})
+        return self.function(*args[: self.where], self.training, *args[self.where + 1 :], **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{getattr(self.function, '__name__', self.function)}, {self.where}=training"
+
+
+def is_plain_sequential(module: nn.Module) -> bool:
+    """Whether the module does nothing but run its children in order."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+class _OneInput(nn.Module):
+    """The model called with its image alone: Python then fills in the other arguments' defaults."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, opened: set[str]) -> None:
+        super().__init__(param_shapes_constant=True)
+        self.opened = opened
+        self.outputs: dict[str, list[fx.Node]] = {}
+
+    def is_leaf_module(self, module: nn.Module, qualified: str) -> bool:
+        path = qualified.removeprefix("model").removeprefix(".")
+        return path != "" and path not in self.opened and not is_plain_sequential(module)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m).removeprefix("model").removeprefix(".")
+        result = super().call_module(m, forward, args, kwargs)
+        if isinstance(result, fx.Proxy):
+            self.outputs.setdefault(path, []).append(result.node)
+        return result
+
+
+def _trace_once(model: nn.Module, opened: set[str]) -> TracedModel:
+    tracer = _Tracer(opened)
+    try:
+        graph = tracer.trace(_OneInput(model))
+    except Exception as error:  # a forward may raise anything when it is fed proxies
+        first = str(error).strip().splitlines()
+        raise CannotTrace(f"{type(error).__name__}: {first[0] if first else ''}") from error
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix("model.")
+    return TracedModel(graph, tracer.outputs)
+
+
+def trace(model: nn.Module, opened: set[str]) -> TracedModel:
+    """Traces ``model``'s forward. Opened: the model itself, plain Sequentials, and the modules named in ``opened``.
+
+    Functions that are given ``self.training`` become modules, which are added to ``model``.
+
+    Raises:
+        CannotTrace: torch.fx cannot follow the forward.
+        ValueError: the forward takes another path in training mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        in_training = _trace_once(model.train(), opened)
+        traced = _trace_once(model.eval(), opened)
+    finally:
+        for module, training in modes:
+            module.training = training
+    _unify_modes(model, traced, in_training)
+    _localise_batch_sizes(traced.graph)
+    return traced
+
+
+def _structure(value: Any, index: dict[fx.Node, int]) -> Any:
+    return fx.node.map_arg(value, lambda node: ("node", index[node]))
+
+
+def _unify_modes(model: nn.Module, traced: TracedModel, in_training: TracedModel) -> None:
+    """Makes the eval graph right in both modes; the two may differ in nothing but arguments that are
+    ``self.training``."""
+    nodes, others = list(traced.graph.nodes), list(in_training.graph.nodes)
+    index = {node: i for i, node in enumerate(nodes)} | {node: i for i, node in enumerate(others)}
+    flags: list[tuple[fx.Node, list[int | str]]] = []
+    for i in range(max(len(nodes), len(others))):
+        ours, theirs = (nodes[i] if i < len(nodes) else None), (others[i] if i < len(others) else None)
+        if ours is None or theirs is None or (ours.op, ours.target) != (theirs.op, theirs.target):
+            names = " against ".join("nothing" if n is None else repr(str(n.target)) for n in (theirs, ours))
+            raise ValueError(
+                f"anticipate: {type(model).__name__}.forward takes another path in training mode (first difference: "
+                f"{names}); "
+                "switch that off first (auxiliary heads: aux_logits=False)"
+            )
+        mine = dict(enumerate(_structure(ours.args, index))) | dict(_structure(ours.kwargs, index))
+        other = dict(enumerate(_structure(theirs.args, index))) | dict(_structure(theirs.kwargs, index))
+        where = [key for key in mine if mine[key] != other.get(key)] + [key for key in other if key not in mine]
+        if where and not (
+            ours.op == "call_function" and all((mine.get(k), other.get(k)) == (False, True) for k in where)
+        ):
+            raise ValueError(
+                f"anticipate: {type(model).__name__}.forward computes something else in training mode, at "
+                f"{str(ours.target)!r}"
+            )
+        if where:
+            flags.append((ours, where))
+    for number, (node, where) in enumerate(flags):
+        if len(where) > 1:
+            raise ValueError(f"anticipate: {node.target} depends on the training mode in more than one argument")
+        _become_module(model, traced.graph, node, where[0], f"training_mode_{number}")
+
+
+def _become_module(model: nn.Module, graph: fx.Graph, node: fx.Node, where: int | str, name: str) -> None:
+    dropout = node.target is nn.functional.dropout
+    args, kwargs = node.args, dict(node.kwargs)
+    if dropout:
+        p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+        module: nn.Module = nn.Dropout(p)
+        args, kwargs = ((args[0] if args else kwargs["input"]),), {}
+    else:
+        module = FunctionInMode(node.target, where)
+        if isinstance(where, str):
+            kwargs.pop(where)
+    while hasattr(model, name):
+        name += "_"
+    model.add_module(name, module)
+    with graph.inserting_before(node):
+        new = graph.call_module(name, args, kwargs)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    """``t.size(0)``, ``t.shape[0]`` or ``t.size()[0]``."""
+    if node.op == "call_method" and node.target == "size":
+        return node.args[1:] == (0,) or node.kwargs.get("dim") == 0
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != "getitem" or node.args[1] != 0:
+        return False
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return False
+    if source.op == "call_function" and source.target is getattr:
+        return source.args[1] == "shape"
+    return source.op == "call_method" and source.target == "size" and len(source.args) == 1
+
+
+def _localise_batch_sizes(graph: fx.Graph) -> None:
+    """``n = x.size(0); ...; y.view(n, -1)`` becomes ``y.view(y.size(0), -1)``: otherwise n would be alive at every
+    cut."""
+    for node in [n for n in graph.nodes if _is_batch_size(n)]:
+        for user in list(node.users):
+            reshape = user.op == "call_method" and user.target in ("view", "reshape")
+            reshape = reshape or (user.op == "call_function" and user.target is torch.reshape)
+            if reshape and isinstance(user.args[0], fx.Node):
+                with graph.inserting_before(user):
+                    local = graph.call_method("size", (user.args[0], 0))
+                user.replace_input_with(node, local)
+        for dead in (node, node.args[0]):
+            if not dead.users and dead.op != "placeholder" and (dead is node or dead.target in (getattr, "size")):
+                graph.erase_node(dead)
+
+
+def chain_graph(model: nn.Module, example: Tensor, opened: set[str]) -> TracedModel:
+    """The fallback where tracing fails: the model as a plain chain of its modules, in the order in which they run.
+
+    The chain (with a flattening where the next module expects one) is run beside the model and must give its output
+    bit for bit, and the order must be the same in training mode. Opened are the same modules as by :func:`trace`.
+
+    Raises:
+        CannotTrace: the model is no such chain.
+    """
+    units = dict(_units(model, "", opened))
+    trial = copy.deepcopy(model).train()  # training mode changes BatchNorm's statistics
+    _, _, in_training = _run_recorded(trial, dict(_units(trial, "", opened)), example)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        expected, calls, in_eval = _run_recorded(model.eval(), units, example)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if in_training != in_eval:
+        raise CannotTrace("its modules run in another order in training mode")
+    graph = fx.Graph()
+    node, x = graph.placeholder("x"), example
+    traced = TracedModel(graph)
+    with torch.no_grad():
+        for path, wanted in calls:
+            if tuple(x.shape) != wanted and tuple(x.flatten(1).shape) == wanted:
+                node, x = graph.call_function(torch.flatten, (node, 1)), x.flatten(1)
+            if tuple(x.shape) != wanted:
+                raise CannotTrace(f"{path!r} is given a tensor that the module before it did not return")
+            node, x = graph.call_module(path, (node,)), _in_eval(units[path], x)
+            traced.outputs.setdefault(path, []).append(node)
+        if x.shape != expected.shape and x.flatten(1).shape == expected.shape:
+            node, x = graph.call_function(torch.flatten, (node, 1)), x.flatten(1)
+    if not torch.equal(x, expected):
+        raise CannotTrace("its modules, run in order, do not give its output")
+    graph.output(node)
+    for path in [path for path, _ in calls]:
+        parts = path.split(".")
+        for container in (".".join(parts[:n]) for n in range(1, len(parts))):
+            traced.outputs[container] = traced.outputs[path][-1:]  # the last call inside it is its result
+    return traced
+
+
+def _in_eval(module: nn.Module, x: Tensor) -> Tensor:
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        return module.eval()(x)
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _units(module: nn.Module, path: str, opened: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Children of the model, with plain Sequentials and what is named opened, and lists of modules looked into."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}" if path else name
+        if inner in opened or is_plain_sequential(child) or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from _units(child, inner, opened)
+        else:
+            yield inner, child
+
+
+def _run_recorded(
+    model: nn.Module, units: dict[str, nn.Module], example: Tensor
+) -> tuple[Tensor, list[tuple[str, tuple[int, ...]]], list[str]]:
+    """Runs the model; the output, the units called with their inputs' shapes, and the units called."""
+    calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def record(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if len(args) != 1 or not isinstance(args[0], Tensor):
+                raise CannotTrace(f"{path!r} is not called with one tensor")
+            calls.append((path, tuple(args[0].shape)))
+
+        return hook
+
+    handles = [unit.register_forward_pre_hook(record(path)) for path, unit in units.items()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            output = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(output, Tensor):
+        raise CannotTrace(f"its output is no tensor but a {type(output).__name__}")
+    return output, calls, [path for path, _ in calls]
