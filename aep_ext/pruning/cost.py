@@ -1,0 +1,234 @@
+"""What a network costs: parameters, multiply-adds and latency, of a module or of every subset of the exits."""
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..surgery.multi_exit import MultiExitNet
+from .subsets import MAX_EXITS, exits_of_mask
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """``module`` in eval mode inside the block; every submodule's own mode is restored afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def count_parameters(module: nn.Module, *, trainable_only: bool = True) -> int:
+    """How many numbers ``module`` can train: the elements of its parameters, a shared one counted once.
+
+    Args:
+        module: any module.
+        trainable_only: leave out parameters with ``requires_grad`` off (a frozen backbone, say).
+    """
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+
+
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    return next((p for p in module.parameters()), None)
+
+
+def example_input(function: str, module: nn.Module, example: Tensor | Sequence[int]) -> Tensor:
+    """``example`` as a batch of one on the module's device; a (C, H, W) shape becomes zeros in its dtype."""
+    anchor = _first_parameter(module)
+    if not isinstance(example, Tensor):
+        shape = tuple(int(size) for size in example)
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"{function}: example must be a tensor (N, C, H, W) or a shape (C, H, W), got {shape}")
+        device, dtype = (anchor.device, anchor.dtype) if anchor is not None else (None, None)
+        return torch.zeros((1, *shape), device=device, dtype=dtype)
+    if example.dim() < 1 or example.shape[0] < 1:
+        raise ValueError(f"{function}: example must hold at least one sample, got shape {list(example.shape)}")
+    one = example.detach()[:1]
+    return one if anchor is None else one.to(anchor.device)
+
+
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    # no_grad, not inference_mode: what is seen by the counter is then the same on every torch since 2.1.
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def _macs(counter: FlopCounterMode) -> int:
+    """Half the floating-point operations of convolutions and matrix products; elementwise operators are left out."""
+    total = 0
+    for operator, flops in counter.get_flop_counts().get("Global", {}).items():
+        name = str(operator)
+        if not name.startswith("aep") or "linear_head" in name:
+            total += flops
+    return total // 2
+
+
+def count_macs(module: nn.Module, example: Tensor | Sequence[int]) -> int:
+    """Multiply-adds of one forward pass at batch 1 in eval mode: those of convolutions and matrix products.
+
+    Bias, normalisation, activations, pooling and the weighted sum of the ensemble count nothing. The module is left
+    as it was (modes, buffers, gradients); it may live on the meta device.
+
+    Args:
+        module: any module that takes one tensor.
+        example: an input (N, C, H, W), of which the first sample is used, or a shape (C, H, W).
+    """
+    inputs = example_input("count_macs", module, example)
+    with eval_mode(module), _counting() as counter:
+        module(inputs)
+    return _macs(counter)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall-clock times of one forward pass in milliseconds: median, percentiles, and how many were taken."""
+
+    median: float
+    p5: float
+    p95: float
+    p99: float
+    mean: float
+    repeats: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """As plain numbers, for JSON."""
+        return asdict(self)
+
+
+def _percentile(ordered: Sequence[float], percent: float) -> float:
+    """Linear interpolation between the closest ranks, as numpy's default."""
+    position = (len(ordered) - 1) * percent / 100
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def _cuda_times(module: nn.Module, inputs: Tensor, repeats: int) -> list[float]:
+    with torch.cuda.device(inputs.device):
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        times = []
+        for start, stop in pairs:
+            torch.cuda.synchronize()  # each pass starts on an idle device, as a single request would
+            start.record()
+            module(inputs)
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+    return times
+
+
+def _host_times(module: nn.Module, inputs: Tensor, repeats: int) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        module(inputs)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def measure_latency(module: nn.Module, example: Tensor | Sequence[int], *, warmup: int = 10, repeats: int = 50,
+                    batch_size: int = 1) -> Latency:
+    """Time forward passes in eval mode, in milliseconds, after a warm-up.
+
+    On CUDA by events on the current stream, the device idle before each pass; elsewhere by ``time.perf_counter``.
+
+    Args:
+        module: any module that takes one tensor; left as it was.
+        example: an input (N, C, H, W), of which the first sample is used, or a shape (C, H, W).
+        warmup: passes that are not counted.
+        repeats: passes that are.
+        batch_size: how often the sample is repeated to make the batch.
+
+    Raises:
+        ValueError: ``warmup`` is negative, or ``repeats`` or ``batch_size`` is below 1.
+    """
+    if warmup < 0 or repeats < 1 or batch_size < 1:
+        raise ValueError("measure_latency: warmup must be >= 0 and repeats and batch_size >= 1, "
+                         f"got {warmup}, {repeats} and {batch_size}")
+    inputs = example_input("measure_latency", module, example)
+    if inputs.device.type == "meta":
+        raise ValueError("measure_latency: the module must be on a real device, got meta")
+    if batch_size > 1:
+        inputs = inputs.expand(batch_size, *inputs.shape[1:]).contiguous()
+    with eval_mode(module), torch.inference_mode():
+        for _ in range(warmup):
+            module(inputs)
+        times = (_cuda_times if inputs.is_cuda else _host_times)(module, inputs, repeats)
+    times.sort()
+    return Latency(median=statistics.median(times), p5=_percentile(times, 5), p95=_percentile(times, 95),
+                   p99=_percentile(times, 99), mean=statistics.fmean(times), repeats=repeats)
+
+
+@dataclass(frozen=True)
+class SubsetCosts:
+    """Costs of every subset; entry m-1 is the one whose bit ``1 << e`` is set for exit e.
+
+    Attributes:
+        parameters: trainable numbers of the extracted network.
+        macs: its multiply-adds at batch 1, as :func:`count_macs` counts them.
+    """
+
+    parameters: tuple[int, ...]
+    macs: tuple[int, ...]
+
+
+def _parameter_groups(net: MultiExitNet) -> Iterable[tuple[int, int, int]]:
+    """(first stage that holds it or a number past the end, mask of the exits that hold it, elements), summed up."""
+    first: dict[int, int] = {}
+    holders: dict[int, int] = {}
+    sizes: dict[int, int] = {}
+    for stage, module in enumerate(net.stages):
+        for parameter in module.parameters():
+            first.setdefault(id(parameter), stage)
+            sizes[id(parameter)] = parameter.numel() if parameter.requires_grad else 0
+    for position, module in enumerate(net.exits):
+        for parameter in module.parameters():
+            holders[id(parameter)] = holders.get(id(parameter), 0) | 1 << position
+            sizes[id(parameter)] = parameter.numel() if parameter.requires_grad else 0
+    groups: dict[tuple[int, int], int] = {}
+    for key, size in sizes.items():
+        group = first.get(key, len(net.stages)), holders.get(key, 0)
+        groups[group] = groups.get(group, 0) + size
+    return [(stage, mask, size) for (stage, mask), size in groups.items()]
+
+
+def subset_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> SubsetCosts:
+    """Parameters and multiply-adds of every subset's extracted network, from the parts, without extracting any.
+
+    Args:
+        net: at most 16 exits; left as it was.
+        example: an input (N, C, H, W), of which the first sample is used, or a shape (C, H, W).
+    """
+    if net.num_exits > MAX_EXITS:
+        raise ValueError(f"subset_costs: net must have at most {MAX_EXITS} exits, got {net.num_exits}")
+    features = example_input("subset_costs", net, example)
+    exit_macs = [0] * net.num_exits
+    prefix_macs = []  # of the backbone up to and with each stage
+    with eval_mode(net):
+        for stage, module in enumerate(net.stages):
+            with _counting() as counter:
+                features = module(features)
+            prefix_macs.append(_macs(counter) + (prefix_macs[-1] if prefix_macs else 0))
+            for position, head in enumerate(net.exits):
+                if net.exit_stages[position] == stage:
+                    with _counting() as counter:
+                        head(features)
+                    exit_macs[position] = _macs(counter)
+    groups = _parameter_groups(net)
+    parameters, macs = [], []
+    for mask in range(1, 1 << net.num_exits):
+        exits = exits_of_mask(mask)
+        last = max(net.exit_stages[e] for e in exits)
+        parameters.append(sum(size for stage, holders, size in groups if stage <= last or holders & mask))
+        macs.append(prefix_macs[last] + sum(exit_macs[e] for e in exits))
+    return SubsetCosts(tuple(parameters), tuple(macs))

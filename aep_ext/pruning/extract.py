@@ -1,0 +1,94 @@
+"""Extraction: a subset of the exits, and the backbone that they need, as a network of its own."""
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..surgery.heads import fused_plan
+from ..surgery.multi_exit import MultiExitNet
+from .scores import SubsetScore, SubsetScores
+from .subsets import checked_exits
+
+
+def _check_net(function: str, net: Any) -> None:
+    if not isinstance(net, MultiExitNet):
+        raise TypeError(f"{function}: net must be a MultiExitNet, got {type(net).__name__}")
+
+
+def subset_view(net: MultiExitNet, exits: tuple[int, ...], *, share: bool) -> MultiExitNet:
+    """The sub-network of ``exits`` (sorted, checked), on shared modules or on copies of the kept ones alone."""
+    stages: list[nn.Module] = list(net.stages[: max(net.exit_stages[e] for e in exits) + 1])
+    heads: list[nn.Module] = [net.exits[e] for e in exits]
+    if not share:
+        memo: dict[int, Any] = {}  # one memo, so that parameters shared between kept parts stay shared
+        stages = [copy.deepcopy(stage, memo) for stage in stages]
+        heads = [copy.deepcopy(head, memo) for head in heads]
+    # One head that only its own forward can run sends all of them there. The kept ones stay on that path, whose bits
+    # differ from the fused operator's.
+    fused = net.fused and all(fused_plan(head) is not None for head in net.exits)
+    modes = [(module, module.training) for part in (*stages, *heads) for module in part.modules()]
+    result = MultiExitNet(stages, heads, exit_stages=[net.exit_stages[e] for e in exits],
+                          exit_ids=[net.exit_ids[e] for e in exits], num_classes=net.num_classes,
+                          origin=copy.deepcopy(net.origin), fused=fused)
+    result.train(net.training)
+    for module, training in modes:  # a module that was frozen in eval mode stays so
+        module.training = training
+    index = torch.tensor(exits, device=net.output_weights.device)
+    result.output_weights = net.output_weights.detach()[index]
+    result.loss_weights = net.loss_weights.detach()[index]
+    return result
+
+
+def prune(net: MultiExitNet, exits: Iterable[int] | SubsetScore | SubsetScores | str, *,
+          scores: SubsetScores | None = None) -> MultiExitNet:
+    """Take the sub-network of some exits out of ``net``: the backbone up to the last of them, and their heads.
+
+    The result is a new, physically smaller :class:`~aep_ext.MultiExitNet` on copies of the kept parts; ``net`` is
+    left as it is. Its output is ``sum_{e in exits} b_e * O_e`` with the weights it had, not renormalised, also when
+    one exit is left, so it equals the masked ensemble of ``net`` exactly. ``exit_ids`` keeps the original numbers,
+    so the result can be pruned again.
+
+    Args:
+        net: the network.
+        exits: indices of the exits to keep, from 0, in ``net`` as it stands; or a choice made from scores: a
+            :class:`SubsetScore`, a :class:`SubsetScores` (its best is kept), or "best" with ``scores``.
+        scores: what "best" refers to.
+
+    Raises:
+        TypeError: ``net`` is no MultiExitNet, or ``exits`` no indices.
+        ValueError: no exit, one twice, one out of range, or scores of another network.
+    """
+    _check_net("prune", net)
+    if isinstance(exits, str):
+        if exits != "best":
+            raise ValueError(f"prune: exits must be indices, scores or 'best', got {exits!r}")
+        if scores is None:
+            raise ValueError("prune: exits 'best' needs scores=, the result of score_subsets")
+        exits = scores
+    elif scores is not None:
+        raise ValueError("prune: scores= goes with exits 'best' only")
+    if isinstance(exits, SubsetScores):
+        exits = exits.best()
+    if isinstance(exits, SubsetScore):
+        ids = tuple(net.exit_ids[e] for e in exits.exits if e < net.num_exits)
+        if exits.exit_ids != ids:
+            raise ValueError(f"prune: scores must be of this network (original exits {tuple(net.exit_ids)}), "
+                             f"got a choice of original exits {exits.exit_ids} at indices {exits.exits}")
+        exits = exits.exits
+    return subset_view(net, checked_exits("prune", exits, net.num_exits), share=False)
+
+
+def single_exit(net: MultiExitNet) -> MultiExitNet:
+    """The single-exit network that ``net`` was made from: the whole backbone and the last exit, both weights 1.
+
+    A copy, as with :func:`prune`: train it on its own for the baseline.
+    """
+    _check_net("single_exit", net)
+    result = subset_view(net, (net.num_exits - 1,), share=False)
+    result.output_weights = torch.ones_like(result.output_weights)
+    result.loss_weights = torch.ones_like(result.loss_weights)
+    return result
