@@ -1,0 +1,32 @@
+"""Early exits for CNNs: anticipate (add exits), ensemble (train and sum them), prune (keep the best subset).
+
+The face of the package. Each name's home is the room it is imported from:
+
+- ``anticipate``, ``MultiExitNet``: :mod:`aep_ext.surgery`
+- ``ExitWeights``, ``JointCrossEntropy``: :mod:`aep_ext.ensemble`
+- ``score_subsets``, ``prune``: :mod:`aep_ext.pruning`
+- ``build_info``: what was built, what runs, what is missing and why
+
+Importing raises ImportError if the native module was built for another torch, unless ``AEP_FORCE_REFERENCE=1``; without
+a native module everything works on the pure-torch reference, with one warning.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from ._build_info import build_info
+from .ensemble import ExitWeights, JointCrossEntropy
+from .pruning import prune, score_subsets
+from .surgery import MultiExitNet, anticipate
+
+__all__ = [
+    "ExitWeights",
+    "JointCrossEntropy",
+    "MultiExitNet",
+    "__version__",
+    "anticipate",
+    "build_info",
+    "prune",
+    "score_subsets",
+]
