@@ -110,7 +110,7 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
     if isinstance(example, Tensor):
         if example.dim() != 4 or example.shape[0] < 1:
             raise ValueError(f"anticipate: example must be images [N, C, H, W], got shape {list(example.shape)}")
-        return torch.cat([example[:1].detach()] * 2)
+        return torch.cat([example[:1].detach()] * 2).to(pattern((1,), model).device)
     if example is not None:
         shape = tuple(int(size) for size in example)
         if len(shape) not in (3, 4) or min(shape) < 1:
