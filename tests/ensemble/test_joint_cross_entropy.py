@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aep_ext import ExitWeights, JointCrossEntropy
+
+
+@pytest.fixture
+def case():
+    return torch.randn(3, 8, 5), torch.tensor([0, 4, 2, -100, 1, 1, 3, 2])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"class_weight": [1.0, 2.0, 0.5, 1.0, 3.0]},
+                                     {"label_smoothing": 0.2, "class_weight": torch.tensor([1.0, 2, 1, 4, 1])},
+                                     {"ignore_index": 1}])
+def test_equals_the_weighted_sum_of_cross_entropies(case, reduction, options):
+    logits, target = case
+    if "ignore_index" in options:
+        target = target.clamp(min=0)
+    weights = ExitWeights.descending(3)
+    criterion = JointCrossEntropy(weights, reduction=reduction, **options)
+    expected_options = dict(options, reduction=reduction)
+    if "class_weight" in options:
+        expected_options["weight"] = torch.as_tensor(expected_options.pop("class_weight"))
+    each = [F.cross_entropy(x, target, **expected_options) for x in logits]
+    expected = sum(a * loss for a, loss in zip(weights.loss, each, strict=True))
+    torch.testing.assert_close(criterion(logits, target), expected)
+    torch.testing.assert_close(criterion.per_exit(logits, target), torch.stack(each))
+
+
+def test_trains_through_the_loss(case):
+    logits, target = case
+    logits.requires_grad_()
+    JointCrossEntropy([0.7, 0.2, 0.1])(logits, target).backward()
+    again = logits.detach().clone().requires_grad_()
+    sum(a * F.cross_entropy(x, target) for a, x in zip((0.7, 0.2, 0.1), again, strict=True)).backward()
+    torch.testing.assert_close(logits.grad, again.grad)
+
+
+def test_weights_are_buffers(case):
+    criterion = JointCrossEntropy(ExitWeights.mixed(3), class_weight=[1, 2, 3, 4, 5])
+    assert set(criterion.state_dict()) == {"exit_weights", "class_weight"}
+    assert not list(criterion.parameters())
+    assert torch.equal(criterion.exit_weights, torch.tensor(ExitWeights.mixed(3).loss))
+    stream = io.BytesIO()
+    torch.save(criterion.state_dict(), stream)
+    stream.seek(0)
+    other = JointCrossEntropy([1.0, 1.0, 1.0], class_weight=[1.0] * 5)
+    other.load_state_dict(torch.load(stream, weights_only=True))
+    assert other(*case) == copy.deepcopy(criterion)(*case) == criterion(*case)
+    assert "class_weight=True" in repr(criterion)
+    assert JointCrossEntropy([1.0]).to("meta").exit_weights.device.type == "meta"
+
+
+@pytest.mark.parametrize(("arguments", "options", "message"), [
+    (([1.0, -1.0],), {}, "positive and finite"),
+    (([1.0],), {"reduction": "max"}, "'mean', 'sum' or 'none', got 'max'"),
+    (([1.0],), {"label_smoothing": 1.5}, "within 0..1, got 1.5"),
+    (([1.0],), {"class_weight": [[1.0]]}, r"one dimension, got shape \[1, 1\]"),
+])
+def test_bad_arguments_are_refused(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        JointCrossEntropy(*arguments, **options)
+
+
+def test_wrong_number_of_exits_is_refused(case):
+    with pytest.raises((ValueError, RuntimeError), match=r"exit_weights must have shape \[3\], got \[2\]"):
+        JointCrossEntropy([0.5, 0.5])(*case)
