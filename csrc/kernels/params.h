@@ -9,9 +9,10 @@
 //   * `dtype` is the storage type. The accumulation type ("acc") follows from it: double for f64, float for all others.
 //     An "acc" pointer is `float*` or `double*` accordingly.
 //   * E exits, N samples (rows), K classes. K >= 1 and E >= 1 wherever they appear; N may be 0.
-//   * Buffers are described as (shape): contiguous, unless strides stand beside them. Inputs and outputs must not overlap, except
-//     where a comment allows it.
-//   * Weighted sums are rounded products added in ascending exit order in acc (no fused multiply-add), then rounded once to dtype.
+//   * Buffers are described as (shape): contiguous, unless strides stand beside them. Inputs and outputs must not
+//     overlap, except where a comment allows it.
+//   * Weighted sums are rounded products added in ascending exit order in acc (no fused multiply-add), then rounded
+//     once to dtype.
 #pragma once
 
 #include <stdint.h>
@@ -20,7 +21,8 @@ namespace aep::kernels {
 
 enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-// A scalar operand: the acc-typed value at `ptr` (device memory on CUDA, so that no synchronisation is needed), or `value` if ptr is null.
+// A scalar operand: the acc-typed value at `ptr` (device memory on CUDA, so that no synchronisation is needed), or
+// `value` if ptr is null.
 struct Scalar {
   const void* ptr;
   double value;
@@ -54,7 +56,7 @@ struct EnsembleBackwardParams {
   const void* weights;  // acc (E)
   void* grad_logits;    // dtype (E, N, K): weights[e] * grad[n, k]; class stride 1
   void* partials;       // acc (chunks, E): scratch; chunks = ceil(N / kEnsembleChunkRows)
-  void* grad_weights;   // acc (E): sum_nk grad[n, k] * logits[e, n, k], summed in an order that depends on the shape only
+  void* grad_weights;   // acc (E): sum_nk grad[n, k] * logits[e, n, k]; the order depends on the shape only
   DType dtype;
   int64_t E, N, K;
   int64_t grad_stride_n, grad_stride_k;
@@ -94,15 +96,16 @@ enum class Reduction : int32_t { none = 0, mean = 1, sum = 2 };
 // From row losses to the returned losses, in a fixed order of additions.
 //   none: loss (N) = sum_e a_e * row_losses[e, n]; exit_losses is not written (it IS row_losses).
 //   sum:  exit_losses[e] = sum_n row_losses[e, n]; loss = sum_e a_e * exit_losses[e]
-//   mean: the same divided by `denominator` = sum of w[y_n] over the rows that are not ignored (0/0 = NaN if there is none).
+//   mean: the same divided by `denominator` = sum of w[y_n] over the rows that are not ignored (0/0 = NaN if there is
+//   none).
 struct JointCrossEntropyReduceParams {
-  const void* row_losses;     // acc (E, N)
-  const void* exit_weights;   // acc (E)
-  const int64_t* target;      // (N), any stride
-  const void* class_weight;   // acc (K), or null
-  void* loss;                 // acc: (N) for none, else one value
-  void* exit_losses;          // acc (E); null for none
-  void* denominator;          // acc, one value: the divisor (1 for none and sum)
+  const void* row_losses;    // acc (E, N)
+  const void* exit_weights;  // acc (E)
+  const int64_t* target;     // (N), any stride
+  const void* class_weight;  // acc (K), or null
+  void* loss;                // acc: (N) for none, else one value
+  void* exit_losses;         // acc (E); null for none
+  void* denominator;         // acc, one value: the divisor (1 for none and sum)
   DType dtype;
   Reduction reduction;
   int64_t E, N, K;
@@ -110,9 +113,10 @@ struct JointCrossEntropyReduceParams {
   int64_t ignore_index;
 };
 
-// grad_logits[e, n, k] = c[e, n] * ((1 - s) * w[y] * (p_k - [k == y]) + s / K * (W * p_k - w[k])), p = exp(x - log_sum_exp), W = sum w;
-// exactly 0 in ignored rows, whatever the coefficient; on CUDA also 0 in rows whose label is out of range.
-// c[e, n] holds everything from above: a_e * grad_loss / denominator + grad_exit_loss[e] / denominator, or whatever the reduction gives.
+// grad_logits[e, n, k] = c[e, n] * ((1 - s) * w[y] * (p_k - [k == y]) + s / K * (W * p_k - w[k])), p = exp(x -
+// log_sum_exp), W = sum w; exactly 0 in ignored rows, whatever the coefficient; on CUDA also 0 in rows whose label is
+// out of range. c[e, n] holds everything from above: a_e * grad_loss / denominator + grad_exit_loss[e] / denominator,
+// or whatever the reduction gives.
 struct JointCrossEntropyBackwardParams {
   const void* logits;        // dtype (E, N, K), any strides
   const int64_t* target;     // (N), any stride
@@ -130,8 +134,9 @@ struct JointCrossEntropyBackwardParams {
   double label_smoothing;
 };
 
-// counts[m - 1] = {top-1, top-5} hits of the ensemble over the exits whose bit 1 << e is set in m, m = 1 .. 2^E - 1; 1 <= E <= 16.
-// rank = #(score > target's score) + #(equal score and lower class index); hit when rank < 1 (< 5). A NaN score: wrong at every k.
+// counts[m - 1] = {top-1, top-5} hits of the ensemble over the exits whose bit 1 << e is set in m, m = 1 .. 2^E - 1;
+// 1 <= E <= 16. rank = #(score > target's score) + #(equal score and lower class index); a hit when rank < 1 (< 5).
+// A NaN score: wrong at every k.
 // On CUDA a label out of range is wrong at every k; on the CPU check with find_bad_label() first.
 struct SubsetCorrectParams {
   const void* logits;     // dtype (E, N, K), any strides
@@ -149,33 +154,37 @@ enum class GatePolicy : int32_t { confidence = 0, entropy = 1, margin = 2, patie
 enum class GateOn : int32_t { ensemble = 0, exit = 1 };
 
 // One exit's gate over n rows.
-//   running' = running + weight * exit_logits (product rounded, then added; rounded once to running_dtype); ws' = weight_sum + weight (acc).
-//   judged values: running' / (ws' * temperature), or exit_logits / temperature for GateOn::exit; stats as in EnsembleStatsParams.
-//   The judged class is the argmax of running' (or of exit_logits) before the division; `argmax` is always that of running' (the answer).
-//   leave: confidence, margin: (float32) stat >= (float32) threshold; entropy: <=; patience, vote: count >= threshold (as double).
-//   patience: state = {last judged class or -1, run length}; same class: run + 1, another: run = 1. vote: state[judged class] += 1; the
-//   largest count is compared. A row whose judged values hold a NaN (or whose statistics are NaN) never leaves: no vote, patience {-1, 0}.
+//   running' = running + weight * exit_logits (the product rounded, then added; rounded once to running_dtype);
+//   ws' = weight_sum + weight (acc).
+//   Judged values: running' / (ws' * temperature), or exit_logits / temperature for GateOn::exit; statistics as in
+//   EnsembleStatsParams. The judged class is the argmax of running' (or of exit_logits) before the division; `argmax`,
+//   the answer, is always that of running'.
+//   A row leaves when, for confidence and margin, the (float32) statistic >= the (float32) threshold; for entropy, <=;
+//   for patience and vote, the count >= the threshold (as double).
+//   patience: state = {last judged class or -1, run length}; the same class: run + 1, another: run = 1.
+//   vote: state[judged class] += 1; the largest count is compared.
+//   A row whose judged values hold a NaN (or whose statistics are NaN) never leaves: no vote, patience {-1, 0}.
 //   enabled == false: the state advances, nobody leaves.
-// Outputs are a stable partition: the rows that stay in order, then those that leave, in order. `features_out` holds the rows that
-// stay in front, and zeros behind. Outputs never overlap inputs.
+// Outputs are a stable partition: the rows that stay in order, then those that leave, in order. `features_out` holds
+// the rows that stay in front, and zeros behind. Outputs never overlap inputs.
 struct GateParams {
-  const void* features;      // n rows of feature_row_bytes each, rows dense, feature_stride_bytes apart (bytes: no dtype needed)
-  const void* running;       // running_dtype (n, K), class stride 1
-  const void* exit_logits;   // dtype (n, K), class stride 1
-  const int64_t* indices;    // (n)
-  const int64_t* state;      // (n, S); may be null when S == 0
-  void* features_out;        // n rows, feature_out_stride_bytes apart
-  void* running_out;         // running_dtype (n, K)
-  int64_t* indices_out;      // (n)
-  int64_t* state_out;        // (n, S)
-  float* stats_out;          // (n, 3)
-  int64_t* argmax_out;       // (n)
-  void* weight_sum_out;      // acc, one value
-  int64_t* count_out;        // one value: the number of rows that STAY
-  void* scratch;             // gate_scratch_bytes(n) bytes, aligned to 8 (cpu/api.h, cuda/api.h)
-  DType dtype;               // of exit_logits; decides acc
-  DType running_dtype;       // dtype, or the acc type of dtype
-  int64_t n, K, S;           // S: 2 for patience, K for vote, else 0
+  const void* features;     // n dense rows of feature_row_bytes, feature_stride_bytes apart; no dtype needed
+  const void* running;      // running_dtype (n, K), class stride 1
+  const void* exit_logits;  // dtype (n, K), class stride 1
+  const int64_t* indices;   // (n)
+  const int64_t* state;     // (n, S); may be null when S == 0
+  void* features_out;       // n rows, feature_out_stride_bytes apart
+  void* running_out;        // running_dtype (n, K)
+  int64_t* indices_out;     // (n)
+  int64_t* state_out;       // (n, S)
+  float* stats_out;         // (n, 3)
+  int64_t* argmax_out;      // (n)
+  void* weight_sum_out;     // acc, one value
+  int64_t* count_out;       // one value: the number of rows that STAY
+  void* scratch;            // gate_scratch_bytes(n) bytes, aligned to 8 (cpu/api.h, cuda/api.h)
+  DType dtype;              // of exit_logits; decides acc
+  DType running_dtype;      // dtype, or the acc type of dtype
+  int64_t n, K, S;          // S: 2 for patience, K for vote, else 0
   int64_t running_stride_n, logits_stride_n;
   int64_t feature_row_bytes, feature_stride_bytes, feature_out_stride_bytes;
   Scalar weight_sum, weight, threshold, temperature;  // acc

@@ -8,7 +8,8 @@ namespace {
 struct Shape {
   int64_t E, N, K;
 };
-constexpr Shape kShapes[] = {{1, 0, 5}, {1, 1, 1}, {3, 2, 1}, {4, 3, 3}, {2, 5, 17}, {7, 3, 64}, {4, 2, 1000}, {17, 1, 33}, {2, 1, 129}};
+constexpr Shape kShapes[] = {{1, 0, 5},  {1, 1, 1},    {3, 2, 1},   {4, 3, 3},  {2, 5, 17},
+                             {7, 3, 64}, {4, 2, 1000}, {17, 1, 33}, {2, 1, 129}};
 
 // Statistics by their definition, in double.
 void statistics(const std::vector<double>& z, double divisor, double out[3], int64_t& argmax) {
@@ -45,7 +46,8 @@ void statistics(const std::vector<double>& z, double divisor, double out[3], int
   out[2] = largest - second;
 }
 
-void forward(const KernelTable& t, DType d, Shape s, int layout, double normalizer, double temperature, bool special, bool keep_logits) {
+void forward(const KernelTable& t, DType d, Shape s, int layout, double normalizer, double temperature, bool special,
+             bool keep_logits) {
   Random random(static_cast<uint64_t>(s.E * 1000 + s.N * 100 + s.K + layout));
   Logits x(d, s.E, s.N, s.K, layout);
   x.values.fill_normal(random, 3);
@@ -90,12 +92,15 @@ void forward(const KernelTable& t, DType d, Shape s, int layout, double normaliz
     double want[3];
     int64_t best;
     statistics(z, round_acc(d, round_acc(d, normalizer) * round_acc(d, temperature)), want, best);
-    CHECK(argmax.as<int64_t>()[n] == best, "%s %s row %ld: %ld, want %ld", t.name, name_of(d), long(n), long(argmax.as<int64_t>()[n]), long(best));
+    CHECK(argmax.as<int64_t>()[n] == best, "%s %s row %ld: %ld, want %ld", t.name, name_of(d), long(n),
+          long(argmax.as<int64_t>()[n]), long(best));
     for (int i = 0; i < 3; ++i) {
       const double got = static_cast<double>(stats.as<float>()[n * 3 + i]);
-      CHECK(near(got, want[i], 3e-6), "%s %s K %ld row %ld stat %d: %g, want %g", t.name, name_of(d), long(s.K), long(n), i, got, want[i]);
+      CHECK(near(got, want[i], 3e-6), "%s %s K %ld row %ld stat %d: %g, want %g", t.name, name_of(d), long(s.K),
+            long(n), i, got, want[i]);
     }
-    if (s.K == 1 && !special) CHECK(stats.as<float>()[n * 3] == 1 && stats.as<float>()[n * 3 + 1] == 0 && stats.as<float>()[n * 3 + 2] == 1);
+    if (s.K == 1 && !special)
+      CHECK(stats.as<float>()[n * 3] == 1 && stats.as<float>()[n * 3 + 1] == 0 && stats.as<float>()[n * 3 + 2] == 1);
   }
 }
 
@@ -109,10 +114,12 @@ void backward(const KernelTable& t, DType d, Shape s, int layout, bool expanded)
   const int64_t chunks = cpu::ensemble_backward_chunks(s.N);
   Values partials(acc_of(d), chunks * s.E);
   EnsembleBackwardParams p{};
-  p.grad = g.data(), p.logits = x.data(), p.weights = w.data(), p.grad_logits = out.data(), p.partials = partials.data();
+  p.grad = g.data(), p.logits = x.data(), p.weights = w.data(), p.grad_logits = out.data(),
+  p.partials = partials.data();
   p.grad_weights = gw.data(), p.dtype = d, p.E = s.E, p.N = s.N, p.K = s.K;
   p.grad_stride_n = expanded ? 0 : s.K, p.grad_stride_k = expanded ? 0 : 1;
-  p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = x.stride_k, p.out_stride_e = s.N * s.K, p.out_stride_n = s.K;
+  p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = x.stride_k, p.out_stride_e = s.N * s.K,
+  p.out_stride_n = s.K;
   t.ensemble_backward_logits(p, 0, s.N);
   t.ensemble_backward_weights(p, 0, chunks);
   cpu::ensemble_backward_weights_finish(p);
@@ -126,7 +133,8 @@ void backward(const KernelTable& t, DType d, Shape s, int layout, bool expanded)
         size += fabs(grad * x.get(e, n, k));
       }
     }
-    CHECK(fabs(gw.get(e) - sum) <= (d == DType::f64 ? 1e-15 : 1e-6) * (size + 1), "%s %s: %g, want %g", t.name, name_of(d), gw.get(e), sum);
+    CHECK(fabs(gw.get(e) - sum) <= (d == DType::f64 ? 1e-15 : 1e-6) * (size + 1), "%s %s: %g, want %g", t.name,
+          name_of(d), gw.get(e), sum);
   }
 }
 

@@ -1,4 +1,5 @@
-// The gate against a direct account of its rules: the partition, and that features, sums, indices and states travel together.
+// The gate against a direct account of its rules: the partition, and that features, sums, indices and states travel
+// together.
 #include "testing.h"
 
 using namespace testing;
@@ -25,25 +26,33 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
     for (int64_t k = 0; k < K; ++k) running.set(4 * (K + 2) + k, 1), logits.set(4 * (K + 1) + k, 1);  // all tied
   }
   const auto bytes = [](int64_t count) { return static_cast<size_t>(count); };
-  Guarded features(bytes(n ? (n - 1) * (feature_bytes + 5) + feature_bytes : 0)), features_out(bytes(n * feature_bytes));
-  for (size_t i = 0; i < features.size(); ++i) features.as<unsigned char>()[i] = static_cast<unsigned char>(random.below(255) + 1);
+  Guarded features(bytes(n ? (n - 1) * (feature_bytes + 5) + feature_bytes : 0)),
+      features_out(bytes(n * feature_bytes));
+  for (size_t i = 0; i < features.size(); ++i)
+    features.as<unsigned char>()[i] = static_cast<unsigned char>(random.below(255) + 1);
   Guarded indices(bytes(n * 8)), indices_out(bytes(n * 8)), state(bytes(n * S * 8)), state_out(bytes(n * S * 8));
   Guarded stats_out(bytes(n * 12)), argmax_out(bytes(n * 8)), count_out(8), scratch(cpu::gate_scratch_bytes(n));
   for (int64_t i = 0; i < n; ++i) indices.as<int64_t>()[i] = 1000 + 3 * i;
-  for (int64_t i = 0; i < n * S; ++i) state.as<int64_t>()[i] = random.below(c.policy == GatePolicy::patience && i % 2 == 0 ? K + 1 : 3) - (c.policy == GatePolicy::patience && i % 2 == 0 ? 1 : 0);
+  for (int64_t i = 0; i < n * S; ++i)
+    state.as<int64_t>()[i] = random.below(c.policy == GatePolicy::patience && i % 2 == 0 ? K + 1 : 3) -
+                             (c.policy == GatePolicy::patience && i % 2 == 0 ? 1 : 0);
 
-  const double weight = rounded(acc, 0.3), weight_sum = rounded(acc, 0.45), temperature = rounded(acc, 1.7), threshold = rounded(acc, c.threshold);
+  const double weight = rounded(acc, 0.3), weight_sum = rounded(acc, 0.45), temperature = rounded(acc, 1.7),
+               threshold = rounded(acc, c.threshold);
   double weight_buffer;
   store_value(acc, &weight_buffer, 0, weight);
   GateParams p{};
-  p.features = features.data(), p.running = running.data(), p.exit_logits = logits.data(), p.indices = indices.as<int64_t>();
+  p.features = features.data(), p.running = running.data(), p.exit_logits = logits.data(),
+  p.indices = indices.as<int64_t>();
   p.state = S ? state.as<int64_t>() : nullptr, p.features_out = features_out.data(), p.running_out = running_out.data();
   p.indices_out = indices_out.as<int64_t>(), p.state_out = state_out.as<int64_t>(), p.stats_out = stats_out.as<float>();
   p.argmax_out = argmax_out.as<int64_t>(), p.weight_sum_out = sum_out.data(), p.count_out = count_out.as<int64_t>();
   p.scratch = scratch.data(), p.dtype = d, p.running_dtype = rd, p.n = n, p.K = K, p.S = S;
   p.running_stride_n = K + 2, p.logits_stride_n = K + 1;
-  p.feature_row_bytes = feature_bytes, p.feature_stride_bytes = feature_bytes + 5, p.feature_out_stride_bytes = feature_bytes;
-  p.weight = {&weight_buffer, 0}, p.weight_sum = {nullptr, weight_sum}, p.temperature = {nullptr, temperature}, p.threshold = {nullptr, threshold};
+  p.feature_row_bytes = feature_bytes, p.feature_stride_bytes = feature_bytes + 5,
+  p.feature_out_stride_bytes = feature_bytes;
+  p.weight = {&weight_buffer, 0}, p.weight_sum = {nullptr, weight_sum}, p.temperature = {nullptr, temperature},
+  p.threshold = {nullptr, threshold};
   p.policy = c.policy, p.on = c.on, p.enabled = c.enabled;
   t.gate_judge(p, n / 2, n);
   t.gate_judge(p, 0, n / 2);
@@ -53,7 +62,8 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
 
   CHECK(count == count_out.as<int64_t>()[0]);
   CHECK(sum_out.get(0) == round_acc(d, weight_sum + weight));
-  const double divisor = c.on == GateOn::ensemble ? round_acc(d, round_acc(d, weight_sum + weight) * temperature) : temperature;
+  const double divisor =
+      c.on == GateOn::ensemble ? round_acc(d, round_acc(d, weight_sum + weight) * temperature) : temperature;
   std::vector<int64_t> stay, leave;
   const auto first_best = [](const std::vector<double>& v) {
     for (size_t k = 0; k < v.size(); ++k) {
@@ -80,8 +90,10 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
       const double q = exp(v / divisor - top) / total;
       if (isnan(q)) first = second = entropy = NAN;
       if (q > 0) entropy -= q * log(q);
-      if (q > first) second = first, first = q;
-      else if (q > second) second = q;
+      if (q > first)
+        second = first, first = q;
+      else if (q > second)
+        second = q;
     }
     const bool valid = !isnan(first);
     const int64_t cls = first_best(judged);
@@ -113,7 +125,8 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
     const size_t at = static_cast<size_t>(i);
     sums[at] = sum, stats[at] = {first, entropy, first - second}, states[at] = s, answers[at] = first_best(sum);
   }
-  CHECK(count == static_cast<int64_t>(stay.size()), "%s %s policy %d: %ld stay, want %zu", t.name, name_of(d), int(c.policy), long(count), stay.size());
+  CHECK(count == static_cast<int64_t>(stay.size()), "%s %s policy %d: %ld stay, want %zu", t.name, name_of(d),
+        int(c.policy), long(count), stay.size());
   std::vector<int64_t> order = stay;
   order.insert(order.end(), leave.begin(), leave.end());
   for (int64_t to = 0; to < n; ++to) {
@@ -125,7 +138,8 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
     for (int64_t s = 0; s < S; ++s) CHECK(state_out.as<int64_t>()[to * S + s] == states[at][static_cast<size_t>(s)]);
     for (int q = 0; q < 3; ++q) {
       const double got = static_cast<double>(stats_out.as<float>()[to * 3 + q]);
-      CHECK(near(got, stats[at][static_cast<size_t>(q)], 3e-6), "%s %s row %ld stat %d: %g, want %g", t.name, name_of(d), long(from), q, got, stats[at][static_cast<size_t>(q)]);
+      CHECK(near(got, stats[at][static_cast<size_t>(q)], 3e-6), "%s %s row %ld stat %d: %g, want %g", t.name,
+            name_of(d), long(from), q, got, stats[at][static_cast<size_t>(q)]);
     }
     for (int64_t i = 0; i < feature_bytes; ++i) {
       const unsigned char want = to < count ? features.as<unsigned char>()[from * (feature_bytes + 5) + i] : 0;
@@ -137,12 +151,13 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
 }  // namespace
 
 int main() {
-  const Case cases[] = {{GatePolicy::confidence, GateOn::ensemble, 0.6, true}, {GatePolicy::confidence, GateOn::exit, 0.6, true},
-                        {GatePolicy::entropy, GateOn::ensemble, 0.9, true},    {GatePolicy::margin, GateOn::exit, 0.3, true},
-                        {GatePolicy::patience, GateOn::ensemble, 2, true},     {GatePolicy::patience, GateOn::exit, 1.5, true},
-                        {GatePolicy::vote, GateOn::ensemble, 3, true},         {GatePolicy::vote, GateOn::exit, 2, true},
-                        {GatePolicy::confidence, GateOn::ensemble, 0.0, false}, {GatePolicy::vote, GateOn::ensemble, 1, false},
-                        {GatePolicy::confidence, GateOn::ensemble, 0.0, true}, {GatePolicy::entropy, GateOn::exit, INFINITY, true}};
+  const Case cases[] = {
+      {GatePolicy::confidence, GateOn::ensemble, 0.6, true},  {GatePolicy::confidence, GateOn::exit, 0.6, true},
+      {GatePolicy::entropy, GateOn::ensemble, 0.9, true},     {GatePolicy::margin, GateOn::exit, 0.3, true},
+      {GatePolicy::patience, GateOn::ensemble, 2, true},      {GatePolicy::patience, GateOn::exit, 1.5, true},
+      {GatePolicy::vote, GateOn::ensemble, 3, true},          {GatePolicy::vote, GateOn::exit, 2, true},
+      {GatePolicy::confidence, GateOn::ensemble, 0.0, false}, {GatePolicy::vote, GateOn::ensemble, 1, false},
+      {GatePolicy::confidence, GateOn::ensemble, 0.0, true},  {GatePolicy::entropy, GateOn::exit, INFINITY, true}};
   for (const KernelTable* t : tables()) {
     for (DType d : kAllTypes) {
       for (const Case& c : cases) {

@@ -18,7 +18,9 @@ void run(const KernelTable& t, DType d, int layout, int64_t N, int64_t C, int64_
   } else {  // transposed image with gaps
     p.stride_h = 2, p.stride_w = 2 * H, p.stride_c = 2 * H * W, p.stride_n = 2 * C * H * W;
   }
-  const int64_t extent = N == 0 || C == 0 ? 0 : (N - 1) * p.stride_n + (C - 1) * p.stride_c + (H - 1) * p.stride_h + (W - 1) * p.stride_w + 1;
+  const int64_t extent =
+      N == 0 || C == 0 ? 0
+                       : (N - 1) * p.stride_n + (C - 1) * p.stride_c + (H - 1) * p.stride_h + (W - 1) * p.stride_w + 1;
   Values x(d, extent), y(d, N * C), z(d, N * C);
   x.fill_normal(random);
   if (extent > 3) x.set(extent / 2, NAN);
@@ -33,14 +35,16 @@ void run(const KernelTable& t, DType d, int layout, int64_t N, int64_t C, int64_
         for (int64_t w = 0; w < W; ++w) sum += x.get(n * p.stride_n + c * p.stride_c + h * p.stride_h + w * p.stride_w);
       }
       const double got = y.get(n * C + c), want = sum / static_cast<double>(H * W);
-      CHECK(near(got, want, 2 * epsilon(d) + (d == DType::f64 ? 1e-14 : 2e-6)), "%s %s layout %d (%ld,%ld,%ld,%ld): %g, want %g",
-            t.name, name_of(d), layout, long(N), long(C), long(H), long(W), got, want);
+      CHECK(near(got, want, 2 * epsilon(d) + (d == DType::f64 ? 1e-14 : 2e-6)),
+            "%s %s layout %d (%ld,%ld,%ld,%ld): %g, want %g", t.name, name_of(d), layout, long(N), long(C), long(H),
+            long(W), got, want);
     }
   }
   // The split into ranges changes nothing.
   p.output = z.data();
   for (int64_t begin = 0; begin < N * C; begin += 7) t.global_avg_pool(p, begin, begin + 7 < N * C ? begin + 7 : N * C);
-  CHECK(N * C == 0 || memcmp(y.data(), z.data(), y.memory.size()) == 0, "%s %s layout %d split", t.name, name_of(d), layout);
+  CHECK(N * C == 0 || memcmp(y.data(), z.data(), y.memory.size()) == 0, "%s %s layout %d split", t.name, name_of(d),
+        layout);
 }
 
 }  // namespace

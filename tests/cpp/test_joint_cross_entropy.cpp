@@ -10,8 +10,9 @@ struct Case {
   bool weighted;
   double smoothing;
 };
-constexpr Case kCases[] = {{1, 0, 5, false, 0},   {1, 1, 1, false, 0},    {2, 3, 1, true, 0.1},   {3, 4, 3, true, 0},
-                           {2, 5, 17, false, 0.2}, {4, 3, 100, true, 0.1}, {2, 3, 1000, false, 0}, {1, 2, 129, true, 1.0}};
+constexpr Case kCases[] = {{1, 0, 5, false, 0},    {1, 1, 1, false, 0},    {2, 3, 1, true, 0.1},
+                           {3, 4, 3, true, 0},     {2, 5, 17, false, 0.2}, {4, 3, 100, true, 0.1},
+                           {2, 3, 1000, false, 0}, {1, 2, 129, true, 1.0}};
 constexpr int64_t kIgnore = -100;
 
 void run(const KernelTable& t, DType d, const Case& c, int layout, bool special) {
@@ -26,7 +27,11 @@ void run(const KernelTable& t, DType d, const Case& c, int layout, bool special)
     for (int64_t k = 0; k < K; ++k) x.set(0, 2, k, k == 1 ? INFINITY : -1);
   }
   Guarded target(static_cast<size_t>(N) * 16);
-  for (int64_t n = 0; n < N; ++n) target.as<int64_t>()[2 * n] = n == 3 ? kIgnore : n == 1 && K > 1 ? 1 : random.below(K), target.as<int64_t>()[2 * n + 1] = 1 << 30;
+  for (int64_t n = 0; n < N; ++n)
+    target.as<int64_t>()[2 * n] = n == 3            ? kIgnore
+                                  : n == 1 && K > 1 ? 1
+                                                    : random.below(K),
+                             target.as<int64_t>()[2 * n + 1] = 1 << 30;
   Values w(acc, K), loss(acc, E * N), lse(acc, E * N), coefficients(acc, N), grad(d, E * N * K);
   for (int64_t k = 0; k < K; ++k) w.set(k, 0.2 + random.uniform());
   if (K > 3) w.set(3, 0);
@@ -58,7 +63,8 @@ void run(const KernelTable& t, DType d, const Case& c, int layout, bool special)
     for (int64_t k = 0; k < K; ++k) top = isnan(x.row_get(i, k)) || isnan(top) ? NAN : fmax(top, x.row_get(i, k));
     for (int64_t k = 0; k < K; ++k) sum += exp(x.row_get(i, k) - top);
     const double log_sum_exp = top + log(sum);
-    CHECK(near(lse.get(i), log_sum_exp, tolerance), "%s %s lse %g, want %g", t.name, name_of(d), lse.get(i), log_sum_exp);
+    CHECK(near(lse.get(i), log_sum_exp, tolerance), "%s %s lse %g, want %g", t.name, name_of(d), lse.get(i),
+          log_sum_exp);
     if (y == kIgnore) {
       CHECK(loss.get(i) == 0);
       for (int64_t k = 0; k < K; ++k) CHECK(grad.get(i * K + k) == 0);
@@ -68,12 +74,14 @@ void run(const KernelTable& t, DType d, const Case& c, int layout, bool special)
     for (int64_t k = 0; k < K && s > 0; ++k) rest += (c.weighted ? w.get(k) : 1) * (log_sum_exp - x.row_get(i, k));
     double want = w_y * (log_sum_exp - x.row_get(i, y));
     if (s > 0) want = (1 - s) * want + s / static_cast<double>(K) * rest;
-    CHECK(near(loss.get(i), want, tolerance * (s > 0 ? 4 : 2)), "%s %s K %ld row %ld: %g, want %g", t.name, name_of(d), long(K), long(i), loss.get(i), want);
+    CHECK(near(loss.get(i), want, tolerance * (s > 0 ? 4 : 2)), "%s %s K %ld row %ld: %g, want %g", t.name, name_of(d),
+          long(K), long(i), loss.get(i), want);
     for (int64_t k = 0; k < K; ++k) {
       const double probability = exp(x.row_get(i, k) - log_sum_exp), share = s / static_cast<double>(K);
-      const double g = coefficients.get(n) * ((1 - s) * w_y * (probability - (k == y)) + share * (total * probability - (c.weighted ? w.get(k) : 1)));
-      CHECK(near(grad.get(i * K + k), g, tolerance + 2 * epsilon(d)), "%s %s K %ld row %ld class %ld: %g, want %g", t.name, name_of(d), long(K), long(i),
-            long(k), grad.get(i * K + k), g);
+      const double g = coefficients.get(n) * ((1 - s) * w_y * (probability - (k == y)) +
+                                              share * (total * probability - (c.weighted ? w.get(k) : 1)));
+      CHECK(near(grad.get(i * K + k), g, tolerance + 2 * epsilon(d)), "%s %s K %ld row %ld class %ld: %g, want %g",
+            t.name, name_of(d), long(K), long(i), long(k), grad.get(i * K + k), g);
     }
   }
   // In place: the same bits.
@@ -92,12 +100,14 @@ void reduce(DType d) {
   for (int i = 0; i < 4; ++i) w.set(i, i + 1);
   int64_t target[3] = {2, kIgnore, 0};
   JointCrossEntropyReduceParams p{};
-  p.row_losses = rows.data(), p.exit_weights = a.data(), p.target = target, p.class_weight = w.data(), p.loss = loss.data();
+  p.row_losses = rows.data(), p.exit_weights = a.data(), p.target = target, p.class_weight = w.data(),
+  p.loss = loss.data();
   p.exit_losses = exits.data(), p.denominator = denominator.data(), p.dtype = d, p.E = 2, p.N = 3, p.K = 4;
   p.target_stride = 1, p.ignore_index = kIgnore;
   p.reduction = Reduction::mean;  // rows: .5 0 2.5 | 3.5 0 5.5, denominator 3 + 1
   cpu::joint_cross_entropy_reduce(p);
-  CHECK(exits.get(0) == 0.75 && exits.get(1) == 2.25 && denominator.get(0) == 4 && loss.get(0) == 0.25 * 0.75 + 2 * 2.25);
+  CHECK(exits.get(0) == 0.75 && exits.get(1) == 2.25 && denominator.get(0) == 4 &&
+        loss.get(0) == 0.25 * 0.75 + 2 * 2.25);
   p.class_weight = nullptr;
   cpu::joint_cross_entropy_reduce(p);
   CHECK(denominator.get(0) == 2 && exits.get(1) == 4.5);

@@ -56,13 +56,15 @@ void run(const KernelTable& t, DType d, int64_t E, int64_t N, int64_t K, int lay
   }
   SubsetCorrectParams p{};
   p.logits = x.data(), p.weights = w.data(), p.target = target.as<int64_t>(), p.counts = nullptr, p.dtype = d;
-  p.E = E, p.N = N, p.K = K, p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = x.stride_k, p.target_stride = 1;
+  p.E = E, p.N = N, p.K = K, p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = x.stride_k,
+  p.target_stride = 1;
   const int64_t cut = N / 3;
   t.subset_correct(p, 0, cut, counts.as<int64_t>());
   t.subset_correct(p, cut, N, counts.as<int64_t>());
   int wrong = 0;
   for (size_t i = 0; i < want.size(); ++i) wrong += counts.as<int64_t>()[i] != want[i];
-  CHECK(wrong == 0, "%s %s E %ld N %ld K %ld layout %d data %d: %d of %zu counts", t.name, name_of(d), long(E), long(N), long(K), layout, data, wrong, want.size());
+  CHECK(wrong == 0, "%s %s E %ld N %ld K %ld layout %d data %d: %d of %zu counts", t.name, name_of(d), long(E), long(N),
+        long(K), layout, data, wrong, want.size());
 }
 
 }  // namespace
@@ -86,6 +88,7 @@ int main() {
       run(*t, d, 9, 20, 10, 0, trained);
     }
     run(*t, DType::f32, 16, 2, 6, 0, chance);
+    run(*t, DType::f32, 3, 3, 6000, 0, trained);
   }
   return finish("test_subset_correct");
 }

@@ -1,4 +1,5 @@
-// Several threads over one result: the same bits as one thread, however the rows are cut. Meant for the thread sanitizer too.
+// Several threads over one result: the same bits as one thread, however the rows are cut. Meant for the thread
+// sanitizer too.
 #include <atomic>
 #include <functional>
 #include <thread>
@@ -14,7 +15,8 @@ void parallel(int64_t count, int64_t grain, const std::function<void(int64_t, in
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&, i] {
-      for (int64_t begin; (begin = next.fetch_add(grain)) < count;) f(begin, begin + grain < count ? begin + grain : count, i);
+      for (int64_t begin; (begin = next.fetch_add(grain)) < count;)
+        f(begin, begin + grain < count ? begin + grain : count, i);
     });
   }
   for (std::thread& t : threads) t.join();
@@ -43,24 +45,29 @@ int main() {
     parallel(N, grain, [&](int64_t b, int64_t e, int) { cpu::ensemble_stats(q, b, e); });
 
     JointCrossEntropyParams p{};
-    p.logits = x.data(), p.target = target.data(), p.row_losses = loss.data(), p.log_sum_exp = lse.data(), p.dtype = DType::f32;
-    p.E = E, p.N = N, p.K = K, p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = 1, p.target_stride = 1, p.ignore_index = -100;
+    p.logits = x.data(), p.target = target.data(), p.row_losses = loss.data(), p.log_sum_exp = lse.data(),
+    p.dtype = DType::f32;
+    p.E = E, p.N = N, p.K = K, p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = 1, p.target_stride = 1,
+    p.ignore_index = -100;
     parallel(E * N, grain, [&](int64_t b, int64_t e, int) { cpu::joint_cross_entropy(p, b, e); });
 
     const int64_t chunks = cpu::ensemble_backward_chunks(N);
     std::vector<float> partials(chunks * E), gw(E);
     EnsembleBackwardParams g{};
-    g.grad = out.data(), g.logits = x.data(), g.weights = w.data(), g.partials = partials.data(), g.grad_weights = gw.data();
+    g.grad = out.data(), g.logits = x.data(), g.weights = w.data(), g.partials = partials.data(),
+    g.grad_weights = gw.data();
     g.dtype = DType::f32, g.E = E, g.N = N, g.K = K, g.grad_stride_n = K, g.grad_stride_k = 1;
     g.stride_e = x.stride_e, g.stride_n = x.stride_n, g.stride_k = 1;
     parallel(chunks, 1, [&](int64_t b, int64_t e, int) { cpu::ensemble_backward_weights(g, b, e); });
     cpu::ensemble_backward_weights_finish(g);
 
     SubsetCorrectParams s{};
-    s.logits = x.data(), s.weights = w.data(), s.target = target.data(), s.dtype = DType::f32, s.E = E, s.N = N, s.K = K;
+    s.logits = x.data(), s.weights = w.data(), s.target = target.data(), s.dtype = DType::f32, s.E = E, s.N = N,
+    s.K = K;
     s.stride_e = x.stride_e, s.stride_n = x.stride_n, s.stride_k = 1, s.target_stride = 1;
     std::vector<std::vector<int64_t>> parts(4, std::vector<int64_t>(14));
-    parallel(N, grain, [&](int64_t b, int64_t e, int i) { cpu::subset_correct(s, b, e, parts[static_cast<size_t>(i)].data()); });
+    parallel(N, grain,
+             [&](int64_t b, int64_t e, int i) { cpu::subset_correct(s, b, e, parts[static_cast<size_t>(i)].data()); });
     std::vector<int64_t> counts(14);
     for (const auto& part : parts) {
       for (size_t i = 0; i < 14; ++i) counts[i] += part[i];
@@ -68,7 +75,8 @@ int main() {
     if (first_out.empty()) {
       first_out = out, first_stats = stats, first_loss = loss, first_gw = gw, first_counts = counts;
     }
-    CHECK(out == first_out && stats == first_stats && loss == first_loss && gw == first_gw && counts == first_counts, "grain %ld", long(grain));
+    CHECK(out == first_out && stats == first_stats && loss == first_loss && gw == first_gw && counts == first_counts,
+          "grain %ld", long(grain));
   }
   return finish("test_threads");
 }

@@ -18,7 +18,8 @@ double ulps(double got, long double want, int digits) {
 void exponential(const KernelTable& t) {
   const float f_inf = INFINITY;
   {
-    const float in[] = {0, -0.0f, -f_inf, f_inf, NAN, -104, -103.5f, -1000, 88.5f, 89.5f, -3e38f, 3e38f, -87.5f, 1e-30f, -87.0f, -100};
+    const float in[] = {0,     -0.0f, -f_inf, f_inf, NAN,    -104,   -103.5f, -1000,
+                        88.5f, 89.5f, -3e38f, 3e38f, -87.5f, 1e-30f, -87.0f,  -100};
     const int count = 16;
     Guarded x(sizeof(in)), y(sizeof(in));
     memcpy(x.data(), in, sizeof(in));
@@ -26,9 +27,12 @@ void exponential(const KernelTable& t) {
     for (int i = 0; i < count; ++i) {
       const long double want = expl(static_cast<long double>(in[i]));
       const float got = y.as<float>()[i];
-      if (isnan(in[i])) CHECK(isnan(got), "%s", t.name);
-      else if (want > 3.5e38L) CHECK(isinf(got) && got > 0, "%s exp(%g)", t.name, in[i]);
-      else CHECK(ulps(got, want, 24) <= 2, "%s exp(%g) = %g", t.name, in[i], got);
+      if (isnan(in[i]))
+        CHECK(isnan(got), "%s", t.name);
+      else if (want > 3.5e38L)
+        CHECK(isinf(got) && got > 0, "%s exp(%g)", t.name, in[i]);
+      else
+        CHECK(ulps(got, want, 24) <= 2, "%s exp(%g) = %g", t.name, in[i], got);
     }
     CHECK(y.as<float>()[2] == 0 && y.as<float>()[7] == 0 && y.as<float>()[0] == 1);
   }
@@ -48,8 +52,10 @@ void exponential(const KernelTable& t) {
     for (int64_t i = 0; i < count; ++i) x.as<double>()[i] = random.uniform() * (i % 2 ? 1450 : 2) - (i % 2 ? 744 : 1);
     x.as<double>()[0] = count == 3 ? -INFINITY : count == 17 ? NAN : -800;
     t.exp_f64(x.as<double>(), y.as<double>(), count);
-    if (count == 17) CHECK(isnan(y.as<double>()[0]));
-    else CHECK(y.as<double>()[0] == 0);
+    if (count == 17)
+      CHECK(isnan(y.as<double>()[0]));
+    else
+      CHECK(y.as<double>()[0] == 0);
     for (int64_t i = 1; i < count; ++i) {
       if (x.as<double>()[i] < 709.7) worst = fmax(worst, ulps(y.as<double>()[i], expl(x.as<double>()[i]), 53));
     }
@@ -64,9 +70,12 @@ double meaning(DType d, uint16_t bits) {
   const int top = d == DType::bf16 ? 255 : 31;
   const int exponent = (bits & 0x7fff) >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
   double value;
-  if (exponent == top) value = mantissa ? NAN : INFINITY;
-  else if (exponent == 0) value = ldexp(mantissa, 1 - bias - mantissa_bits);
-  else value = ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
+  if (exponent == top)
+    value = mantissa ? NAN : INFINITY;
+  else if (exponent == 0)
+    value = ldexp(mantissa, 1 - bias - mantissa_bits);
+  else
+    value = ldexp((1 << mantissa_bits) + mantissa, exponent - bias - mantissa_bits);
   return bits & 0x8000 ? -value : value;
 }
 
@@ -90,7 +99,8 @@ void halves(const KernelTable& t, DType d) {
   std::vector<float> in;
   std::vector<uint16_t> want;
   for (int i = 0; i < last; ++i) {
-    const float a = static_cast<float>(meaning(d, static_cast<uint16_t>(i))), b = static_cast<float>(meaning(d, static_cast<uint16_t>(i + 1)));
+    const float a = static_cast<float>(meaning(d, static_cast<uint16_t>(i))),
+                b = static_cast<float>(meaning(d, static_cast<uint16_t>(i + 1)));
     const float middle = static_cast<float>((static_cast<double>(a) + static_cast<double>(b)) / 2);
     if (static_cast<double>(middle) * 2 != static_cast<double>(a) + static_cast<double>(b)) continue;
     for (float sign : {1.0f, -1.0f}) {

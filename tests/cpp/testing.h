@@ -31,9 +31,9 @@ inline int finish(const char* name) {
   return failures == 0 ? 0 : 1;
 }
 
-#define CHECK(condition, ...)                                                                                   \
-  do {                                                                                                          \
-    ++testing::checks;                                                                                          \
+#define CHECK(condition, ...)                                                                                          \
+  do {                                                                                                                 \
+    ++testing::checks;                                                                                                 \
     if (!(condition)) testing::report(__FILE__, __LINE__, std::string(#condition) + " " + testing::text(__VA_ARGS__)); \
   } while (0)
 
@@ -71,14 +71,15 @@ struct Random {
   int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
 };
 
-// Memory whose last byte stands before a page that traps every access (masked vector loads are not seen by the sanitizers), with a
-// known pattern in front of the first byte.
+// Memory whose last byte stands before a page that traps every access (masked vector loads are not seen by the
+// sanitizers), with a known pattern in front of the first byte.
 class Guarded {
  public:
   explicit Guarded(size_t bytes) : bytes_(bytes) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     length_ = (bytes + 64 + page - 1) / page * page + page;
-    base_ = static_cast<unsigned char*>(mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    base_ =
+        static_cast<unsigned char*>(mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (base_ == MAP_FAILED || mprotect(base_ + length_ - page, page, PROT_NONE) != 0) abort();
     data_ = base_ + length_ - page - bytes;
     memset(data_ - 64, 0xA5, 64);
@@ -163,9 +164,19 @@ struct Logits {
   Values values;
   enum Layout { dense, padded, class_first, kLayouts };
   Logits(DType d, int64_t E_, int64_t N_, int64_t K_, int layout)
-      : E(E_), N(N_), K(K_), stride_e(layout == padded ? N_ * (K_ + 3) : layout == class_first ? 1 : N_ * K_),
-        stride_n(layout == padded ? K_ + 3 : layout == class_first ? E_ : K_), stride_k(layout == class_first ? E_ * N_ : 1),
-        offset(layout == padded ? 1 : 0), values(d, E_ * N_ * K_ == 0 ? 0 : offset + (E_ - 1) * stride_e + (N_ - 1) * stride_n + (K_ - 1) * stride_k + 1) {}
+      : E(E_),
+        N(N_),
+        K(K_),
+        stride_e(layout == padded        ? N_ * (K_ + 3)
+                 : layout == class_first ? 1
+                                         : N_ * K_),
+        stride_n(layout == padded        ? K_ + 3
+                 : layout == class_first ? E_
+                                         : K_),
+        stride_k(layout == class_first ? E_ * N_ : 1),
+        offset(layout == padded ? 1 : 0),
+        values(d,
+               E_ * N_ * K_ == 0 ? 0 : offset + (E_ - 1) * stride_e + (N_ - 1) * stride_n + (K_ - 1) * stride_k + 1) {}
   const void* data() { return static_cast<char*>(values.data()) + static_cast<size_t>(offset) * size_of(values.dtype); }
   int64_t at(int64_t e, int64_t n, int64_t k) const { return offset + e * stride_e + n * stride_n + k * stride_k; }
   double get(int64_t e, int64_t n, int64_t k) { return values.get(at(e, n, k)); }

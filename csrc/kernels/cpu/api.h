@@ -1,7 +1,8 @@
 // The CPU kernels, as the torch layer sees them. No torch types; nothing here starts a thread.
 //
-// The caller may split a range [begin, end) in any way over any threads: each row's result is computed on its own and in a fixed order, so
-// results depend neither on the split nor on the thread count. Arguments are trusted: check shapes, dtypes and labels first.
+// The caller may split a range [begin, end) in any way over any threads: each row's result is computed on its own and
+// in a fixed order, so results depend neither on the split nor on the thread count. Arguments are trusted: check
+// shapes, dtypes and labels first.
 // All functions may throw std::bad_alloc (scratch memory) and nothing else. Empty ranges are fine.
 #pragma once
 
@@ -13,7 +14,8 @@
 namespace aep::kernels::cpu {
 
 // Instruction sets: "scalar", "avx2", "avx512".
-// In use: chosen once, on first use: the best that is built and supported, or AEP_ISA=scalar|avx2|avx512 where that is possible.
+// In use: chosen once, on first use: the best that is built and supported, or AEP_ISA=scalar|avx2|avx512 where that is
+// possible.
 const char* isa_in_use();
 // One line if AEP_ISA asked for what cannot be had, else "".
 const char* isa_notice();
@@ -30,12 +32,14 @@ void ensemble_stats(const EnsembleStatsParams& p, int64_t begin, int64_t end);
 
 // Rows 0 .. N, for grad_logits.
 void ensemble_backward_logits(const EnsembleBackwardParams& p, int64_t begin, int64_t end);
-// For grad_weights: chunks 0 .. ensemble_backward_chunks(N) into p.partials, then, once all are done, the final sum on one thread.
+// For grad_weights: chunks 0 .. ensemble_backward_chunks(N) into p.partials, then, once all are done, the final sum on
+// one thread.
 int64_t ensemble_backward_chunks(int64_t N);
 void ensemble_backward_weights(const EnsembleBackwardParams& p, int64_t chunk_begin, int64_t chunk_end);
 void ensemble_backward_weights_finish(const EnsembleBackwardParams& p);
 
-// Index of the first label outside 0 .. K-1; -1 if there is none. Labels equal to *ignore_index are fine (null: no such label).
+// Index of the first label outside 0 .. K-1; -1 if there is none. Labels equal to *ignore_index are fine (null: no such
+// label).
 int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t K, const int64_t* ignore_index);
 
 // Rows 0 .. E * N, row = e * N + n.
@@ -45,12 +49,14 @@ void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p);
 // Rows 0 .. E * N, row = e * N + n.
 void joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, int64_t begin, int64_t end);
 
-// Samples 0 .. N; adds to `counts` (2^E - 1, 2), which replaces p.counts, so that every thread can have its own (sums of integers do
-// not depend on the order). Cut N into few large pieces (64 samples and more each): a call has a fixed cost of its own.
+// Samples 0 .. N; adds to `counts` (2^E - 1, 2), which replaces p.counts, so that every thread can have its own (sums
+// of integers do not depend on the order). Cut N into few large pieces (64 samples and more each): a call has a fixed
+// cost of its own.
 void subset_correct(const SubsetCorrectParams& p, int64_t begin, int64_t end, int64_t* counts);
 
 // The gate, in three steps with a barrier between them:
-//   1. gate_judge: rows 0 .. n, into scratch;  2. gate_partition on one thread: places of the rows, count_out, weight_sum_out; returns the count;
+//   1. gate_judge: rows 0 .. n, into scratch;
+//   2. gate_partition on one thread: places of the rows, count_out, weight_sum_out; returns the count;
 //   3. gate_scatter: rows 0 .. n, into all other outputs.
 size_t gate_scratch_bytes(int64_t n);
 void gate_judge(const GateParams& p, int64_t begin, int64_t end);

@@ -82,8 +82,8 @@ inline const S* dense_row(const S* row, int64_t stride, int64_t count, S* copy) 
   return copy;
 }
 
-// e^x. float: Cephes' polynomial, within 2 ulp; double: Taylor's series of degree 13 on [-ln 2 / 2, ln 2 / 2], within 2 ulp.
-// e^-inf and everything below the smallest subnormal is exactly 0; NaN stays NaN; overflow gives +inf.
+// e^x. float: Cephes' polynomial, within 2 ulp; double: Taylor's series of degree 13 on [-ln 2 / 2, ln 2 / 2], within 2
+// ulp. e^-inf and everything below the smallest subnormal is exactly 0; NaN stays NaN; overflow gives +inf.
 inline Vec<float> exponential(Vec<float> x) {
   using V = Vec<float>;
   x = V::min(V::set(89.0f), V::max(V::set(-105.0f), x));  // this order of operands keeps NaN
@@ -128,12 +128,16 @@ inline A exponential_of(A x) {
 }
 
 // Calls F<S>(...) for the storage type that `dtype` names.
-#define AEP_BY_DTYPE(dtype, F, ...)                       \
-  switch (dtype) {                                        \
-    case DType::f32: return F<float>(__VA_ARGS__);        \
-    case DType::f64: return F<double>(__VA_ARGS__);       \
-    case DType::bf16: return F<BF16>(__VA_ARGS__);        \
-    case DType::f16: return F<F16>(__VA_ARGS__);          \
+#define AEP_BY_DTYPE(dtype, F, ...)  \
+  switch (dtype) {                   \
+    case DType::f32:                 \
+      return F<float>(__VA_ARGS__);  \
+    case DType::f64:                 \
+      return F<double>(__VA_ARGS__); \
+    case DType::bf16:                \
+      return F<BF16>(__VA_ARGS__);   \
+    case DType::f16:                 \
+      return F<F16>(__VA_ARGS__);    \
   }
 
 }  // namespace

@@ -29,8 +29,8 @@ bool cpu_has_avx2() {
 bool cpu_has_avx512() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
   return false;
 #endif
@@ -53,8 +53,9 @@ const KernelTable* avx512_table() {
 }
 
 struct Choice {
-  Isa known[3] = {
-      {"scalar", &kScalarTable, true}, {"avx2", avx2_table(), cpu_has_avx2()}, {"avx512", avx512_table(), cpu_has_avx512()}};
+  Isa known[3] = {{"scalar", &kScalarTable, true},
+                  {"avx2", avx2_table(), cpu_has_avx2()},
+                  {"avx512", avx512_table(), cpu_has_avx512()}};
   const KernelTable* active = &kScalarTable;
   std::string notice, built, supported;
 
@@ -70,8 +71,8 @@ struct Choice {
       active = table;
       return;
     }
-    notice = std::string("AEP_ISA=") + wish + " is not available (built: " + built + "; supported by this CPU: " + supported +
-             "): using " + active->name;
+    notice = std::string("AEP_ISA=") + wish + " is not available (built: " + built +
+             "; supported by this CPU: " + supported + "): using " + active->name;
   }
 
   static void append(std::string& list, const char* name) {
@@ -102,9 +103,13 @@ const char* isa_notice() { return choice().notice.c_str(); }
 const char* isa_built() { return choice().built.c_str(); }
 const char* isa_supported() { return choice().supported.c_str(); }
 
-void global_avg_pool(const GlobalAvgPoolParams& p, int64_t begin, int64_t end) { active_table().global_avg_pool(p, begin, end); }
+void global_avg_pool(const GlobalAvgPoolParams& p, int64_t begin, int64_t end) {
+  active_table().global_avg_pool(p, begin, end);
+}
 void ensemble(const EnsembleParams& p, int64_t begin, int64_t end) { active_table().ensemble(p, begin, end); }
-void ensemble_stats(const EnsembleStatsParams& p, int64_t begin, int64_t end) { active_table().ensemble_stats(p, begin, end); }
+void ensemble_stats(const EnsembleStatsParams& p, int64_t begin, int64_t end) {
+  active_table().ensemble_stats(p, begin, end);
+}
 void ensemble_backward_logits(const EnsembleBackwardParams& p, int64_t begin, int64_t end) {
   active_table().ensemble_backward_logits(p, begin, end);
 }

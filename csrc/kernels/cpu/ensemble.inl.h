@@ -8,12 +8,19 @@ template <class S>
 class ExitRows {
  public:
   ExitRows(const void* logits, int64_t E, int64_t K, int64_t stride_e, int64_t stride_n, int64_t stride_k)
-      : logits_(static_cast<const S*>(logits)), E_(E), K_(K), stride_e_(stride_e), stride_n_(stride_n), stride_k_(stride_k),
-        rows_(E), copy_(stride_k == 1 ? 0 : E * K) {}
+      : logits_(static_cast<const S*>(logits)),
+        E_(E),
+        K_(K),
+        stride_e_(stride_e),
+        stride_n_(stride_n),
+        stride_k_(stride_k),
+        rows_(E),
+        copy_(stride_k == 1 ? 0 : E * K) {}
 
   const S* const* sample(int64_t n) {
     for (int64_t e = 0; e < E_; ++e) {
-      rows_[e] = dense_row(logits_ + e * stride_e_ + n * stride_n_, stride_k_, K_, copy_.get() + (stride_k_ == 1 ? 0 : e * K_));
+      rows_[e] = dense_row(logits_ + e * stride_e_ + n * stride_n_, stride_k_, K_,
+                           copy_.get() + (stride_k_ == 1 ? 0 : e * K_));
     }
     return rows_.get();
   }
@@ -113,7 +120,8 @@ void ensemble_backward_logits_as(const EnsembleBackwardParams& p, int64_t begin,
     for (int64_t e = 0; e < p.E; ++e) {
       const V w = V::set(weights[e]);
       S* out = static_cast<S*>(p.grad_logits) + e * p.out_stride_e + n * p.out_stride_n;
-      for_vectors<V::n>(p.K, [&](int64_t k, auto part) { store(out + k, V::mul(w, load(grad + k, part, A(0))), part); });
+      for_vectors<V::n>(p.K,
+                        [&](int64_t k, auto part) { store(out + k, V::mul(w, load(grad + k, part, A(0))), part); });
     }
   }
 }
@@ -125,7 +133,8 @@ Acc<S> dot(const S* a, const S* b, int64_t K) {
   V s[2] = {V::set(0), V::set(0)};
   int64_t k = 0;
   for (; k + 2 * V::n <= K; k += 2 * V::n) {
-    for (int u = 0; u < 2; ++u) s[u] = V::fma(load(a + k + u * V::n, Full{}, A(0)), load(b + k + u * V::n, Full{}, A(0)), s[u]);
+    for (int u = 0; u < 2; ++u)
+      s[u] = V::fma(load(a + k + u * V::n, Full{}, A(0)), load(b + k + u * V::n, Full{}, A(0)), s[u]);
   }
   for_vectors<V::n>(K - k, [&](int64_t i, auto part) {
     s[0] = V::fma(load(a + k + i, part, A(0)), load(b + k + i, part, A(0)), s[0]);

@@ -1,6 +1,7 @@
 // The gate: judge every row, then copy every row to the place that the partition gave it.
 //
-// Outputs are a partition, so a row's place is known only when all are judged. The running sum is computed twice instead of being kept
+// Outputs are a partition, so a row's place is known only when all are judged. The running sum is computed twice
+// instead of being kept
 // in between: reading two rows again costs no more than writing one and reading it back.
 
 namespace aep::kernels::cpu::AEP_ISA_NAMESPACE {
@@ -27,12 +28,16 @@ TopTwo<Acc<S>> top_two(const S* row, int64_t K) {
 }
 
 template <class A>
-bool leaves(const GateParams& p, int64_t row, const RowStats& stats, bool judged, float threshold, double count_threshold) {
+bool leaves(const GateParams& p, int64_t row, const RowStats& stats, bool judged, float threshold,
+            double count_threshold) {
   if (!judged) return false;
   switch (p.policy) {
-    case GatePolicy::confidence: return stats.confidence >= threshold;
-    case GatePolicy::entropy: return stats.entropy <= threshold;
-    case GatePolicy::margin: return stats.margin >= threshold;
+    case GatePolicy::confidence:
+      return stats.confidence >= threshold;
+    case GatePolicy::entropy:
+      return stats.entropy <= threshold;
+    case GatePolicy::margin:
+      return stats.margin >= threshold;
     case GatePolicy::patience: {
       const int64_t* state = p.state + row * 2;
       return static_cast<double>(state[0] == stats.argmax ? state[1] + 1 : 1) >= count_threshold;
@@ -76,7 +81,8 @@ void gate_judge_as(const GateParams& p, int64_t begin, int64_t end) {
     row.stats[0] = stats.confidence;
     row.stats[1] = stats.entropy;
     row.stats[2] = stats.margin;
-    row.leaves = p.enabled && leaves<A>(p, n, stats, judged, static_cast<float>(threshold), static_cast<double>(threshold));
+    row.leaves =
+        p.enabled && leaves<A>(p, n, stats, judged, static_cast<float>(threshold), static_cast<double>(threshold));
   }
 }
 
@@ -117,12 +123,16 @@ void gate_scatter_as(const GateParams& p, int64_t begin, int64_t end) {
   }
 }
 
-#define AEP_GATE_BY_DTYPE(F, ...)                                                                                         \
-  switch (p.dtype) {                                                                                                      \
-    case DType::f32: return F<float, float>(__VA_ARGS__);                                                                 \
-    case DType::f64: return F<double, double>(__VA_ARGS__);                                                               \
-    case DType::bf16: return p.running_dtype == DType::f32 ? F<float, BF16>(__VA_ARGS__) : F<BF16, BF16>(__VA_ARGS__);    \
-    case DType::f16: return p.running_dtype == DType::f32 ? F<float, F16>(__VA_ARGS__) : F<F16, F16>(__VA_ARGS__);        \
+#define AEP_GATE_BY_DTYPE(F, ...)                                                                      \
+  switch (p.dtype) {                                                                                   \
+    case DType::f32:                                                                                   \
+      return F<float, float>(__VA_ARGS__);                                                             \
+    case DType::f64:                                                                                   \
+      return F<double, double>(__VA_ARGS__);                                                           \
+    case DType::bf16:                                                                                  \
+      return p.running_dtype == DType::f32 ? F<float, BF16>(__VA_ARGS__) : F<BF16, BF16>(__VA_ARGS__); \
+    case DType::f16:                                                                                   \
+      return p.running_dtype == DType::f32 ? F<float, F16>(__VA_ARGS__) : F<F16, F16>(__VA_ARGS__);    \
   }
 
 void gate_judge(const GateParams& p, int64_t begin, int64_t end) { AEP_GATE_BY_DTYPE(gate_judge_as, p, begin, end) }

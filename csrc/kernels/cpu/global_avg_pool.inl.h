@@ -28,7 +28,8 @@ Acc<S> sum_strided(const S* x, const GlobalAvgPoolParams& p) {
   return total;
 }
 
-// Channels contiguous: kVectors vectors of channels go down the image together. A sum per image row keeps the rounding error small.
+// Channels contiguous: kVectors vectors of channels go down the image together. A sum per image row keeps the rounding
+// error small.
 template <int kVectors, class S, class P>
 void pool_channels(const S* x, S* out, const GlobalAvgPoolParams& p, P part) {
   using A = Acc<S>;

@@ -50,7 +50,8 @@ void joint_cross_entropy_as(const JointCrossEntropyParams& p, int64_t begin, int
   Scratch<S> copy(p.stride_k == 1 ? 0 : p.K);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t e = i / p.N, n = i % p.N;
-    const S* row = dense_row(static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n, p.stride_k, p.K, copy.get());
+    const S* row =
+        dense_row(static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n, p.stride_k, p.K, copy.get());
     const A m = largest(row, p.K);
     const V peak = V::set(m);
     V sum0 = V::set(0), sum1 = V::set(0);
@@ -97,7 +98,8 @@ void joint_cross_entropy_backward_as(const JointCrossEntropyBackwardParams& p, i
       for_vectors<V::n>(p.K, [&](int64_t k, auto part) { store(out + k, zero, part); });
       continue;
     }
-    const S* row = dense_row(static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n, p.stride_k, p.K, copy.get());
+    const S* row =
+        dense_row(static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n, p.stride_k, p.K, copy.get());
     const A c = static_cast<const A*>(p.coefficients)[e * p.coef_stride_e + n * p.coef_stride_n];
     const A lse = static_cast<const A*>(p.log_sum_exp)[i];
     const A own = (A(1) - smoothing) * (class_weight ? class_weight[y] : A(1));  // the target's part of the loss

@@ -1,8 +1,9 @@
-// What one instruction set's translation unit offers. Each unit defines one constant table; dispatch.cpp chooses among them.
+// What one instruction set's translation unit offers. Each unit defines one constant table; dispatch.cpp chooses among
+// them.
 //
-// Rule of these files: nothing with vague linkage (inline functions, templates, standard containers) may be shared between units that
-// are compiled with different instruction-set flags: the linker keeps ONE copy, perhaps one that this CPU cannot run. Hence plain
-// structs, C library calls and anonymous namespaces only.
+// Rule of these files: nothing with vague linkage (inline functions, templates, standard containers) may be shared
+// between units that are compiled with different instruction-set flags: the linker keeps ONE copy, perhaps one that
+// this CPU cannot run. Hence plain structs, C library calls and anonymous namespaces only.
 #pragma once
 
 #include <stddef.h>
@@ -47,7 +48,8 @@ struct GateRow {
   int32_t leaves;
 };
 
-// The table that isa_in_use() names, and any table by name (null: not built, or not supported here). For dispatch and tests.
+// The table that isa_in_use() names, and any table by name (null: not built, or not supported here). For dispatch and
+// tests.
 const KernelTable& active_table();
 const KernelTable* find_table(const char* name);
 

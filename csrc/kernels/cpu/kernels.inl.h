@@ -16,7 +16,8 @@ namespace {
 
 template <class A>
 void exponentials(const A* in, A* out, int64_t count) {
-  for_vectors<Vec<A>::n>(count, [&](int64_t k, auto part) { store(out + k, exponential(load(in + k, part, A(0))), part); });
+  for_vectors<Vec<A>::n>(count,
+                         [&](int64_t k, auto part) { store(out + k, exponential(load(in + k, part, A(0))), part); });
 }
 
 template <class From, class To>

@@ -1,4 +1,5 @@
-// Softmax statistics of one row: the largest two values come from the pass that made the row, one exp pass gives the rest.
+// Softmax statistics of one row: the largest two values come from the pass that made the row, one exp pass gives the
+// rest.
 
 namespace aep::kernels::cpu::AEP_ISA_NAMESPACE {
 namespace {
@@ -135,7 +136,8 @@ RowStats row_stats(const S* row, int64_t K, Acc<S> top, Acc<S> next, Acc<S> divi
     step(load(row + k, Full{}, A(0)), sum0, weighted0);
     step(load(row + k + V::n, Full{}, A(0)), sum1, weighted1);
   }
-  for_vectors<V::n>(K - k, [&](int64_t i, auto part) { step(load(row + k + i, part, -kInfinity<A>), sum0, weighted0); });
+  for_vectors<V::n>(K - k,
+                    [&](int64_t i, auto part) { step(load(row + k + i, part, -kInfinity<A>), sum0, weighted0); });
   const A sum = V::sum(V::add(sum0, sum1)), weighted = V::sum(V::add(weighted0, weighted1));
   if (!(sum - sum == 0)) return nan_stats(row, K, top);
   return make_stats(sum, weighted, exponential_of((next - top) * inverse), first_equal(row, K, top));

@@ -1,4 +1,5 @@
-// The parts that run once, on one thread, and are too small to need vectors: label checks, final sums, the gate's partition, scratch memory.
+// The parts that run once, on one thread, and are too small to need vectors: label checks, final sums, the gate's
+// partition, scratch memory.
 // Sums run in ascending order, in double, and are rounded once: they do not depend on how the rows were computed.
 #include <stdint.h>
 #include <stdlib.h>

@@ -1,19 +1,22 @@
 // Top-1 and top-5 counts of every subset of the exits.
 //
-// A subset's scores are prefix + product, one exit after the other in ascending order, so that they equal the plain weighted sum bit for
-// bit. The subsets are walked depth first; the last two exits are taken together: four subsets from three loads, nothing stored.
+// A subset's scores are prefix + product, one exit after the other in ascending order, so that they equal the plain
+// weighted sum bit for bit. The subsets are walked depth first; the last two exits are taken together: four subsets
+// from three loads, nothing stored.
 // Two forms, chosen sample by sample:
 //   Rows:  one sample, classes in the lanes. Any values (NaN, infinities), any number of classes.
-//   Lanes: one sample per lane, over those classes only that could reach the target's rank in SOME subset. A class that lies below the
-//          target at every exit, by more than rounding could make up for, is behind it in every subset. Trained networks leave
-//          a handful of candidates, near-chance logits leave nearly all of them: these take the first form.
+//   Lanes: one sample per lane, over those classes only that could reach the target's rank in SOME subset. A class that
+//          lies below the target at every exit, by more than rounding could make up for, is behind it in every subset.
+//          Trained networks leave a handful of candidates, near-chance logits leave nearly all of them: these take the
+//          first form.
 
 namespace aep::kernels::cpu::AEP_ISA_NAMESPACE {
 namespace {
 
 template <class A>
 constexpr A kUnitRoundoff = sizeof(A) == 4 ? static_cast<A>(0x1p-24) : static_cast<A>(0x1p-53);
-// Products up to this size cannot overflow a sum over 16 exits; kPad lies below any such sum, and its own sums are finite too.
+// Products up to this size cannot overflow a sum over 16 exits; kPad lies below any such sum, and its own sums are
+// finite too.
 template <class A>
 constexpr A kSafe = sizeof(A) == 4 ? static_cast<A>(0x1p+118) : static_cast<A>(0x1p+1000);
 template <class A>
@@ -32,7 +35,8 @@ class SubsetRows {
 
   SubsetRows(int64_t E, int64_t K)
       : E_(E), K_(K), width_((K + V::n - 1) / V::n * V::n), products_(E * width_), sums_((E > 2 ? E - 2 : 0) * width_) {
-    for (int64_t i = 0; i < E * width_; ++i) products_[i] = 0;  // the lanes behind the last class stay zero and are masked when counted
+    // The lanes behind the last class stay zero and are masked when counted.
+    for (int64_t i = 0; i < E * width_; ++i) products_[i] = 0;
   }
 
   A* products(int64_t e) const { return products_.get() + e * width_; }
@@ -52,7 +56,8 @@ class SubsetRows {
   template <bool kCheck>
   void walk(int64_t e, int64_t mask, const A* prefix, A at) {
     if (e == E_ - 1) return last_one<kCheck>();  // E == 1 only
-    if (e == E_ - 2) return prefix ? last_two<kCheck, true>(mask, prefix, at) : last_two<kCheck, false>(mask, prefix, at);
+    if (e == E_ - 2)
+      return prefix ? last_two<kCheck, true>(mask, prefix, at) : last_two<kCheck, false>(mask, prefix, at);
     walk<kCheck>(e + 1, mask, prefix, at);
     const A* own = products(e);
     const A* sum = own;
@@ -106,7 +111,8 @@ class SubsetRows {
   void last_two(int64_t mask, const A* prefix, A at) {
     const A* a = products(E_ - 2);
     const A* b = products(E_ - 1);
-    const A at_a = kPrefix ? at + a[target_] : a[target_], at_b = kPrefix ? at + b[target_] : b[target_], at_ab = at_a + b[target_];
+    const A at_a = kPrefix ? at + a[target_] : a[target_], at_b = kPrefix ? at + b[target_] : b[target_],
+            at_ab = at_a + b[target_];
     const V t = V::set(at), t_a = V::set(at_a), t_b = V::set(at_b), t_ab = V::set(at_ab);
     int64_t rank = 0, rank_a = 0, rank_b = 0, rank_ab = 0;
     unsigned nan = 0, nan_a = 0, nan_b = 0, nan_ab = 0;
@@ -143,12 +149,17 @@ class SubsetLanes {
   using V = Vec<A>;
 
   SubsetLanes(int64_t E, int64_t capacity, int64_t* counts)
-      : E_(E), capacity_(capacity), counts_(counts), products_(2 * E * capacity * V::n),
-        sums_(2 * (E > 2 ? E - 2 : 0) * capacity * V::n), targets_(E * V::n) {}
+      : E_(E),
+        capacity_(capacity),
+        counts_(counts),
+        products_(2 * E * capacity * V::n),
+        sums_(2 * (E > 2 ? E - 2 : 0) * capacity * V::n),
+        targets_(E * V::n) {}
 
   int64_t capacity() const { return capacity_; }
 
-  // Takes a sample in; `classes` are its candidates in ascending order, the first `below` of them with an index below the target's.
+  // Takes a sample in; `classes` are its candidates in ascending order, the first `below` of them with an index below
+  // the target's.
   void add(const SubsetRows<A>& rows, int64_t target, const int32_t* classes, int count, int below) {
     for (int64_t e = 0; e < E_; ++e) {
       const A* own = rows.products(e);
@@ -188,7 +199,8 @@ class SubsetLanes {
   A* block(A* base, int side, int64_t level) const { return base + ((level * 2 + side) * capacity_) * V::n; }
   V target(int64_t e) const { return load(targets_.get() + e * V::n, Full{}, A(0)); }
 
-  // `has`: the prefix is not empty. Its sums are at level - 1 of sums_, or, while it is a single exit, that exit's products.
+  // `has`: the prefix is not empty; `prefix` then points to its sums, or to the products of its only exit, and `at`
+  // holds the targets' sums.
   void walk(int64_t e, int64_t mask, bool has, V at, const A* prefix) {
     if (e == E_ - 1) return last_one();
     if (e == E_ - 2) return has ? last_two<true>(mask, at, prefix) : last_two<false>(mask, at, prefix);
@@ -284,7 +296,8 @@ void subset_correct_as(const SubsetCorrectParams& p, int64_t begin, int64_t end,
     A largest_product = 0;
     bool safe = p.K <= INT32_MAX;
     for (int64_t e = 0; e < p.E; ++e) {
-      const S* row = dense_row(static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n, p.stride_k, p.K, copy.get());
+      const S* row =
+          dense_row(static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n, p.stride_k, p.K, copy.get());
       A* own = rows.products(e);
       const V w = V::set(weights[e]);
       V most = V::set(0);
@@ -306,7 +319,8 @@ void subset_correct_as(const SubsetCorrectParams& p, int64_t begin, int64_t end,
       rows.count(target, false, counts);
       continue;
     }
-    // |rounding of a sum| <= (E - 1) u * E * largest; two such sums, per exit: 2 (E - 1) u * largest. Twice that, to be safe.
+    // |rounding of a sum| <= (E - 1) u * E * largest; two such sums, per exit: 2 (E - 1) u * largest. Twice that, to be
+    // safe.
     const A margin = 4 * static_cast<A>(p.E) * kUnitRoundoff<A> * largest_product;
     int count = 0, below = 0;
     for (int64_t k = 0; k < p.K && count <= kManyCandidates; k += V::n) {

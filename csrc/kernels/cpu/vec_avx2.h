@@ -63,7 +63,8 @@ struct Vec<float> {
   static __m256 power2(__m256i e) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23));
   }
-  static Vec scale2(Vec a, Vec k) {  // in two steps, since 2^k itself may be subnormal; a NaN in k comes with a NaN in a
+  static Vec scale2(Vec a,
+                    Vec k) {  // in two steps, since 2^k itself may be subnormal; a NaN in k comes with a NaN in a
     const __m256i e = _mm256_cvtps_epi32(k.v), half = _mm256_srai_epi32(e, 1);
     return {_mm256_mul_ps(_mm256_mul_ps(a.v, power2(half)), power2(_mm256_sub_epi32(e, half)))};
   }
@@ -119,8 +120,12 @@ struct Vec<double> {
 // Lane masks for the first `count` lanes: windows into these rows of ones and zeros.
 constexpr int32_t kWindow32[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 constexpr int64_t kWindow64[8] = {-1, -1, -1, -1, 0, 0, 0, 0};
-inline __m256i first32(int count) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kWindow32 + 8 - count)); }
-inline __m256i first64(int count) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kWindow64 + 4 - count)); }
+inline __m256i first32(int count) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kWindow32 + 8 - count));
+}
+inline __m256i first64(int count) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kWindow64 + 4 - count));
+}
 
 inline __m256 widen_bf16(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 inline __m128i narrow_bf16(__m256 f) {
@@ -147,8 +152,12 @@ inline __m256 keep_first(__m256 v, int count, float fill) {
 
 inline Vec<float> load(const float* p, Full, float) { return {_mm256_loadu_ps(p)}; }
 inline Vec<double> load(const double* p, Full, double) { return {_mm256_loadu_pd(p)}; }
-inline Vec<float> load(const BF16* p, Full, float) { return {widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
-inline Vec<float> load(const F16* p, Full, float) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Vec<float> load(const BF16* p, Full, float) {
+  return {widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Vec<float> load(const F16* p, Full, float) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 inline Vec<float> load(const float* p, Part t, float fill) {
   return {keep_first(_mm256_maskload_ps(p, first32(t.count)), t.count, fill)};
 }
@@ -156,8 +165,12 @@ inline Vec<double> load(const double* p, Part t, double fill) {
   const __m256i m = first64(t.count);
   return {_mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, m), _mm256_castsi256_pd(m))};
 }
-inline Vec<float> load(const BF16* p, Part t, float fill) { return {keep_first(widen_bf16(load_shorts(p, t.count)), t.count, fill)}; }
-inline Vec<float> load(const F16* p, Part t, float fill) { return {keep_first(_mm256_cvtph_ps(load_shorts(p, t.count)), t.count, fill)}; }
+inline Vec<float> load(const BF16* p, Part t, float fill) {
+  return {keep_first(widen_bf16(load_shorts(p, t.count)), t.count, fill)};
+}
+inline Vec<float> load(const F16* p, Part t, float fill) {
+  return {keep_first(_mm256_cvtph_ps(load_shorts(p, t.count)), t.count, fill)};
+}
 
 inline __m128i narrow_f16(__m256 f) { return _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline void store(float* p, Vec<float> a, Full) { _mm256_storeu_ps(p, a.v); }

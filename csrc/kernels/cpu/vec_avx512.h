@@ -103,16 +103,26 @@ inline __m256i narrow_bf16(__m512 f) {
 inline __m256i narrow_f16(__m512 f) { return _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline __m256i load_shorts(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m256i load_shorts(const void* p, int count) { return _mm256_maskz_loadu_epi16(first16(count), p); }
-inline __m512 keep_first(__m512 v, int count, float fill) { return _mm512_mask_mov_ps(_mm512_set1_ps(fill), first16(count), v); }
+inline __m512 keep_first(__m512 v, int count, float fill) {
+  return _mm512_mask_mov_ps(_mm512_set1_ps(fill), first16(count), v);
+}
 
 inline Vec<float> load(const float* p, Full, float) { return {_mm512_loadu_ps(p)}; }
 inline Vec<double> load(const double* p, Full, double) { return {_mm512_loadu_pd(p)}; }
 inline Vec<float> load(const BF16* p, Full, float) { return {widen_bf16(load_shorts(p))}; }
 inline Vec<float> load(const F16* p, Full, float) { return {_mm512_cvtph_ps(load_shorts(p))}; }
-inline Vec<float> load(const float* p, Part t, float fill) { return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first16(t.count), p)}; }
-inline Vec<double> load(const double* p, Part t, double fill) { return {_mm512_mask_loadu_pd(_mm512_set1_pd(fill), first8(t.count), p)}; }
-inline Vec<float> load(const BF16* p, Part t, float fill) { return {keep_first(widen_bf16(load_shorts(p, t.count)), t.count, fill)}; }
-inline Vec<float> load(const F16* p, Part t, float fill) { return {keep_first(_mm512_cvtph_ps(load_shorts(p, t.count)), t.count, fill)}; }
+inline Vec<float> load(const float* p, Part t, float fill) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first16(t.count), p)};
+}
+inline Vec<double> load(const double* p, Part t, double fill) {
+  return {_mm512_mask_loadu_pd(_mm512_set1_pd(fill), first8(t.count), p)};
+}
+inline Vec<float> load(const BF16* p, Part t, float fill) {
+  return {keep_first(widen_bf16(load_shorts(p, t.count)), t.count, fill)};
+}
+inline Vec<float> load(const F16* p, Part t, float fill) {
+  return {keep_first(_mm512_cvtph_ps(load_shorts(p, t.count)), t.count, fill)};
+}
 
 inline void store(float* p, Vec<float> a, Full) { _mm512_storeu_ps(p, a.v); }
 inline void store(double* p, Vec<double> a, Full) { _mm512_storeu_pd(p, a.v); }

@@ -52,7 +52,9 @@ struct ScalarVec {
   static T sum(Self a) { return a.v; }
   static T top(Self a) { return a.v; }
   static T lane(Self a, int) { return a.v; }
-  static Self round(Self a) { return set(a.v - a.v == 0 ? static_cast<T>(static_cast<int>(a.v + (a.v < 0 ? T(-0.5) : T(0.5)))) : a.v); }
+  static Self round(Self a) {
+    return set(a.v - a.v == 0 ? static_cast<T>(static_cast<int>(a.v + (a.v < 0 ? T(-0.5) : T(0.5)))) : a.v);
+  }
   static T power2(int e) {
     const Bits b = static_cast<Bits>(e + kBias) << kMantissa;
     T x;

@@ -1,0 +1,44 @@
+// The CUDA kernels, as the torch layer sees them. No torch types.
+//
+// Every function enqueues work on `stream` of the current device and returns without waiting; it allocates nothing and
+// never synchronises.
+// Results are deterministic: no floating-point atomics, fixed orders of additions. Empty inputs (N == 0) are fine.
+// The return value is that of the launch (cudaGetLastError): report it, results are undefined unless it is cudaSuccess.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../params.h"
+
+namespace aep::kernels::cuda {
+
+cudaError_t launch_global_avg_pool(const GlobalAvgPoolParams& p, cudaStream_t stream);
+
+cudaError_t launch_ensemble(const EnsembleParams& p, cudaStream_t stream);
+cudaError_t launch_ensemble_stats(const EnsembleStatsParams& p, cudaStream_t stream);
+// Writes grad_logits and grad_weights, each unless null; grad_weights needs `partials`: ensemble_backward_chunks(N) * E
+// values.
+int64_t ensemble_backward_chunks(int64_t N);
+cudaError_t launch_ensemble_backward(const EnsembleBackwardParams& p, cudaStream_t stream);
+
+// result (device, one value): the index of the first label outside 0 .. K-1 and different from *ignore_index (null: no
+// such label), else -1.
+// For the checked mode; reading the result is the caller's synchronisation.
+cudaError_t launch_find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t K,
+                                  const int64_t* ignore_index, int64_t* result, cudaStream_t stream);
+// A label out of range: NaN loss, zero gradient in that row, no read out of bounds.
+cudaError_t launch_joint_cross_entropy(const JointCrossEntropyParams& p, cudaStream_t stream);
+cudaError_t launch_joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p, cudaStream_t stream);
+cudaError_t launch_joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, cudaStream_t stream);
+
+// Adds to p.counts (integer atomics). A label out of range is wrong at every k.
+cudaError_t launch_subset_correct(const SubsetCorrectParams& p, cudaStream_t stream);
+
+// The whole gate (judge, partition, scatter). p.scratch: gate_scratch_bytes(n) bytes of device memory. count_out stays
+// on the device.
+size_t gate_scratch_bytes(int64_t n);
+cudaError_t launch_gate(const GateParams& p, cudaStream_t stream);
+
+}  // namespace aep::kernels::cuda

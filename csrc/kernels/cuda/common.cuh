@@ -1,0 +1,126 @@
+// Storage types, exact weighted sums, block reductions in a fixed order, and launch sizes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "api.h"
+
+namespace aep::kernels::cuda {
+namespace {
+
+using BF16 = __nv_bfloat16;
+using F16 = __half;
+
+template <class S>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class S>
+using Acc = typename Accumulate<S>::type;
+
+__device__ inline float value_of(float x) { return x; }
+__device__ inline double value_of(double x) { return x; }
+__device__ inline float value_of(BF16 x) { return __bfloat162float(x); }
+__device__ inline float value_of(F16 x) { return __half2float(x); }
+__device__ inline void put(float* p, float x) { *p = x; }
+__device__ inline void put(double* p, double x) { *p = x; }
+__device__ inline void put(BF16* p, float x) { *p = __float2bfloat16_rn(x); }
+__device__ inline void put(F16* p, float x) { *p = __float2half_rn(x); }
+
+// sum + w * x with both roundings: the compiler may not fuse these.
+__device__ inline float product(float w, float x) { return __fmul_rn(w, x); }
+__device__ inline double product(double w, double x) { return __dmul_rn(w, x); }
+__device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
+__device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
+
+__device__ inline float exponential(float x) { return expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float logarithm(float x) { return logf(x); }
+__device__ inline double logarithm(double x) { return log(x); }
+
+template <class A>
+__device__ inline A infinity() {
+  return static_cast<A>(__longlong_as_double(0x7ff0000000000000ll));
+}
+template <class A>
+__device__ inline A not_a_number() {
+  return static_cast<A>(__longlong_as_double(0x7ff8000000000000ll));
+}
+template <class T>
+__device__ inline T larger(T a, T b) {
+  return a < b ? b : a;
+}
+template <class T>
+__device__ inline T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+// Finite: neither NaN nor infinite.
+template <class A>
+__device__ inline bool finite(A x) {
+  return x - x == A(0);
+}
+
+template <class A>
+__device__ inline A read(Scalar s) {
+  return s.ptr ? *static_cast<const A*>(s.ptr) : static_cast<A>(s.value);
+}
+
+constexpr int kMaxThreads = 256;
+
+// The block's merged value, in every thread; a tree over the threads, so the order depends on blockDim only.
+// `shared` holds blockDim.x values; blockDim.x is a power of two. Ends with a barrier: `shared` may be used again at
+// once.
+template <class T, class Merge>
+__device__ T block_reduce(T value, T* shared, Merge merge) {
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) shared[threadIdx.x] = merge(shared[threadIdx.x], shared[threadIdx.x + half]);
+    __syncthreads();
+  }
+  const T result = shared[0];
+  __syncthreads();
+  return result;
+}
+
+template <class A>
+__device__ A block_sum(A value, A* shared) {
+  return block_reduce(value, shared, [](A a, A b) { return a + b; });
+}
+
+// A power of two of threads for a row of `count` values, a few values a thread.
+inline unsigned threads_for(int64_t count) {
+  unsigned threads = 32;
+  while (threads < kMaxThreads && static_cast<int64_t>(threads) * 4 < count) threads *= 2;
+  return threads;
+}
+
+// Blocks for `count` pieces of work; kernels loop over what lies beyond (grid stride), so that any int64 count is fine.
+inline unsigned blocks_for(int64_t count) {
+  constexpr int64_t most = 1 << 20;
+  return static_cast<unsigned>(count < most ? count : most);
+}
+inline unsigned blocks_for_elements(int64_t count) { return blocks_for((count + kMaxThreads - 1) / kMaxThreads); }
+
+#define AEP_CUDA_BY_DTYPE(dtype, F, ...) \
+  switch (dtype) {                       \
+    case DType::f32:                     \
+      return F<float>(__VA_ARGS__);      \
+    case DType::f64:                     \
+      return F<double>(__VA_ARGS__);     \
+    case DType::bf16:                    \
+      return F<BF16>(__VA_ARGS__);       \
+    case DType::f16:                     \
+      return F<F16>(__VA_ARGS__);        \
+  }                                      \
+  return cudaErrorInvalidValue
+
+}  // namespace
+}  // namespace aep::kernels::cuda
