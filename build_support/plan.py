@@ -126,10 +126,14 @@ def make_plan(
 
 
 def build_requires(env: Mapping[str, str] | None = None) -> list[str]:
-    """What pip must fetch for an isolated build: torch, where the target has none. Else nothing: a second torch could
-    be of another version or kind."""
+    """What pip must fetch for an isolated build: torch, where the target has none.
+
+    Else nothing. Beside an installed torch, a second one could be of another version or kind; and where another tool's
+    isolation hides the target, nobody can say whether it has one: that build fails, with the remedy (NO_TORCH).
+    """
     try:
         plan = make_plan(env)
     except BuildError:
         return []  # said again, and better, when the build itself starts
-    return [TORCH_REQUIREMENT, "numpy>=2.0"] if plan.kind != "none" and plan.torch is None else []
+    wanted = plan.kind != "none" and plan.torch is None and target.pip_isolated()
+    return [TORCH_REQUIREMENT, "numpy>=2.0"] if wanted else []

@@ -3,6 +3,7 @@
 Every function runs natively where the extension has kernels for the device of its tensors, and on the pure-torch
 reference (:mod:`aep_ext.ops.reference`) elsewhere, with the same results and the same errors.
 """
+
 from __future__ import annotations
 
 from aep_ext.ops.combine import ensemble, ensemble_stats

@@ -3,6 +3,7 @@
 The native operators make the same checks in C++ (csrc/torch/checks.h) with the same words; tests/ops/test_bad_input.py
 compares the two. Every message has the form ``aep::<operator>: <rule>, got <value>``.
 """
+
 from __future__ import annotations
 
 import math
@@ -43,9 +44,7 @@ def _tensor(op: str, name: str, value: object) -> None:
 
 def _floating(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATING:
-        raise TypeError(
-            f"aep::{op}: {name} must be float32, float64, bfloat16 or float16, got {_name(tensor.dtype)}"
-        )
+        raise TypeError(f"aep::{op}: {name} must be float32, float64, bfloat16 or float16, got {_name(tensor.dtype)}")
 
 
 def _dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -54,7 +53,7 @@ def _dtype(op: str, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 
 
 def _has_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
-    if tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape)):
+    if tensor.dim() != len(shape) or any(a != b for a, b in zip(tensor.shape, shape, strict=True)):
         raise ValueError(f"aep::{op}: {name} must have shape {list(shape)}, got {_shape(tensor)}")
 
 
@@ -141,7 +140,7 @@ def multi_exit_linear_head(
     if weights[0].dim() != 2 or weights[0].shape[0] < 1:
         raise ValueError(f"aep::{op}: weights[0] must have shape [K, C] with K >= 1, got {_shape(weights[0])}")
     num_classes = weights[0].shape[0]
-    for e, (x, weight) in enumerate(zip(features, weights)):
+    for e, (x, weight) in enumerate(zip(features, weights, strict=True)):
         if x.shape[0] != first.shape[0]:
             raise ValueError(f"aep::{op}: features[{e}] must have N = {first.shape[0]}, got shape {_shape(x)}")
         _tensor(op, f"weights[{e}]", weight)

@@ -1,4 +1,5 @@
 """Chooses, per device type, between the native operators and the reference."""
+
 from __future__ import annotations
 
 import warnings
@@ -27,8 +28,8 @@ _warned: set[str] = set()
 def use_native(tensor: torch.Tensor) -> bool:
     """True where the native operators have kernels for the device of ``tensor``.
 
-    The first tensor on a device that the loaded extension has no kernels for gives one warning. What is no tensor at all
-    goes to the reference path, whose checks name it.
+    The first tensor on a device that the loaded extension has no kernels for gives one warning. What is no tensor at
+    all goes to the reference path, whose checks name it.
     """
     try:
         kind = tensor.device.type

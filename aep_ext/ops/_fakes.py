@@ -1,7 +1,8 @@
-"""Fake kernels: shapes, dtypes and layouts of the native operators' results, for torch.compile, torch.export and meta tensors.
+"""Fake kernels: the layout of the native operators' results, for torch.compile, torch.export and meta tensors.
 
 They make the same checks as the reference path (:mod:`aep_ext.ops._checks`), as far as these need no data.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
-"""The native operators, bound once: looking one up in ``torch.ops`` and choosing its overload costs more than some calls.
+"""The native operators, bound once: looking one up in ``torch.ops`` costs as much as some calls.
 
 Without the extension the names are missing, and nothing asks for them (see :mod:`aep_ext.ops._dispatch`).
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,4 +1,5 @@
 """The ensemble: weighted sum of raw exit logits, with or without the statistics of its softmax."""
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -13,12 +14,12 @@ def ensemble(exit_logits: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         exit_logits: (E, N, K), E and K at least 1, float32, float64, bfloat16 or float16, any strides.
-        weights: (E,), floating point, on the same device. Converted to the accumulation dtype: float64 for float64 logits,
-            else float32.
+        weights: (E,), floating point, on the same device. Converted to the accumulation dtype: float64 for float64
+            logits, else float32.
 
     Returns:
-        (N, K) in the dtype of ``exit_logits``: products rounded in the accumulation dtype, added in ascending order of the
-        exits, rounded once at the end.
+        (N, K) in the dtype of ``exit_logits``: products rounded in the accumulation dtype, added in ascending order of
+        the exits, rounded once at the end.
 
     Differentiable in both arguments, any number of times.
 
@@ -50,16 +51,17 @@ def ensemble_stats(
     Args:
         exit_logits: (E, N, K), as for :func:`ensemble`.
         weights: (E,), as for :func:`ensemble`.
-        normalizer: divides the logits before the softmax (usually the sum of the weights); a finite number above 0, or a 0-d
-            floating tensor on the same device, whose value is not checked.
+        normalizer: divides the logits before the softmax (usually the sum of the weights); a finite number above 0, or
+            a 0-d floating tensor on the same device, whose value is not checked.
         temperature: divides them too; likewise.
 
     Returns:
         :class:`EnsembleStats`: ``logits`` (N, K) as :func:`ensemble` returns them; ``stats`` (N, 3) float32 with
         confidence (largest probability), entropy in nats and margin (largest minus second largest probability) of
-        ``softmax(logits / (normalizer * temperature))``, computed from the returned, rounded logits; ``argmax`` (N,) int64.
-        K = 1: 1, 0, 1. A row with NaN or +inf, or with nothing but -inf: NaN statistics. -inf: probability exactly 0. Ties:
-        the lowest class. A NaN counts as largest for ``argmax``, as in torch. Only ``logits`` is differentiable.
+        ``softmax(logits / (normalizer * temperature))``, computed from the returned, rounded logits; ``argmax`` (N,)
+        int64. K = 1: 1, 0, 1. A row with NaN or +inf, or with nothing but -inf: NaN statistics. -inf: probability
+        exactly 0. Ties: the lowest class. A NaN counts as largest for ``argmax``, as in torch. Only ``logits`` is
+        differentiable.
 
     Raises:
         TypeError: a dtype breaks the rules above, or a scalar is neither number nor tensor.

@@ -1,8 +1,9 @@
-"""Formulas for ``torch.utils.flop_counter``: two floating-point operations per multiply-add of a matrix product, as there.
+"""Formulas for ``torch.utils.flop_counter``: two operations per multiply-add of a matrix product, as there.
 
-Only the heads hold matrix products. The weighted sums, losses and gates count nothing, as torch counts nothing for elementwise
-work; so the counts equal those of the reference path.
+Only the heads hold matrix products. The weighted sums, losses and gates count nothing, as torch counts nothing for
+elementwise work; so the counts equal those of the reference path.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -26,7 +27,7 @@ def multi_exit_linear_head_flops(
     features_shape: list[torch.Size], weights_shape: list[torch.Size], *args: Any, **kwargs: Any
 ) -> int:
     """2 * N * C_e * K, summed over the exits. The backward consists of torch's own products, which torch counts."""
-    return sum(2 * x[0] * w[0] * w[1] for x, w in zip(features_shape, weights_shape))
+    return sum(2 * x[0] * w[0] * w[1] for x, w in zip(features_shape, weights_shape, strict=True))
 
 
 def no_flops(*args: Any, **kwargs: Any) -> int:

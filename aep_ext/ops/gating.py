@@ -1,4 +1,5 @@
 """The gate: one exit's decision for every row still under way."""
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -27,8 +28,8 @@ def gate(
 
     Args:
         features: (n, ...) floating point: what the next stage reads.
-        running: (n, K): the sum of weight * logits so far, in the accumulation dtype of ``exit_logits`` (float64 for float64,
-            else float32) or in the dtype of ``exit_logits``; zeros before the first exit.
+        running: (n, K): the sum of weight * logits so far, in the accumulation dtype of ``exit_logits`` (float64 for
+            float64, else float32) or in the dtype of ``exit_logits``; zeros before the first exit.
         weight_sum: the sum of the exit weights so far; 0 before the first exit.
         indices: (n,) int64: the caller's row numbers.
         state: (n, S) int64, the policy's memory. S = 2 for "patience" (last judged class or -1, length of its run), K
@@ -37,21 +38,22 @@ def gate(
         weight: this exit's output weight.
         threshold: a row leaves where the policy's quantity reaches it; see below.
         temperature: divides the judged logits; above 0.
-        policy: "confidence" and "margin" leave at >= threshold, "entropy" (nats) at <=; "patience" when the run of equal judged
-            classes is >= threshold exits long, "vote" when a class has >= threshold votes.
+        policy: "confidence" and "margin" leave at >= threshold, "entropy" (nats) at <=; "patience" when the run of
+            equal judged classes is >= threshold exits long, "vote" when a class has >= threshold votes.
         on: "ensemble" judges ``softmax(running' / (weight_sum' * temperature))``, "exit" judges
             ``softmax(exit_logits / temperature)``.
         enabled: False: nobody leaves, everything else (the state too) advances as usual.
 
-        ``weight_sum``, ``weight``, ``threshold`` and ``temperature`` are numbers, or 0-d floating tensors on the device of the
-        features, whose values are not read back. They are converted to the accumulation dtype; statistics are
+        ``weight_sum``, ``weight``, ``threshold`` and ``temperature`` are numbers, or 0-d floating tensors on the device
+        of the features, whose values are not read back. They are converted to the accumulation dtype; statistics are
         compared in float32.
 
     Returns:
-        :class:`GateResult`: a stable partition, rows that stay first and rows that leave behind, each in their old order; all
-        row-wise results are permuted together. ``count``, the number of rows that stay, remains on the device. The
-        features of rows that leave are dropped (zeros stand behind). A row whose judged distribution is NaN never leaves,
-        casts no vote and resets its patience to (-1, 0). Always new memory, never a view of an input. Not differentiable.
+        :class:`GateResult`: a stable partition, rows that stay first and rows that leave behind, each in their old
+        order; all row-wise results are permuted together. ``count``, the number of rows that stay, remains on the
+        device. The features of rows that leave are dropped (zeros stand behind). A row whose judged distribution is NaN
+        never leaves, casts no vote and resets its patience to (-1, 0). Always new memory, never a view of an input. Not
+        differentiable.
 
     Raises:
         TypeError: a dtype breaks the rules above.
@@ -70,12 +72,21 @@ def gate(
     if use_native(exit_logits):
         return GateResult(
             *_native.gate(
-                features, running, weight_sum, indices, state, exit_logits, weight, threshold, temperature, policy, on, enabled
+                features,
+                running,
+                weight_sum,
+                indices,
+                state,
+                exit_logits,
+                weight,
+                threshold,
+                temperature,
+                policy,
+                on,
+                enabled,
             )
         )
-    _checks.gate(
-        features, running, weight_sum, indices, state, exit_logits, weight, threshold, temperature, policy, on
-    )
+    _checks.gate(features, running, weight_sum, indices, state, exit_logits, weight, threshold, temperature, policy, on)
     return reference.gate(
         features,
         running,

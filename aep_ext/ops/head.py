@@ -1,4 +1,5 @@
 """Exit heads: global average pool and linear layer of all exits at once."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

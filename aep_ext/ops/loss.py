@@ -1,4 +1,5 @@
 """The joint loss: weighted sum of the exits' cross entropies."""
+
 from __future__ import annotations
 
 from torch import Tensor
@@ -26,21 +27,22 @@ def joint_cross_entropy(
         class_weight: (K,), floating point, without gradient; None for ones.
         label_smoothing: within 0..1.
         ignore_index: rows with this label count nowhere and get a zero gradient.
-        reduction: "mean" (divided by the class weights of the rows that count: NaN when there are none), "sum" or "none".
+        reduction: "mean" (divided by the class weights of the rows that count: NaN when there are none), "sum" or
+            "none".
 
     Returns:
         :class:`JointLoss` in float32 (float64 for float64 logits). ``loss``: 0-d, or (N,) for "none";
         ``exit_losses``: (E,), or (E, N) for "none", without the exit weights.
 
-    Differentiable, once, in ``exit_logits`` and ``exit_weights``, through both results. The backward recomputes the softmax
-    from the logits: nothing of size E*N*K but the logits is kept. Under autocast the arithmetic is float32, as for
-    ``cross_entropy``, without a copy of the logits in float32.
+    Differentiable, once, in ``exit_logits`` and ``exit_weights``, through both results. The backward recomputes the
+    softmax from the logits: nothing of size E*N*K but the logits is kept. Under autocast the arithmetic is float32, as
+    for ``cross_entropy``, without a copy of the logits in float32.
 
     Raises:
         TypeError: a dtype breaks the rules above.
         ValueError: a shape, device, ``label_smoothing`` or ``reduction`` does.
-        IndexError: on the CPU, a label is out of range. Elsewhere, where looking would wait for the device, the loss is NaN
-            and the row's gradient zero.
+        IndexError: on the CPU, a label is out of range. Elsewhere, where looking would wait for the device, the loss is
+            NaN and the row's gradient zero.
         RuntimeError: double backward through the native operator.
 
     Source: the joint loss of arXiv 2301.12168, section 3.2; cross entropy as in ``torch.nn.functional.cross_entropy``.

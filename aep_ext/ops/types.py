@@ -1,4 +1,5 @@
 """Named tuples returned by the operators."""
+
 from __future__ import annotations
 
 from typing import NamedTuple

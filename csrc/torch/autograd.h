@@ -48,7 +48,8 @@ class OnceDifferentiable : public torch::autograd::Function<OnceDifferentiable> 
     return outputs;
   }
 
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list) {
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list) {
     TORCH_CHECK(false, "aep::", ctx->saved_data["op"].toStringRef(), ": double backward is not supported");
   }
 };

@@ -58,7 +58,8 @@ void has_type(const char* op, Name name, const Tensor& tensor, at::ScalarType ty
 }
 
 void has_shape(const char* op, Name name, const Tensor& tensor, at::IntArrayRef shape) {
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, "aep::", op, ": ", name, " must have shape ", shape, ", got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.sizes() == shape, "aep::", op, ": ", name, " must have shape ", shape, ", got ",
+                    tensor.sizes());
 }
 
 void on_device(const char* op, Name name, const Tensor& tensor, at::Device device) {
@@ -114,7 +115,8 @@ void check_head(at::TensorList features, at::TensorList weights, const Biases& b
     const Tensor& x = features[e];
     const Name name{"features", e};
     floating(op, name, x);
-    TORCH_CHECK_VALUE(x.dim() == 4, "aep::", op, ": ", name, " must have 4 dimensions (N, C, H, W), got shape ", x.sizes());
+    TORCH_CHECK_VALUE(x.dim() == 4, "aep::", op, ": ", name, " must have 4 dimensions (N, C, H, W), got shape ",
+                      x.sizes());
     TORCH_CHECK_VALUE(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, "aep::", op, ": ", name,
                       " must have C, H and W of at least 1, got shape ", x.sizes());
   }
@@ -124,8 +126,8 @@ void check_head(at::TensorList features, at::TensorList weights, const Biases& b
   const int64_t classes = weights[0].size(0);
   for (int64_t e = 0; e < exits; ++e) {
     const Tensor& x = features[e];
-    TORCH_CHECK_VALUE(x.size(0) == first.size(0), "aep::", op, ": ", Name{"features", e}, " must have N = ", first.size(0),
-                      ", got shape ", x.sizes());
+    TORCH_CHECK_VALUE(x.size(0) == first.size(0), "aep::", op, ": ", Name{"features", e},
+                      " must have N = ", first.size(0), ", got shape ", x.sizes());
     has_shape(op, {"weights", e}, weights[e], {classes, x.size(1)});
     const std::optional<Tensor> bias = biases[e];
     if (bias.has_value()) {
@@ -147,29 +149,29 @@ void check_ensemble(const char* op, const Tensor& exit_logits, const Tensor& wei
   check_vector(op, "weights", weights, exit_logits.size(0), exit_logits.device());
 }
 
-void check_scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, double value, at::Device device,
-                  bool positive) {
+void check_scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, double value,
+                  at::Device device, bool positive) {
   if (tensor.has_value()) {
     floating(op, {name}, *tensor);
     has_shape(op, {name}, *tensor, {});
     on_device(op, {name}, *tensor, device);
   } else if (positive) {
-    TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, "aep::", op, ": ", name, " must be finite and greater than 0, got ",
-                      value);
+    TORCH_CHECK_VALUE(std::isfinite(value) && value > 0, "aep::", op, ": ", name,
+                      " must be finite and greater than 0, got ", value);
   } else {
     TORCH_CHECK_VALUE(!std::isnan(value), "aep::", op, ": ", name, " must not be NaN, got ", value);
   }
 }
 
-void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target, const std::optional<Tensor>& class_weight,
-                double label_smoothing) {
+void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target,
+                const std::optional<Tensor>& class_weight, double label_smoothing) {
   is_exit_logits(op, exit_logits);
   is_integers(op, {"target"}, target, {exit_logits.size(1)}, exit_logits.device());
   if (class_weight.has_value()) {
     check_vector(op, "class_weight", *class_weight, exit_logits.size(2), exit_logits.device());
   }
-  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "aep::", op, ": label_smoothing must be within 0..1, got ",
-                    label_smoothing);
+  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "aep::", op,
+                    ": label_smoothing must be within 0..1, got ", label_smoothing);
 }
 
 void check_reduction(std::string_view reduction) {
@@ -195,8 +197,8 @@ void check_gate(const Tensor& features, const Tensor& running, const Tensor& ind
   const int64_t classes = exit_logits.size(1);
   const at::Device device = exit_logits.device();
   TORCH_CHECK_VALUE(
-      policy == "confidence" || policy == "entropy" || policy == "margin" || policy == "patience" || policy == "vote", "aep::",
-      op, ": policy must be one of confidence, entropy, margin, patience, vote, got '", policy, "'");
+      policy == "confidence" || policy == "entropy" || policy == "margin" || policy == "patience" || policy == "vote",
+      "aep::", op, ": policy must be one of confidence, entropy, margin, patience, vote, got '", policy, "'");
   TORCH_CHECK_VALUE(on == "ensemble" || on == "exit", "aep::", op, ": on must be 'ensemble' or 'exit', got '", on, "'");
   floating(op, {"features"}, features);
   TORCH_CHECK_VALUE(features.dim() >= 1 && features.size(0) == rows, "aep::", op, ": features must have ", rows,

@@ -18,10 +18,10 @@ inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::
 
 void check_head(at::TensorList features, at::TensorList weights, const Biases& biases);
 void check_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights);
-void check_scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, double value, at::Device device,
-                  bool positive);
-void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target, const std::optional<Tensor>& class_weight,
-                double label_smoothing);
+void check_scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, double value,
+                  at::Device device, bool positive);
+void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target,
+                const std::optional<Tensor>& class_weight, double label_smoothing);
 void check_vector(const char* op, const char* name, const Tensor& vector, int64_t length, at::Device device);
 void check_reduction(std::string_view reduction);
 void check_shape(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef shape);

@@ -1,5 +1,5 @@
-// ensemble and ensemble_stats: common part of the backends, autograd. Autocast leaves them alone: the sum is formed in float32 in
-// any case, and the result keeps the dtype of the logits.
+// ensemble and ensemble_stats: common part of the backends, autograd. Autocast leaves them alone: the sum is formed in
+// float32 in any case, and the result keeps the dtype of the logits.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -55,7 +55,8 @@ EnsembleBackwardCall prepare_ensemble_backward_logits(const Tensor& grad, const 
   constexpr const char* op = "ensemble_backward_logits";
   check_floating(op, "grad", grad);
   TORCH_CHECK_VALUE(grad.dim() == 2, "aep::", op, ": grad must have 2 dimensions (N, K), got shape ", grad.sizes());
-  TORCH_CHECK_VALUE(weights.dim() == 1, "aep::", op, ": weights must have 1 dimension (E,), got shape ", weights.sizes());
+  TORCH_CHECK_VALUE(weights.dim() == 1, "aep::", op, ": weights must have 1 dimension (E,), got shape ",
+                    weights.sizes());
   check_vector(op, "weights", weights, weights.size(0), grad.device());
   EnsembleBackwardCall call;
   call.grad = grad;
@@ -140,8 +141,9 @@ std::array<Tensor, 2> operand_gradients(AutogradContext* ctx, const Tensor& grad
   const bool graph = at::GradMode::is_enabled();
   const auto wide = accumulate_type(grad.scalar_type());
   if (ctx->needs_input_grad(0)) {
-    result[0] = graph ? grad.to(wide).unsqueeze(0).mul(weights.to(wide).unsqueeze(-1).unsqueeze(-1)).to(grad.scalar_type())
-                      : dispatch_backward_logits(grad, weights);
+    result[0] =
+        graph ? grad.to(wide).unsqueeze(0).mul(weights.to(wide).unsqueeze(-1).unsqueeze(-1)).to(grad.scalar_type())
+              : dispatch_backward_logits(grad, weights);
   }
   if (ctx->needs_input_grad(1)) {
     const Tensor sums = graph ? grad.to(wide).unsqueeze(0).mul(exit_logits.to(wide)).sum({1, 2})
@@ -167,8 +169,8 @@ class EnsembleFunction : public torch::autograd::Function<EnsembleFunction> {
 
 class StatsFunction : public torch::autograd::Function<StatsFunction> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& exit_logits, const Tensor& weights, double normalizer,
-                               double temperature, const OptionalTensor* normalizer_tensor,
+  static variable_list forward(AutogradContext* ctx, const Tensor& exit_logits, const Tensor& weights,
+                               double normalizer, double temperature, const OptionalTensor* normalizer_tensor,
                                const OptionalTensor* temperature_tensor) {
     at::AutoDispatchBelowADInplaceOrView guard;
     save_operands(ctx, exit_logits, weights);

@@ -33,8 +33,8 @@ Tensor rows_like(const Tensor& tensor, const Tensor& like, at::MemoryFormat form
 }  // namespace
 
 GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy, std::string_view on,
-                      bool enabled) {
+                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
+                      std::string_view on, bool enabled) {
   constexpr const char* op = "gate";
   check_gate(features, running, indices, state, exit_logits, policy, on);
   const at::Device device = exit_logits.device();
@@ -97,17 +97,19 @@ GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tenso
 namespace {
 
 GateResult gate_autograd(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                         const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-                         const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
-                         const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor,
-                         std::string_view policy, std::string_view on, bool enabled) {
+                         const Tensor& exit_logits, double weight_sum, double weight, double threshold,
+                         double temperature, const OptionalTensor& weight_sum_tensor,
+                         const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
+                         const OptionalTensor& temperature_tensor, std::string_view policy, std::string_view on,
+                         bool enabled) {
   static auto op =
-      find_operator<GateResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double,
-                               double, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                               const OptionalTensor&, std::string_view, std::string_view, bool)>("aep::gate");
+      find_operator<GateResult(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
+                               double, double, double, const OptionalTensor&, const OptionalTensor&,
+                               const OptionalTensor&, const OptionalTensor&, std::string_view, std::string_view, bool)>(
+          "aep::gate");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature, weight_sum_tensor,
-                 weight_tensor, threshold_tensor, temperature_tensor, policy, on, enabled);
+  return op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature,
+                 weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor, policy, on, enabled);
 }
 
 }  // namespace

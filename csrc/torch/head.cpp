@@ -60,7 +60,8 @@ void finish_head(const HeadCall& call, at::TensorList weights, const Biases& bia
 namespace {
 
 HeadResult dispatch_head(at::TensorList features, at::TensorList weights, const Biases& biases) {
-  static auto op = find_operator<HeadResult(at::TensorList, at::TensorList, const Biases&)>("aep::multi_exit_linear_head");
+  static auto op =
+      find_operator<HeadResult(at::TensorList, at::TensorList, const Biases&)>("aep::multi_exit_linear_head");
   return op.call(features, weights, biases);
 }
 
@@ -79,15 +80,15 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
     variable_list saved = weights.vec();
     saved.push_back(pooled);
     ctx->save_for_backward(std::move(saved));
-    std::vector<bool> has_bias(exits);
+    c10::List<bool> has_bias;
     std::vector<c10::SymInt> shapes;
     for (size_t e = 0; e < exits; ++e) {
       const std::optional<Tensor> bias = (*biases)[e];
-      has_bias[e] = bias.has_value();
+      has_bias.push_back(bias.has_value());
       const auto sizes = features[e].sym_sizes();
       shapes.insert(shapes.end(), sizes.begin(), sizes.end());
     }
-    ctx->saved_data["has_bias"] = c10::List<bool>(has_bias_list(has_bias));
+    ctx->saved_data["has_bias"] = has_bias;
     ctx->saved_data["shapes"] = c10::IValue(c10::SymIntArrayRef(shapes));
     return {logits, pooled};
   }
@@ -114,7 +115,8 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
         const Tensor grad = grads[0].select(0, static_cast<int64_t>(e));
         const auto shape = c10::SymIntArrayRef(shapes).slice(4 * e, 4);
         if (ctx->needs_input_grad(e)) {
-          // One number per channel, shown at full size: autograd adds it to the trunk's gradient without a copy of that size.
+          // One number per channel, shown at full size: autograd adds it to the trunk's gradient without a copy of that
+          // size.
           const Tensor each = grad.mm(saved[e]).div(c10::Scalar(shape[2] * shape[3]));
           result[e] = each.unsqueeze(-1).unsqueeze(-1).expand_symint(shape);
         }
@@ -134,15 +136,6 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
     sources.push_back(grads[0]);
     differentiable_once("multi_exit_linear_head", sources, result);
     return result;
-  }
-
- private:
-  static c10::List<bool> has_bias_list(const std::vector<bool>& values) {
-    c10::List<bool> list;
-    for (const bool value : values) {
-      list.push_back(value);
-    }
-    return list;
   }
 };
 
@@ -175,7 +168,8 @@ HeadResult head_autocast(at::TensorList features, at::TensorList weights, const 
     const std::optional<Tensor> bias = biases[e];
     cast.push_back(at::autocast::cached_cast(type, bias, device));
   }
-  return dispatch_head(at::autocast::cached_cast(type, features, device), at::autocast::cached_cast(type, weights, device), cast);
+  return dispatch_head(at::autocast::cached_cast(type, features, device),
+                       at::autocast::cached_cast(type, weights, device), cast);
 }
 
 }  // namespace

@@ -1,20 +1,23 @@
-// The operators' schemas. Backend kernels are registered in cpu/ and cuda/, autograd and autocast beside each operator's common
-// part (head.cpp, ensemble.cpp, ...), fake kernels and flop formulas in aep_ext/ops.
+// The operators' schemas. Backend kernels are registered in cpu/ and cuda/, autograd and autocast beside each
+// operator's common part (head.cpp, ensemble.cpp, ...), fake kernels and flop formulas in aep_ext/ops.
 //
-// A scalar operand is a number plus an optional 0-d tensor that overrides it: numbers cost no allocation, and a tensor's value
-// is never read back.
+// A scalar operand is a number plus an optional 0-d tensor that overrides it: numbers cost no allocation, and a
+// tensor's value is never read back.
 #include <torch/library.h>
 
 TORCH_LIBRARY(aep, m) {
   // (E, N, K) logits; (N, sum of C) pooled features, kept for the backward.
-  m.def("multi_exit_linear_head(Tensor[] features, Tensor[] weights, Tensor?[] biases) -> (Tensor logits, Tensor pooled)");
+  m.def(
+      "multi_exit_linear_head(Tensor[] features, Tensor[] weights, Tensor?[] biases) "
+      "-> (Tensor logits, Tensor pooled)");
 
   m.def("ensemble(Tensor exit_logits, Tensor weights) -> Tensor");
   m.def("ensemble_backward_logits(Tensor grad, Tensor weights) -> Tensor");
   m.def("ensemble_backward_weights(Tensor grad, Tensor exit_logits) -> Tensor");
   m.def(
       "ensemble_stats(Tensor exit_logits, Tensor weights, float normalizer=1.0, float temperature=1.0, "
-      "Tensor? normalizer_tensor=None, Tensor? temperature_tensor=None) -> (Tensor logits, Tensor stats, Tensor argmax)");
+      "Tensor? normalizer_tensor=None, Tensor? temperature_tensor=None) "
+      "-> (Tensor logits, Tensor stats, Tensor argmax)");
 
   // log_sum_exp (E, N) and denominator (0-d) are kept for the backward.
   m.def(
@@ -29,8 +32,9 @@ TORCH_LIBRARY(aep, m) {
   m.def("subset_correct(Tensor exit_logits, Tensor weights, Tensor target) -> Tensor");
 
   m.def(
-      "gate(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, float weight_sum, float weight, "
-      "float threshold, float temperature, Tensor? weight_sum_tensor, Tensor? weight_tensor, Tensor? threshold_tensor, "
-      "Tensor? temperature_tensor, str policy, str on, bool enabled) -> (Tensor features, Tensor running, Tensor indices, "
-      "Tensor state, Tensor stats, Tensor argmax, Tensor weight_sum, Tensor count)");
+      "gate(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, "
+      "float weight_sum, float weight, float threshold, float temperature, Tensor? weight_sum_tensor, "
+      "Tensor? weight_tensor, Tensor? threshold_tensor, Tensor? temperature_tensor, str policy, str on, bool enabled) "
+      "-> (Tensor features, Tensor running, Tensor indices, Tensor state, Tensor stats, Tensor argmax, "
+      "Tensor weight_sum, Tensor count)");
 }

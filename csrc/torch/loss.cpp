@@ -1,5 +1,5 @@
-// joint_cross_entropy: common part of the backends, autograd. Autocast leaves it alone: losses are formed in float32 whatever the
-// dtype of the logits, which a cast of the logits would only copy.
+// joint_cross_entropy: common part of the backends, autograd. Autocast leaves it alone: losses are formed in float32
+// whatever the dtype of the logits, which a cast of the logits would only copy.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -45,7 +45,9 @@ LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Ten
 
   auto& r = call.reduce;
   const bool none = reduction == "none";
-  r.reduction = none ? kernels::Reduction::none : reduction == "mean" ? kernels::Reduction::mean : kernels::Reduction::sum;
+  r.reduction = none                  ? kernels::Reduction::none
+                : reduction == "mean" ? kernels::Reduction::mean
+                                      : kernels::Reduction::sum;
   call.loss = none ? at::empty({p.N}, wide) : at::empty({}, wide);
   call.exit_losses = none ? call.row_losses : at::empty({p.E}, wide);
   r.row_losses = p.row_losses;
@@ -63,15 +65,16 @@ LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Ten
 }
 
 LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
-                                       const Tensor& log_sum_exp, const OptionalTensor& class_weight, double label_smoothing,
-                                       int64_t ignore_index) {
+                                       const Tensor& log_sum_exp, const OptionalTensor& class_weight,
+                                       double label_smoothing, int64_t ignore_index) {
   constexpr const char* op = "joint_cross_entropy_backward";
   check_loss(op, exit_logits, target, class_weight, label_smoothing);
   const auto type = exit_logits.scalar_type();
   LossBackwardCall call;
   auto& p = call.params;
   p.E = exit_logits.size(0), p.N = exit_logits.size(1), p.K = exit_logits.size(2);
-  for (const auto& [name, tensor] : {std::pair{"coefficients", &coefficients}, std::pair{"log_sum_exp", &log_sum_exp}}) {
+  for (const auto& [name, tensor] :
+       {std::pair{"coefficients", &coefficients}, std::pair{"log_sum_exp", &log_sum_exp}}) {
     check_dtype(op, name, *tensor, accumulate_type(type));
     check_shape(op, name, *tensor, {p.E, p.N});
     check_device(op, name, *tensor, exit_logits.device());
@@ -103,30 +106,31 @@ namespace {
 LossResult dispatch_loss(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
                          const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
                          std::string_view reduction) {
-  static auto op = find_operator<LossResult(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double, int64_t,
-                                            std::string_view)>("aep::joint_cross_entropy");
+  static auto op = find_operator<LossResult(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
+                                            int64_t, std::string_view)>("aep::joint_cross_entropy");
   return op.call(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
 }
 
-Tensor dispatch_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients, const Tensor& log_sum_exp,
-                         const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index) {
-  static auto op = find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, double,
-                                        int64_t)>("aep::joint_cross_entropy_backward");
+Tensor dispatch_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
+                         const Tensor& log_sum_exp, const OptionalTensor& class_weight, double label_smoothing,
+                         int64_t ignore_index) {
+  static auto op = find_operator<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                        const OptionalTensor&, double, int64_t)>("aep::joint_cross_entropy_backward");
   return op.call(exit_logits, target, coefficients, log_sum_exp, class_weight, label_smoothing, ignore_index);
 }
 
 class LossFunction : public torch::autograd::Function<LossFunction> {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                               const OptionalTensor* class_weight, double label_smoothing, int64_t ignore_index,
-                               std::string_view reduction) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& exit_logits, const Tensor& target,
+                               const Tensor& exit_weights, const OptionalTensor* class_weight, double label_smoothing,
+                               int64_t ignore_index, std::string_view reduction) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, exit_losses, log_sum_exp, denominator] =
         dispatch_loss(exit_logits, target, exit_weights, *class_weight, label_smoothing, ignore_index, reduction);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({log_sum_exp, denominator});
-    ctx->save_for_backward({exit_logits, target, exit_weights, class_weight->value_or(Tensor()), log_sum_exp, denominator,
-                            exit_weights.requires_grad() ? exit_losses : Tensor()});
+    ctx->save_for_backward({exit_logits, target, exit_weights, class_weight->value_or(Tensor()), log_sum_exp,
+                            denominator, exit_weights.requires_grad() ? exit_losses : Tensor()});
     ctx->saved_data["label_smoothing"] = label_smoothing;
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["reduction"] = std::string(reduction);
@@ -162,9 +166,10 @@ class LossFunction : public torch::autograd::Function<LossFunction> {
       if (!none) {
         coefficients = coefficients.unsqueeze(1).expand_symint({exit_logits.sym_size(0), exit_logits.sym_size(1)});
       }
-      result[0] = dispatch_backward(exit_logits, saved[1], coefficients, saved[4],
-                                    class_weight.defined() ? OptionalTensor(class_weight) : std::nullopt,
-                                    ctx->saved_data["label_smoothing"].toDouble(), ctx->saved_data["ignore_index"].toInt());
+      result[0] =
+          dispatch_backward(exit_logits, saved[1], coefficients, saved[4],
+                            class_weight.defined() ? OptionalTensor(class_weight) : std::nullopt,
+                            ctx->saved_data["label_smoothing"].toDouble(), ctx->saved_data["ignore_index"].toInt());
     }
     if (ctx->needs_input_grad(2) && grad_loss.defined()) {
       const Tensor& exit_losses = saved[6];
@@ -181,20 +186,22 @@ LossResult loss_autograd(const Tensor& exit_logits, const Tensor& target, const 
   TORCH_CHECK_VALUE(!class_weight.has_value() || !needs_graph({&*class_weight}),
                     "aep::joint_cross_entropy: class_weight must not require a gradient, got requires_grad=True");
   if (needs_graph({&exit_logits, &exit_weights})) {
-    const auto outputs = LossFunction::apply(exit_logits, target, exit_weights, &class_weight, label_smoothing, ignore_index,
-                                             reduction);
+    const auto outputs =
+        LossFunction::apply(exit_logits, target, exit_weights, &class_weight, label_smoothing, ignore_index, reduction);
     return {outputs[0], outputs[1], outputs[2], outputs[3]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return dispatch_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
 }
 
-Tensor backward_autograd(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients, const Tensor& log_sum_exp,
-                         const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index) {
+Tensor backward_autograd(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
+                         const Tensor& log_sum_exp, const OptionalTensor& class_weight, double label_smoothing,
+                         int64_t ignore_index) {
   std::vector<Tensor> result(1);
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    result[0] = dispatch_backward(exit_logits, target, coefficients, log_sum_exp, class_weight, label_smoothing, ignore_index);
+    result[0] =
+        dispatch_backward(exit_logits, target, coefficients, log_sum_exp, class_weight, label_smoothing, ignore_index);
   }
   differentiable_once("joint_cross_entropy", {exit_logits, coefficients, log_sum_exp}, result);
   return result[0];

@@ -1,5 +1,6 @@
-// What the backends of an operator share: checks, allocation, and the kernels' parameters. A backend calls prepare_x(), runs the
-// kernels on the parameters, and returns the tensors. Each struct keeps alive whatever its parameters point to.
+// What the backends of an operator share: checks, allocation, and the kernels' parameters. A backend calls prepare_x(),
+// runs the kernels on the parameters, and returns the tensors. Each struct keeps alive whatever its parameters point
+// to.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -28,7 +29,8 @@ inline Tensor accumulated(const Tensor& tensor, at::ScalarType storage) {
 }
 
 // A scalar operand; `keep` holds the tensor that the result points to.
-inline kernels::Scalar kernel_scalar(const std::optional<Tensor>& tensor, double value, at::ScalarType storage, Tensor& keep) {
+inline kernels::Scalar kernel_scalar(const std::optional<Tensor>& tensor, double value, at::ScalarType storage,
+                                     Tensor& keep) {
   if (!tensor.has_value()) {
     return {nullptr, value};
   }
@@ -97,10 +99,10 @@ struct GateScalars {
 struct GateCall {
   Tensor features, running, indices, state, stats, argmax, weight_sum, count;  // results
   std::array<Tensor, 9> keep;                                                  // dense inputs, scalars
-  kernels::GateParams params{};                                                  // scratch is the backend's
+  kernels::GateParams params{};                                                // scratch is the backend's
 };
 GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy, std::string_view on,
-                      bool enabled);
+                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
+                      std::string_view on, bool enabled);
 
 }  // namespace aep

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <functional>
 #include <mutex>
 #include <vector>
 
@@ -23,10 +24,12 @@ constexpr int64_t kGrain = 32768;
 // Items per thread when one item touches `elements` numbers.
 int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)); }
 
-std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::TensorList weights, const Biases& biases) {
+std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::TensorList weights,
+                                                  const Biases& biases) {
   const HeadCall call = prepare_head(features, weights, biases);
   for (const auto& p : call.pools) {
-    at::parallel_for(0, p.N * p.C, grain(p.H * p.W), [&](int64_t begin, int64_t end) { cpu::global_avg_pool(p, begin, end); });
+    at::parallel_for(0, p.N * p.C, grain(p.H * p.W),
+                     [&](int64_t begin, int64_t end) { cpu::global_avg_pool(p, begin, end); });
   }
   finish_head(call, weights, biases);
   return {call.logits, call.pooled};
@@ -42,7 +45,8 @@ Tensor ensemble(const Tensor& exit_logits, const Tensor& weights) {
 Tensor ensemble_backward_logits(const Tensor& grad, const Tensor& weights) {
   const EnsembleBackwardCall call = prepare_ensemble_backward_logits(grad, weights);
   const auto& p = call.params;
-  at::parallel_for(0, p.N, grain(p.E * p.K), [&](int64_t begin, int64_t end) { cpu::ensemble_backward_logits(p, begin, end); });
+  at::parallel_for(0, p.N, grain(p.E * p.K),
+                   [&](int64_t begin, int64_t end) { cpu::ensemble_backward_logits(p, begin, end); });
   return call.output;
 }
 
@@ -71,26 +75,28 @@ void check_labels(const char* op, const Tensor& target, int64_t classes, const i
   const auto* labels = target.const_data_ptr<int64_t>();
   const int64_t position = cpu::find_bad_label(labels, target.stride(0), target.size(0), classes, ignore_index);
   TORCH_CHECK_INDEX(position < 0, "aep::", op, ": target must be within 0..", classes - 1,
-                    ignore_index ? " or ignore_index, got " : ", got ", labels[position * target.stride(0)], " at position ",
-                    position);
+                    ignore_index ? " or ignore_index, got " : ", got ", labels[position * target.stride(0)],
+                    " at position ", position);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
-                                                               const Tensor& exit_weights, const OptionalTensor& class_weight,
+                                                               const Tensor& exit_weights,
+                                                               const OptionalTensor& class_weight,
                                                                double label_smoothing, int64_t ignore_index,
                                                                std::string_view reduction) {
   const LossCall call =
       prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
   const auto& p = call.params;
   check_labels("joint_cross_entropy", target, p.K, &ignore_index);
-  at::parallel_for(0, p.E * p.N, grain(p.K), [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy(p, begin, end); });
+  at::parallel_for(0, p.E * p.N, grain(p.K),
+                   [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy(p, begin, end); });
   cpu::joint_cross_entropy_reduce(call.reduce);
   return {call.loss, call.exit_losses, call.log_sum_exp, call.denominator};
 }
 
 Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
-                                    const Tensor& log_sum_exp, const OptionalTensor& class_weight, double label_smoothing,
-                                    int64_t ignore_index) {
+                                    const Tensor& log_sum_exp, const OptionalTensor& class_weight,
+                                    double label_smoothing, int64_t ignore_index) {
   const LossBackwardCall call = prepare_loss_backward(exit_logits, target, coefficients, log_sum_exp, class_weight,
                                                       label_smoothing, ignore_index);
   const auto& p = call.params;
@@ -117,15 +123,17 @@ Tensor subset_correct(const Tensor& exit_logits, const Tensor& weights, const Te
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
-    const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state, const Tensor& exit_logits,
-    double weight_sum, double weight, double threshold, double temperature, const OptionalTensor& weight_sum_tensor,
-    const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor,
-    std::string_view policy, std::string_view on, bool enabled) {
+    const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
+    const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
+    const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
+    const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor, std::string_view policy,
+    std::string_view on, bool enabled) {
   const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
                             weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
   GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled);
   auto& p = call.params;
-  const Tensor scratch = at::empty({static_cast<int64_t>(cpu::gate_scratch_bytes(p.n))}, features.options().dtype(at::kByte));
+  const Tensor scratch =
+      at::empty({static_cast<int64_t>(cpu::gate_scratch_bytes(p.n))}, features.options().dtype(at::kByte));
   p.scratch = scratch.mutable_data_ptr();
   at::parallel_for(0, p.n, grain(2 * p.K), [&](int64_t begin, int64_t end) { cpu::gate_judge(p, begin, end); });
   cpu::gate_partition(p);

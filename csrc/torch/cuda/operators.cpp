@@ -1,0 +1,130 @@
+// The operators on CUDA: each prepares its call and launches on the current stream of the tensors' device. Nothing
+// waits for the device: labels are not checked here (a label out of range gives a NaN loss and no gradient, and is
+// never counted as correct).
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "../prepare.h"
+#include "kernels/cuda/api.h"
+
+namespace aep {
+
+namespace {
+
+namespace cuda = kernels::cuda;
+using OptionalTensor = std::optional<Tensor>;
+
+// Makes the device of `tensor` current, and names its current stream.
+struct OnDevice {
+  c10::cuda::CUDAGuard guard;
+  cudaStream_t stream;
+  explicit OnDevice(const Tensor& tensor) : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
+};
+
+std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::TensorList weights,
+                                                  const Biases& biases) {
+  const HeadCall call = prepare_head(features, weights, biases);
+  const OnDevice device(call.pooled);
+  for (const auto& p : call.pools) {
+    C10_CUDA_CHECK(cuda::launch_global_avg_pool(p, device.stream));
+  }
+  finish_head(call, weights, biases);
+  return {call.logits, call.pooled};
+}
+
+Tensor ensemble(const Tensor& exit_logits, const Tensor& weights) {
+  const EnsembleCall call = prepare_ensemble("ensemble", exit_logits, weights);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_ensemble(call.params, device.stream));
+  return call.output;
+}
+
+Tensor ensemble_backward_logits(const Tensor& grad, const Tensor& weights) {
+  const EnsembleBackwardCall call = prepare_ensemble_backward_logits(grad, weights);
+  const OnDevice device(grad);
+  C10_CUDA_CHECK(cuda::launch_ensemble_backward(call.params, device.stream));
+  return call.output;
+}
+
+Tensor ensemble_backward_weights(const Tensor& grad, const Tensor& exit_logits) {
+  const EnsembleBackwardCall call = prepare_ensemble_backward_weights(grad, exit_logits);
+  const OnDevice device(grad);
+  C10_CUDA_CHECK(cuda::launch_ensemble_backward(call.params, device.stream));
+  return call.output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> ensemble_stats(const Tensor& exit_logits, const Tensor& weights, double normalizer,
+                                                  double temperature, const OptionalTensor& normalizer_tensor,
+                                                  const OptionalTensor& temperature_tensor) {
+  const EnsembleStatsCall call =
+      prepare_ensemble_stats(exit_logits, weights, normalizer, temperature, normalizer_tensor, temperature_tensor);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_ensemble_stats(call.params, device.stream));
+  return {call.ensemble.output, call.stats, call.argmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
+                                                               const Tensor& exit_weights,
+                                                               const OptionalTensor& class_weight,
+                                                               double label_smoothing, int64_t ignore_index,
+                                                               std::string_view reduction) {
+  const LossCall call =
+      prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy(call.params, device.stream));
+  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(call.reduce, device.stream));
+  return {call.loss, call.exit_losses, call.log_sum_exp, call.denominator};
+}
+
+Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
+                                    const Tensor& log_sum_exp, const OptionalTensor& class_weight,
+                                    double label_smoothing, int64_t ignore_index) {
+  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, coefficients, log_sum_exp, class_weight,
+                                                      label_smoothing, ignore_index);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_backward(call.params, device.stream));
+  return call.grad_logits;
+}
+
+Tensor subset_correct(const Tensor& exit_logits, const Tensor& weights, const Tensor& target) {
+  const SubsetCall call = prepare_subsets(exit_logits, weights, target);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_subset_correct(call.params, device.stream));
+  return call.counts;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
+    const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
+    const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
+    const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
+    const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor, std::string_view policy,
+    std::string_view on, bool enabled) {
+  const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
+                            weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
+  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled);
+  const OnDevice device(exit_logits);
+  const auto bytes = static_cast<int64_t>(cuda::gate_scratch_bytes(call.params.n));
+  const Tensor scratch = at::empty({bytes}, features.options().dtype(at::kByte));
+  call.params.scratch = scratch.mutable_data_ptr();
+  C10_CUDA_CHECK(cuda::launch_gate(call.params, device.stream));
+  return {call.features, call.running, call.indices, call.state, call.stats, call.argmax, call.weight_sum, call.count};
+}
+
+}  // namespace
+
+}  // namespace aep
+
+TORCH_LIBRARY_IMPL(aep, CUDA, m) {
+  m.impl("multi_exit_linear_head", &aep::multi_exit_linear_head);
+  m.impl("ensemble", &aep::ensemble);
+  m.impl("ensemble_backward_logits", &aep::ensemble_backward_logits);
+  m.impl("ensemble_backward_weights", &aep::ensemble_backward_weights);
+  m.impl("ensemble_stats", &aep::ensemble_stats);
+  m.impl("joint_cross_entropy", &aep::joint_cross_entropy);
+  m.impl("joint_cross_entropy_backward", &aep::joint_cross_entropy_backward);
+  m.impl("subset_correct", &aep::subset_correct);
+  m.impl("gate", &aep::gate);
+}
