@@ -93,9 +93,9 @@ def _scalar(op: str, name: str, value: object, device: torch.device, *, positive
         _same_device(op, name, value, device)
     elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"aep::{op}: {name} must be a number or a 0-d tensor, got {type(value).__name__}")
-    elif positive and not (math.isfinite(value) and value > 0):
+    elif positive and not 0 < value < math.inf:  # comparisons, which also trace; False for NaN
         raise ValueError(f"aep::{op}: {name} must be finite and greater than 0, got {value:g}")
-    elif math.isnan(value):
+    elif value != value:
         raise ValueError(f"aep::{op}: {name} must not be NaN, got {value:g}")
 
 

@@ -28,7 +28,7 @@ _SUBSET_TABLE = 1 << 20
 def _autocast(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """Casts to the autocast dtype where autocast is on, as torch does for ``linear``; float64 stays."""
     kind = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aep_ext import ops
+from aep_ext.ops import reference
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch inside": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "every other": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+    "expanded": lambda x: x[:, :, :1, :1].expand_as(x),
+}
+SHAPES = {
+    "four exits": (5, [(8, 6, 6), (16, 3, 3), (24, 2, 5), (32, 1, 1)], 10),
+    "one exit": (3, [(7, 4, 4)], 4),
+    "no rows": (0, [(4, 3, 3), (6, 2, 2)], 5),
+    "one row": (1, [(64, 8, 8), (128, 4, 4)], 10),
+    "one class": (4, [(3, 2, 2), (5, 7, 1)], 1),
+    "one channel": (2, [(1, 5, 5)], 3),
+    "many classes": (2, [(8, 3, 3)], 21841),
+    "vector tails": (3, [(67, 7, 7), (33, 9, 3)], 11),
+}
+
+
+def make(
+    shape: str, dtype: torch.dtype, device: str, layout: str = "contiguous", bias: str = "all"
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None] | None]:
+    rows, maps, classes = SHAPES[shape]
+    kind = {"dtype": dtype, "device": device}
+    features = [LAYOUTS[layout](torch.randn(rows, *m, **kind)) for m in maps]
+    weights = [torch.randn(classes, m[0], **kind) / m[0] ** 0.5 for m in maps]
+    biases = [torch.randn(classes, **kind) for _ in maps]
+    if bias == "first":
+        return features, weights, [b if e == 0 else None for e, b in enumerate(biases)]
+    return features, weights, biases if bias == "all" else None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_reference(shape, dtype, device, close):
+    args = make(shape, dtype, device)
+    result = ops.multi_exit_linear_head(*args)
+    assert result.is_contiguous() and result.dtype == dtype
+    close(result, reference.multi_exit_linear_head(*args))
+
+
+@pytest.mark.parametrize("bias", ["all", "first", "none"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_and_biases(layout, bias, device, close):
+    features, weights, biases = make("vector tails", torch.float32, device, layout, bias)
+    expected = torch.stack(
+        [
+            F.linear(x.double().mean((2, 3)), w.double(), None if b is None else b.double())
+            for x, w, b in zip(features, weights, biases or [None, None], strict=True)
+        ]
+    )
+    close(ops.multi_exit_linear_head(features, weights, biases), expected.float())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_half_pool_accumulates_in_float32(layout, device, close):
+    """4096 ones and an 8: a bfloat16 accumulator would stop at 256."""
+    x = torch.ones(1, 2, 64, 64, dtype=torch.bfloat16, device=device)
+    result = ops.multi_exit_linear_head([LAYOUTS[layout](x)], [torch.ones(1, 2, dtype=x.dtype, device=device)])
+    assert result.item() == 2.0
+
+
+@pytest.mark.parametrize("bias", ["all", "first", "none"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradients_equal_reference(layout, bias, device, close):
+    args = make("four exits", torch.float32, device, layout, bias)
+    results = []
+    for function in (ops.multi_exit_linear_head, reference.multi_exit_linear_head):
+        copies = [[None if t is None else t.detach().clone().requires_grad_() for t in ts or []] for ts in args]
+        out = function(copies[0], copies[1], copies[2] or None)
+        (out * torch.linspace(-1, 1, out.numel(), device=device).view_as(out)).sum().backward()
+        results.append([t.grad for ts in copies for t in ts if t is not None])
+    for actual, expected in zip(*results, strict=True):
+        close(actual, expected)
+
+
+def test_gradcheck(device):
+    torch.manual_seed(1)
+    features = [torch.randn(2, 3, 2, 3, dtype=torch.float64, device=device, requires_grad=True)]
+    features.append(torch.randn(2, 2, 1, 1, dtype=torch.float64, device=device, requires_grad=True))
+    weights = [torch.randn(4, x.shape[1], dtype=torch.float64, device=device, requires_grad=True) for x in features]
+    biases = [torch.randn(4, dtype=torch.float64, device=device, requires_grad=True), None]
+
+    def head(*tensors: Tensor) -> Tensor:
+        return ops.multi_exit_linear_head(tensors[:2], tensors[2:4], [tensors[4], None])
+
+    assert torch.autograd.gradcheck(head, (*features, *weights, biases[0]))
+
+
+def test_feature_gradient_is_an_expanded_view(native, device):
+    """No full-size tensor is made for the trunk's gradient."""
+    features, weights, biases = make("one row", torch.float32, device)
+    features[0].requires_grad_()
+    seen = []
+    tap = features[0].view_as(features[0])
+    tap.register_hook(lambda grad: seen.append(grad.stride()))
+    ops.multi_exit_linear_head([tap, features[1]], weights, biases).sum().backward()
+    assert seen[0][2:] == (0, 0)
+
+
+@pytest.mark.parametrize("which", ["features", "weights", "biases", "second feature"])
+def test_only_wanted_gradients(which, device):
+    features, weights, biases = make("one row", torch.float32, device)
+    wanted = {"features": features, "weights": weights, "biases": biases, "second feature": features[1:]}[which]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    ops.multi_exit_linear_head(features, weights, biases).sum().backward()
+    for tensor in [*features, *weights, *biases]:
+        assert (tensor.grad is not None) == tensor.requires_grad
+
+
+def test_feature_maps_are_not_kept(native):
+    """The backward needs the pooled features and the weights only."""
+    features, weights, biases = make("four exits", torch.float32, "cpu")
+    for tensor in [*features, *weights]:
+        tensor.requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        ops.multi_exit_linear_head(features, weights, biases)
+    assert all(len(shape) == 2 for shape in saved) and len(saved) == 5
+
+
+def test_double_backward_says_so(native, device):
+    features, weights, biases = make("one exit", torch.float32, device)
+    features[0].requires_grad_()
+    out = ops.multi_exit_linear_head(features, weights, biases)
+    (grad,) = torch.autograd.grad(out.square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="aep::multi_exit_linear_head: double backward is not supported"):
+        grad.sum().backward()
+
+
+def test_autocast_casts_as_linear_does(device, on_reference, close):
+    features, weights, biases = make("four exits", torch.float32, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        result = ops.multi_exit_linear_head(features, weights, biases)
+        expected = on_reference(ops.multi_exit_linear_head, features, weights, biases)
+    assert result.dtype == expected.dtype == torch.bfloat16
+    close(result, expected)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=False):
+        assert ops.multi_exit_linear_head(features, weights, biases).dtype == torch.float32
+
+
+def test_autocast_leaves_float64(device):
+    args = make("one exit", torch.float64, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert ops.multi_exit_linear_head(*args).dtype == torch.float64
+
+
+def test_autocast_gradients_reach_the_float32_parameters(device):
+    features, weights, biases = make("one exit", torch.float32, device)
+    weights[0].requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        ops.multi_exit_linear_head(features, weights, biases).float().sum().backward()
+    assert weights[0].grad.dtype == torch.float32
