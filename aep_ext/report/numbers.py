@@ -1,0 +1,73 @@
+"""How figures are written: percent, millions, mean with spread, exits counted from 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+NAMES = {"uniform": "UNIF", "ascending": "ASC", "descending": "DESC", "mixed": "MIX"}
+
+
+def method_name(family: str) -> str:
+    """The paper's name of a family of exit weights."""
+    return NAMES.get(family, family)
+
+
+def percent(value: float, digits: int = 2) -> str:
+    """A fraction of 1 as a percentage."""
+    return f"{100 * value:.{digits}f} %"
+
+
+def percent_spread(figure: dict[str, Any]) -> str:
+    """Mean and sample standard deviation over the seeds, as percentages."""
+    if figure["std"] is None:
+        return percent(figure["mean"])
+    return f"{100 * figure['mean']:.2f} ± {100 * figure['std']:.2f} %"
+
+
+def points(verdict: dict[str, Any]) -> str:
+    """A difference of accuracies with its interval, in points."""
+    return f"{100 * verdict['difference']:+.2f} [{100 * verdict['low']:+.2f}, {100 * verdict['high']:+.2f}]"
+
+
+def amount(value: float) -> str:
+    """A count with three significant digits and k, M or G."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 999.5 * size else f"{value / size:.0f} {unit}"
+    return f"{value:.0f}"
+
+
+def relative(value: float, reference: float) -> str:
+    """By how many per cent ``value`` differs from ``reference``."""
+    return f"{100 * (value / reference - 1):+.0f} %" if reference else "-"
+
+
+def fewer(value: float, reference: float, what: str) -> str:
+    """``23 % fewer multiply-adds``, or more, or as many."""
+    change = round(100 * (value / reference - 1)) if reference else 0
+    return f"{abs(change)} % {'fewer' if change < 0 else 'more'} {what}" if change else f"as many {what}"
+
+
+def exits(numbers: Sequence[int]) -> str:
+    """Exits as people count them, from 1: ``(0, 2)`` is ``1+3``."""
+    return "+".join(str(number + 1) for number in numbers)
+
+
+def exits_of_seeds(subsets: Sequence[Sequence[int]]) -> str:
+    """The subsets of several seeds: one where they agree, else all in the seeds' order."""
+    written = [exits(subset) for subset in subsets]
+    return written[0] if len(set(written)) == 1 else ", ".join(written)
+
+
+def kept(subsets: Sequence[Sequence[int]]) -> str:
+    """The subsets of several seeds in words: ``exit 3``, ``exits 2+3``, or ``exits 2+3, 3 and 3+4, by seed``."""
+    written = [exits(subset) for subset in subsets]
+    if len(set(written)) > 1:
+        return f"exits {', '.join(written[:-1])} and {written[-1]}, by seed"
+    return f"exit{'s' if '+' in written[0] else ''} {written[0]}"
+
+
+def milliseconds(latency: dict[str, Any]) -> str:
+    """A median latency with its 95th percentile."""
+    return f"{latency['median']:.3g} ({latency['p95']:.3g})"

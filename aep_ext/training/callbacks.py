@@ -1,0 +1,128 @@
+"""Lightning callbacks: when to stop, what to keep, how to survive a kill, what to print."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..report._require import require
+
+pl = require("lightning.pytorch", "train", "aep_ext.training")
+_callbacks = require("lightning.pytorch.callbacks", "train", "aep_ext.training")
+
+
+class JointEarlyStopping(_callbacks.EarlyStopping):
+    """Stop after ``patience`` epochs without a strictly smaller joint validation loss (``val/loss``), as published.
+
+    NaN and infinity are never an improvement. One case differs from the published code, which would go on for
+    ``patience`` epochs: a first loss of NaN stops at once.
+    """
+
+    def __init__(self, patience: int, monitor: str = "val/loss") -> None:
+        super().__init__(
+            monitor=monitor,
+            patience=patience,
+            mode="min",
+            min_delta=0.0,
+            check_finite=False,
+            check_on_train_epoch_end=True,
+        )
+        self._first = True
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        first, self._first = self._first, False
+        value = trainer.callback_metrics.get(self.monitor)
+        if first and value is not None and bool(torch.isnan(value)):
+            self.wait_count = self.patience - 1  # the call below then counts this epoch as the last straw
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "first": self._first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._first = bool(state_dict.get("first", False))
+
+
+class RunCheckpoint(_callbacks.Checkpoint):
+    """One checkpoint file, replaced atomically after every epoch: the state to resume from, the history, and the best
+    weights.
+
+    Best is the highest top-1 of the full ensemble on the validation set (``val/top1``), the earliest epoch on a tie.
+    All of it lies in one file, so that no kill can part the best weights from the state that knows of them. The file
+    holds tensors and
+    plain values only: ``torch.load(path, weights_only=True)`` reads it.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        history: one dict of plain numbers per finished epoch.
+        best: ``{"epoch": int, "top1": float, "weights": state dict of the network on the CPU}`` or None.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] | None = None
+        self._epoch_began = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch_began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        record = {
+            "epoch": trainer.current_epoch,
+            "seconds": time.perf_counter() - self._epoch_began,
+            **pl_module.record,
+        }
+        self.history.append(record)
+        top1 = record["val/top1"]
+        if self.best is None or top1 > self.best["top1"]:
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in pl_module.net.state_dict().items()}
+            self.best = {"epoch": trainer.current_epoch, "top1": top1, "weights": weights}
+        temporary = self.path.with_name(f".{self.path.name}.part")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, self.path)
+        trainer.strategy.barrier()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": copy.deepcopy(self.history), "best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self.best = list(state_dict["history"]), state_dict["best"]
+
+
+def best_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The network's weights of the best epoch so far, from a file of :class:`RunCheckpoint`."""
+    states = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
+    return states[RunCheckpoint.__qualname__]["best"]["weights"]
+
+
+class EpochLines(_callbacks.Callback):
+    """One line an epoch, for output that is no terminal.
+
+    Args:
+        title: begins every line.
+        write: takes the line.
+    """
+
+    def __init__(self, title: str, write: Callable[[str], None]) -> None:
+        super().__init__()
+        self.title, self.write = title, write
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The validation is over by now, the training's own means are not yet made.
+        record = pl_module.record
+        self.write(
+            f"{self.title}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, "
+            f"validation loss {record['val/loss']:.4f}, top-1 {100 * record['val/top1']:.2f} %"
+        )

@@ -1,0 +1,162 @@
+"""What a run is: the data, the network, the recipe with the user's changes, the seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from ..ensemble import ExitWeights
+from ..report.files import UserError
+from .recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
+
+# They change how fast a run is and where it lies, not what it is: a run may be resumed with others.
+RUNTIME_FIELDS = ("output", "workers", "device", "threads")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of the main job. None means: as the recipe says, or as the data has it.
+
+    Attributes:
+        data: see :func:`~aep_ext.training.data.load_roles`.
+        data_root: where torchvision's data sets lie or are downloaded to.
+        network: a name of ``aep_ext.surgery.networks``, or ``torchvision/<name>`` or ``timm/<name>``.
+        weights: pretrained weights, as the network's builder takes them (``DEFAULT``); then images get three channels.
+        recipe: name of a recipe.
+        exit_weights: families of exit weights; a multi-exit network is trained for each, the baseline once.
+        seeds: everything is trained once for each; the first kind of result is then a mean and a spread.
+        classes: K, if it is to be larger than the data's.
+        train_samples: learn from so many images only.
+        image_size, epochs, patience, batch_size, lr, weight_decay, optimizer, schedule: instead of the recipe's.
+            ``patience`` 0: never stop early.
+        class_weights: weight the classes in the training loss; None: where the data is unbalanced.
+        margin: non-inferiority margin in points of accuracy.
+        precision: as Lightning names it.
+        output: the run folder.
+        workers, device, threads: processes that load images, where to train, CPU threads.
+    """
+
+    data: str = "digits"
+    data_root: str = "data"
+    network: str = "resnet_small"
+    weights: str | None = None
+    recipe: str = "quick"
+    exit_weights: tuple[str, ...] = ("mixed",)
+    seeds: tuple[int, ...] | None = None
+    classes: int | None = None
+    train_samples: int | None = None
+    image_size: int | None = None
+    epochs: int | None = None
+    patience: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    optimizer: str | None = None
+    schedule: str | None = None
+    class_weights: bool | None = None
+    margin: float = 1.0
+    precision: str = "32-true"
+    output: str | None = None
+    workers: int = 0
+    device: str = "auto"
+    threads: int | None = None
+
+    def resolved(self) -> RunConfig:
+        """The same run with every None that the recipe answers filled in, and names in one spelling.
+
+        Raises:
+            UserError: a value is out of range, or a name unknown.
+        """
+        recipe = recipe_named(self.recipe)
+        filled = {
+            name: getattr(recipe, name)
+            for name in ("image_size", "epochs", "batch_size", "lr", "weight_decay", "optimizer", "schedule")
+            if getattr(self, name) is None
+        }
+        if self.patience is None:
+            filled["patience"] = recipe.patience or 0
+        if self.seeds is None:
+            filled["seeds"] = (recipe.seed,)
+        filled["exit_weights"] = tuple(_family(name) for name in self.exit_weights)
+        result = replace(self, **filled)
+        result._check()
+        return result
+
+    def _check(self) -> None:
+        smallest = {
+            "image_size": 1,
+            "epochs": 1,
+            "patience": 0,
+            "batch_size": 2,
+            "lr": 0,
+            "weight_decay": 0,
+            "workers": 0,
+            "margin": 0,
+            "classes": 1,
+            "train_samples": 2,
+            "threads": 1,
+        }
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UserError(f"{name.replace('_', '-')} must be at least {least}, got {value}")
+        if not self.lr > 0 or not self.margin > 0:
+            raise UserError(f"lr and margin must be greater than 0, got {self.lr} and {self.margin}")
+        for name, values, known in (("optimizer", self.optimizer, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
+            if values not in known:
+                raise UserError(f"no such {name}: {values!r} (there are: {', '.join(known)})")
+        for name in ("seeds", "exit_weights"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UserError(
+                    f"{name.replace('_', '-')} must be different from one another and at least one, got {list(values)}"
+                )
+        if any(not 0 <= seed < 1 << 32 for seed in self.seeds or ()):
+            raise UserError(f"seeds must be within 0..{(1 << 32) - 1}, got {list(self.seeds or ())}")
+        kind, _, number = self.device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+            raise UserError(f"no such device: {self.device!r} (auto, cpu, cuda or cuda:1)")
+
+    def training(self) -> Recipe:
+        """The recipe with this run's changes; of a resolved configuration."""
+        names = ("image_size", "epochs", "batch_size", "lr", "weight_decay", "optimizer", "schedule")
+        return replace(
+            recipe_named(self.recipe), patience=self.patience or None, **{name: getattr(self, name) for name in names}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for ``config.json``."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The reverse of :meth:`to_dict`.
+
+        Raises:
+            UserError: a name is unknown.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"the configuration has unknown entries: {', '.join(unknown)}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """What makes ``other`` another run: one ``name: mine, theirs`` each."""
+        return [
+            f"{field.name}: {getattr(self, field.name)!r}, {getattr(other, field.name)!r}"
+            for field in fields(self)
+            if field.name not in RUNTIME_FIELDS and getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
+def _family(name: str) -> str:
+    """The one spelling of a family of exit weights: ``MIX`` is ``mixed``."""
+    try:
+        wanted = ExitWeights.named(name, 3)
+    except ValueError as error:
+        raise UserError(f"no such exit weights: {name!r} (uniform, ascending, descending, mixed)") from error
+    return next(
+        family for family in ("uniform", "ascending", "descending", "mixed") if ExitWeights.named(family, 3) == wanted
+    )

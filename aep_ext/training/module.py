@@ -1,0 +1,171 @@
+"""The joint training of all exits as a LightningModule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ensemble import ExitWeights, JointCrossEntropy
+from ..ops import ensemble
+from ..report._require import require
+from ..surgery.multi_exit import MultiExitNet
+from .recipes import OPTIMIZERS, SCHEDULES
+
+pl = require("lightning.pytorch", "train", "aep_ext.training")
+
+WARMUP_SHARE = 0.05
+
+
+class JointLightningModule(pl.LightningModule):
+    """Trains a :class:`~aep_ext.MultiExitNet`, all exits and the backbone together, on their joint loss (arXiv
+    2301.12168).
+
+    Args:
+        net: the network. With one exit this is the ordinary training of a classifier.
+        exit_weights: copied into the network's buffers; None: the weights that the network has.
+        class_weight: K weights of the classes for the training loss; the validation loss never uses them.
+        lr, weight_decay, optimizer, schedule: see :class:`~aep_ext.training.Recipe`.
+        seed: seed torch's global generator from (seed, epoch) at the start of every epoch; None: leave it alone.
+
+    Batches are (images (n, C, H, W), labels (n,) int64). Logged at the end of every epoch, for ``train`` and ``val``
+    (``test`` likewise): ``val/loss`` (the joint loss), ``val/top1`` (of the full ensemble), ``val/exit0_loss``,
+    ``val/exit0_top1`` and so on; losses are means over the samples, accuracies fractions of 1. The training's figures
+    are those of the network as it was at each batch. The epoch's values as a plain dict are left in ``record``.
+
+    Raises:
+        ValueError: no such optimizer or schedule.
+    """
+
+    def __init__(
+        self,
+        net: MultiExitNet,
+        exit_weights: ExitWeights | None = None,
+        *,
+        class_weight: Tensor | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        optimizer: str = "adam",
+        schedule: str = "constant",
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"JointLightningModule: optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}"
+            )
+        if schedule not in SCHEDULES:
+            raise ValueError(f"JointLightningModule: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        if exit_weights is not None:
+            net.set_exit_weights(exit_weights)
+        self.net = net
+        self.lr, self.weight_decay, self.optimizer_name, self.schedule = lr, weight_decay, optimizer, schedule
+        self.seed = seed
+        self.train_loss = JointCrossEntropy(net.loss_weights, class_weight=class_weight)
+        self.val_loss = JointCrossEntropy(net.loss_weights)
+        self.record: dict[str, float] = {}
+        self._sums: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the network gives: exit logits (E, N, K) in training mode, the ensemble's logits (N, K) in eval mode."""
+        return self.net(x)
+
+    def _score(self, stage: str, exit_logits: Tensor, target: Tensor, loss: Tensor, exit_losses: Tensor) -> None:
+        """Add a batch to the epoch's sums: [samples, loss, right in the ensemble, E losses, E right]."""
+        with torch.no_grad():
+            n = len(target)
+            together = ensemble(exit_logits.detach(), self.net.output_weights).argmax(-1) == target
+            alone = (exit_logits.argmax(-1) == target).sum(-1)
+            row = torch.cat(
+                [
+                    torch.stack([loss.new_tensor(n), loss.detach() * n, together.sum()]).double(),
+                    exit_losses.detach().double() * n,
+                    alone.double(),
+                ]
+            )
+            self._sums[stage] = self._sums[stage] + row if stage in self._sums else row
+
+    def _finish(self, stage: str) -> None:
+        """Turn the epoch's sums, of all processes, into logged means."""
+        row = self._sums.pop(stage, None)
+        if row is None:
+            return
+        if self.trainer.world_size > 1:
+            row = self.all_gather(row).sum(0)
+        exits = self.net.num_exits
+        values = (row[1:] / row[0]).tolist()
+        names = ["loss", "top1", *(f"exit{e}_loss" for e in range(exits)), *(f"exit{e}_top1" for e in range(exits))]
+        found = {f"{stage}/{name}": value for name, value in zip(names, values, strict=True)}
+        self.record.update(found)
+        for name, value in found.items():
+            self.log(name, value, prog_bar=name in ("train/loss", "val/loss", "val/top1"))
+
+    def on_train_epoch_start(self) -> None:
+        """Begin an epoch; with a seed, dropout and the like then depend on (seed, epoch) alone, however often a run was
+        resumed."""
+        self.record = {}
+        self._sums.clear()
+        if self.seed is not None:
+            torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """The joint loss of a batch, with class weights if there are any."""
+        images, target = batch
+        exit_logits = self.net.exit_logits(images)
+        loss, exit_losses = self.train_loss.losses(exit_logits, target)
+        self._score("train", exit_logits, target, loss, exit_losses)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self._finish("train")
+
+    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
+        images, target = batch
+        exit_logits = self.net.exit_logits(images)
+        self._score(stage, exit_logits, target, *self.val_loss.losses(exit_logits, target))
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Score a batch of the images to select on."""
+        self._evaluate("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Score a batch of the images to report on."""
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    def configure_optimizers(self) -> Any:
+        """All parameters in one optimizer; the cosine schedule moves with every step."""
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        common = {"lr": self.lr, "weight_decay": self.weight_decay}
+        if self.optimizer_name == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
+        else:
+            kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
+            optimizer = kinds[self.optimizer_name](parameters, **common)
+        if self.schedule == "constant":
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, cosine_schedule(int(self.trainer.estimated_stepping_batches))
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def cosine_schedule(steps: int) -> Callable[[int], float]:
+    """The factor on the learning rate at each step: linear warm-up over 5 % of the steps, then half a cosine down to
+    0."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+    return factor

@@ -1,0 +1,129 @@
+"""The run's configuration and its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lightning", reason="the training needs lightning")
+
+from aep_ext.training import RECIPES, RunConfig, UserError
+from aep_ext.training.folder import RunFolder, begin, open_run
+
+
+def test_recipe_fills_in_what_is_not_given() -> None:
+    config = RunConfig(recipe="paper", epochs=3).resolved()
+    assert (config.optimizer, config.lr, config.batch_size, config.patience) == ("adam", 1e-4, 64, 12)
+    assert (config.image_size, config.seeds, config.epochs, config.schedule) == (64, (420,), 3, "constant")
+    assert config.resolved() == config and RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.training() == replace(RECIPES["paper"], epochs=3)
+    assert RunConfig(recipe="paper", patience=0).resolved().training().patience is None
+
+
+def test_the_paper_s_protocol() -> None:
+    paper = RECIPES["paper"]
+    assert (paper.optimizer, paper.lr, paper.batch_size, paper.epochs) == ("adam", 1e-4, 64, 100)
+    assert (paper.patience, paper.seed, paper.weight_decay, paper.image_size) == (12, 420, 0.0, 64)
+    assert all(recipe.description and recipe.name == name for name, recipe in RECIPES.items())
+
+
+def test_exit_weights_have_one_spelling() -> None:
+    assert RunConfig(exit_weights=("MIX", "DESC", "unif")).resolved().exit_weights == ("mixed", "descending", "uniform")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": "soup"}, "no such recipe: 'soup' .*paper"),
+        ({"exit_weights": ("heavy",)}, "no such exit weights: 'heavy'"),
+        ({"exit_weights": ("mix", "mixed")}, "exit-weights must be different from one another"),
+        ({"exit_weights": ()}, "exit-weights must be .* at least one"),
+        ({"seeds": (1, 1)}, "seeds must be different"),
+        ({"seeds": (-1,)}, "seeds must be within 0"),
+        ({"optimizer": "lion"}, "no such optimizer: 'lion'"),
+        ({"schedule": "steps"}, "no such schedule: 'steps'"),
+        ({"device": "tpu"}, "no such device: 'tpu'"),
+        ({"device": "cpu:1"}, "no such device"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"train_samples": 1}, "train-samples must be at least 2, got 1"),
+        ({"batch_size": 1}, "batch-size must be at least 2"),
+        ({"lr": 0.0}, "greater than 0"),
+        ({"lr": float("nan")}, "lr must be at least 0, got nan"),
+        ({"margin": 0.0}, "greater than 0"),
+    ],
+)
+def test_values_out_of_range(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RunConfig(**given).resolved()
+
+
+def test_unknown_entries() -> None:
+    with pytest.raises(UserError, match="unknown entries: colour"):
+        RunConfig.from_dict({"colour": "blue"})
+
+
+def test_a_run_begins_in_a_new_or_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        config, folder = open_run({"output": str(tmp_path / name), "epochs": 3})
+        assert not folder.config.exists()
+        begin(config, folder)
+        stored = json.loads(folder.config.read_text())
+        assert stored["epochs"] == 3 and stored["lr"] == RECIPES["quick"].lr and "output" not in stored
+
+
+def test_a_folder_with_a_run(tmp_path: Path) -> None:
+    given = {"output": str(tmp_path / "run"), "epochs": 3}
+    begin(*open_run(given))
+    with pytest.raises(UserError, match="holds this run already; go on with it by --resume"):
+        open_run(given)
+    with pytest.raises(UserError, match=r"holds another run \(epochs: 3, 4\); choose another --output"):
+        open_run({**given, "epochs": 4})
+    with pytest.raises(UserError, match="holds another run"):
+        open_run({**given, "lr": 0.5}, resume=True)
+    config, _ = open_run({"output": given["output"], "threads": 1, "workers": 2}, resume=True)
+    assert (config.epochs, config.threads, config.workers) == (3, 1, 2)
+    assert open_run({**given, "exit_weights": ("MIX",)}, resume=True)[0].exit_weights == ("mixed",)
+
+
+def test_a_folder_with_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="is not empty and holds no run"):
+            open_run({"output": str(tmp_path)}, resume=resume)
+    with pytest.raises(UserError, match="is not a folder"):
+        open_run({"output": str(tmp_path / "notes.txt")})
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="is not a run's configuration"):
+        open_run({"output": str(tmp_path)})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not a JSON file"):
+        open_run({"output": str(tmp_path)})
+
+
+def test_folders_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no run to resume under runs"):
+        open_run({}, resume=True)
+    first, folder = open_run({})
+    assert folder.path == Path("runs/digits-resnet_small")
+    begin(first, folder)
+    second, again = open_run({"data": "digits"})
+    assert again.path == Path("runs/digits-resnet_small-2")
+    begin(second, again)
+    os.utime(folder.config, (1, 1))
+    assert open_run({}, resume=True)[1].path == again.path
+    assert open_run({"data": "some/where/birds.npz", "network": "timm/resnet26"})[1].path == Path(
+        "runs/birds-timm-resnet26"
+    )
+
+
+def test_paths_of_a_run() -> None:
+    folder = RunFolder("x")
+    assert folder.checkpoint(3, "mixed") == Path("x/checkpoints/seed-3/mixed.ckpt")
+    assert folder.part(3, "mixed") == Path("x/seed-3/mixed/part.json")

@@ -1,0 +1,311 @@
+"""Sources, data sets and data modules."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the training needs lightning")
+pytest.importorskip("PIL", reason="images need Pillow")
+
+from PIL import Image
+
+from aep_ext.training import ImageDataModule, UserError, sources
+from aep_ext.training.data import load_roles
+from aep_ext.training.dataset import EpochSampler, ImageDataset, batches, decode, measured_normalisation
+from aep_ext.training.published import PUBLISHED
+
+
+def test_digits_have_three_disjoint_roles() -> None:
+    roles = load_roles("digits")
+    parts = [indices for _, indices in roles.parts.values()]
+    assert [len(part) for part in parts] == [897, 360, 540]
+    assert sorted(torch.cat(parts).tolist()) == list(range(1797))
+    again = load_roles("digits")
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(roles.parts.values(), again.parts.values(), strict=True))
+
+
+def test_digits_keep_their_grey_levels() -> None:
+    source = sources.digits()
+    datasets = pytest.importorskip("sklearn.datasets")
+    pixels = decode(source.image(5), 8, 1)
+    assert torch.equal((pixels[0].double() * 16 / 255).round(), torch.from_numpy(datasets.load_digits().images[5]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decode_is_the_published_transform(channels: int) -> None:
+    pytest.importorskip("torchvision", reason="compares with torchvision's transforms")
+    from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
+
+    pixels = np.random.default_rng(1).integers(0, 256, (32, 28, 3) if channels == 3 else (32, 28), dtype=np.uint8)
+    mean, std = [0.4] * channels, [0.3] * channels
+    resize = Resize((64, 64), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    theirs = Compose([resize, ToTensor(), Normalize(mean, std)])(Image.fromarray(pixels))
+    source = sources.Source(lambda index: Image.fromarray(pixels), torch.tensor([0]), ("a",))
+    ours, _ = ImageDataset(source, torch.tensor([0]), size=64, channels=channels, mean=mean, std=std)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_cached_and_uncached_images_agree() -> None:
+    source, indices = sources.digits(), torch.tensor([3, 1, 4, 1])
+    options = {"size": 12, "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
+    cached, lazy = ImageDataset(source, indices, **options), ImageDataset(source, indices, cache_bytes=10, **options)
+    assert cached.cached and not lazy.cached
+    for a, b in zip(cached.__getitems__([2, 0]), lazy.__getitems__([2, 0]), strict=True):
+        assert torch.equal(a, b)
+    images, labels = cached.__getitems__([])
+    assert images.shape == (0, 3, 12, 12) == lazy.__getitems__([])[0].shape and labels.shape == (0,)
+    assert torch.equal(cached[1][0], cached.__getitems__([1])[0][0]) and cached[1][1] == source.labels[1]
+
+
+def test_normalisation_has_one_number_per_channel() -> None:
+    with pytest.raises(ValueError, match="ImageDataset: mean and std must have 3 entries, got 1 and 3"):
+        ImageDataset(sources.digits(), torch.tensor([0]), size=8, channels=3, mean=[0.0], std=[1.0] * 3)
+
+
+def test_measured_normalisation() -> None:
+    plain = ImageDataset(sources.digits(), torch.arange(100), size=8, channels=1, mean=[0.0], std=[1.0])
+    mean, std = measured_normalisation(plain)
+    images, _ = plain.__getitems__(list(range(100)))
+    assert mean == pytest.approx((float(images.mean()),), abs=1e-5)
+    assert std == pytest.approx((float(images.std(correction=0)),), abs=1e-5)
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    first, second = EpochSampler(20, seed=1), EpochSampler(20, seed=1)
+    first.set_epoch(3)
+    second.set_epoch(2)
+    assert list(first) != list(second)
+    second.set_epoch(3)
+    assert list(first) == list(second) == list(first) and sorted(first) == list(range(20)) and len(first) == 20
+    assert list(EpochSampler(20, seed=2)) != list(EpochSampler(20, seed=1))
+
+
+def test_a_lone_last_sample_is_left_out_of_the_training() -> None:
+    dataset = ImageDataset(sources.digits(), torch.arange(9), size=8, channels=1, mean=[0.0], std=[1.0])
+    assert [len(labels) for _, labels in batches(dataset, 4, sampler=EpochSampler(9, 0))] == [4, 4]
+    assert [len(labels) for _, labels in batches(dataset, 4)] == [4, 4, 1]
+    assert [len(labels) for _, labels in batches(dataset, 5, sampler=EpochSampler(9, 0), workers=1)] == [5, 4]
+
+
+def test_jpeg_archive(archive: Path) -> None:
+    for spec in (str(archive), f"cifar10-jpeg:{archive}"):
+        data = ImageDataModule(spec, image_size=6)
+        assert data.roles.title == "CIFAR-10 (JPEG copy)" and data.channels == 3 and data.num_classes == 3
+        assert [len(data.dataset(role)) for role in ("fit", "select", "report")] == [36, 4, 10]
+        assert data.describe()["classes"] == ["cat", "dog", "<ship>"]
+    found = sources.jpeg_archive(archive)
+    assert found["train"].image(7).size == (6, 6) and found["train"].labels[:4].tolist() == [0, 1, 2, 0]
+
+
+def test_jpeg_archive_of_cifar_s_size_gets_the_published_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def source(count: int) -> sources.Source:
+        labels = torch.arange(count) % 10
+        return sources.Source(lambda index: Image.new("RGB", (2, 2)), labels, tuple("abcdefghij"))
+
+    monkeypatch.setattr(sources, "jpeg_archive", lambda path: {"train": source(50000), "test": source(10000)})
+    roles = load_roles("some/cifar.npz")
+    train, val = PUBLISHED["cifar10"].split()
+    assert torch.equal(roles.parts["fit"][1], train) and torch.equal(roles.parts["select"][1], val)
+    assert roles.normalisation == (PUBLISHED["cifar10"].mean, PUBLISHED["cifar10"].std) and roles.weighted is False
+    assert len(roles.parts["report"][1]) == 10000
+
+
+def test_broken_archives(tmp_path: Path, archive: Path) -> None:
+    with pytest.raises(UserError, match="no such data: .* is not a file"):
+        load_roles(str(tmp_path / "absent.npz"))
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(UserError, match="no such data: .* is not an archive of image files"):
+        load_roles(str(tmp_path / "text.npz"))
+    arrays = dict(np.load(archive))
+    for name, value in (("train_offsets", arrays["train_offsets"][:-1]), ("classes", None)):
+        changed = {key: value if key == name else array for key, array in arrays.items()}
+        np.savez(tmp_path / "wrong.npz", **{key: array for key, array in changed.items() if array is not None})
+        with pytest.raises(UserError, match="is not an archive of image files"):
+            load_roles(str(tmp_path / "wrong.npz"))
+
+
+def test_folder_without_splits(tmp_path: Path, tree: Any) -> None:
+    data = ImageDataModule(str(tree(tmp_path / "images", {"": 20})), image_size=4)
+    assert [len(data.dataset(role)) for role in ("fit", "select", "report")] == [26, 6, 8]
+    assert data.roles.classes == ("cat", "dog") and data.channels == 3 and not data.unbalanced
+    images, labels = next(iter(data.val_dataloader()))
+    assert images.shape == (6, 3, 4, 4) and images.dtype == torch.float32 and labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("splits", "sizes"),
+    [
+        ({"train": 20, "test": 5}, [36, 4, 10]),
+        ({"train": 20, "valid": 4, "test": 5}, [40, 8, 10]),
+        ({"train": 20}, [30, 4, 6]),
+    ],
+)
+def test_folder_with_splits(tmp_path: Path, tree: Any, splits: dict[str, int], sizes: list[int]) -> None:
+    roles = load_roles(f"folder:{tree(tmp_path / 'images', splits, mode='L')}")
+    assert [len(indices) for _, indices in roles.parts.values()] == sizes and roles.channels == 1
+
+
+def test_a_class_that_a_split_lacks_shifts_no_label(tmp_path: Path, tree: Any) -> None:
+    root = tree(tmp_path / "images", {"train": 5, "test": 2}, ("ape", "bat", "cat"))
+    for file in (root / "test" / "ape").iterdir():
+        file.unlink()
+    found = sources.image_folder(root)
+    assert found["test"].labels.tolist() == [1, 1, 2, 2] and found["test"].classes == ("ape", "bat", "cat")
+
+
+def test_folders_without_images(tmp_path: Path, tree: Any) -> None:
+    for folder, rule in ((tmp_path, "has no images"), (tmp_path / "absent" / "x", "neither a file nor a folder")):
+        with pytest.raises(UserError, match=f"no such data: .*{rule}"):
+            load_roles(str(folder))
+    with pytest.raises(UserError, match="is not a folder"):
+        load_roles(f"folder:{tmp_path / 'absent'}")
+    with pytest.raises(UserError, match="no sub-folder train"):
+        load_roles(str(tree(tmp_path / "images", {"test": 1})))
+
+
+class _Base:
+    """Stands in for torchvision's base class."""
+
+
+def _fake(count: int, labels: str = "targets") -> type:
+    class Fake(_Base):
+        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+            assert download and Path(root).is_dir()
+            setattr(self, labels, [index % 3 for index in range(count if train else 6)])
+            self.classes = ["a", ("b", "bee"), "c"]
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            return Image.new("L", (4, 4), index), index % 3
+
+        def __len__(self) -> int:
+            return 20
+
+    return Fake
+
+
+def _with_splits(known: tuple[str, ...]) -> type:
+    class Splits(_Base):
+        def __init__(self, root: str, split: str = "train") -> None:
+            if split not in known:
+                raise ValueError(f"unknown split {split}")
+            self.count = {"train": 30, "test": 6}.get(split, 9)
+
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            return Image.new("RGB", (4, 4)), index % 2
+
+        def __len__(self) -> int:
+            return self.count
+
+    return Splits
+
+
+class _Whole(_Base):
+    def __init__(self) -> None:
+        self.labels = np.arange(20) % 4
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return Image.new("RGB", (4, 4)), index % 4
+
+
+class _Detection(_Whole):
+    def __init__(self) -> None:
+        self.labels = np.zeros((20, 4))
+
+
+class _Offline(_Base):
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        raise RuntimeError("Error downloading\nfrom nowhere")
+
+
+@pytest.fixture
+def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for torchvision's data sets: the real ones need a download."""
+    module = types.ModuleType("torchvision.datasets")
+    members = {
+        "VisionDataset": _Base,
+        "Fake": _fake(20),
+        "Whole": _Whole,
+        "Detection": _Detection,
+        "Offline": _Offline,
+        "TwoSplits": _with_splits(("train", "test")),
+        "ThreeSplits": _with_splits(("train", "val", "test")),
+        "MNIST": _fake(30, "labels"),
+    }
+    module.__dict__.update(members, __all__=[*members, "helper"], helper=print)
+    package = types.ModuleType("torchvision")
+    package.datasets = module
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "classes"),
+    [
+        ("Fake", [18, 2, 6], ("a", "b / bee", "c")),
+        ("mnist", [27, 3, 6], ("a", "b / bee", "c")),
+        ("TwoSplits", [27, 3, 6], ("0", "1")),
+        ("threesplits", [30, 9, 6], ("0", "1")),
+        ("Whole", [13, 3, 4], ("0", "1", "2", "3")),
+    ],
+)
+def test_torchvision_by_name(
+    torchvision: None, tmp_path: Path, name: str, sizes: list[int], classes: tuple[str, ...]
+) -> None:
+    data = ImageDataModule(name, image_size=4, data_root=tmp_path / "root")
+    assert [len(data.dataset(role)) for role in ("fit", "select", "report")] == sizes
+    assert data.roles.classes == classes and data.num_classes == len(classes)
+
+
+def test_torchvision_that_cannot_be_had(torchvision: None, tmp_path: Path) -> None:
+    assert "Fake" in sources.torchvision_names() and "helper" not in sources.torchvision_names()
+    for name, rule in (
+        ("Offline", "torchvision's _Offline under .*: Error downloading from nowhere$"),
+        ("Detection", "is not a classification data set"),
+        ("nonsense", "'nonsense' .*CIFAR10"),
+        ("helper", "'helper'"),
+    ):
+        with pytest.raises(UserError, match=f"no such data: .*{rule}"):
+            load_roles(name, tmp_path)
+
+
+def test_without_torchvision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    assert sources.torchvision_names() == []
+    with pytest.raises(UserError, match=r"'CIFAR10' needs torchvision: pip install 'aep_ext\[models\]'"):
+        load_roles("CIFAR10", tmp_path)
+
+
+def test_the_real_torchvision() -> None:
+    pytest.importorskip("torchvision", reason="reads torchvision's list of data sets")
+    assert {"CIFAR10", "CIFAR100", "FashionMNIST", "EuroSAT", "GTSRB"} <= set(sources.torchvision_names())
+    data = ImageDataModule("FakeData", image_size=4, train_samples=10)
+    assert data.num_classes == 10 and len(data.dataset("fit")) == 10
+
+
+def test_test_images_judge_a_model_once(data: ImageDataModule) -> None:
+    assert len(next(iter(data.report_dataloader("mine")))[1]) == 256
+    data.report_dataloader("another")
+    with pytest.raises(RuntimeError, match="judge a model once, got 'mine' a second time"):
+        data.report_dataloader("mine")
+    data.test_dataloader()
+    with pytest.raises(RuntimeError, match="once"):
+        data.test_dataloader()
+
+
+def test_classes_and_channels() -> None:
+    data = ImageDataModule("digits", image_size=8, channels=3, num_classes=12, train_samples=20)
+    assert data.num_classes == 12 and len(data.mean) == 3 and not data.unbalanced
+    assert next(iter(data.train_dataloader()))[0].shape == (20, 3, 8, 8)
+    assert torch.allclose(data.class_weights(), 1797 / (10 * data.roles.counts.float()))
+    with pytest.raises(
+        UserError, match="fewer classes than labels: 5 classes asked for, but handwritten digits .* label 9"
+    ):
+        ImageDataModule("digits", num_classes=5)

@@ -1,0 +1,130 @@
+"""Training one network: what is kept, and going on after an interruption."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the training needs lightning")
+
+from aep_ext import ExitWeights, MultiExitNet
+from aep_ext.surgery import networks
+from aep_ext.training import RECIPES, ImageDataModule, fit
+from aep_ext.training.callbacks import RunCheckpoint, best_weights
+from aep_ext.training.fit import accelerator_of
+
+RECIPE = replace(RECIPES["quick"], epochs=4, lr=3e-3, schedule="constant")
+
+
+def fresh() -> MultiExitNet:
+    torch.manual_seed(5)
+    net = networks.build("resnet_small", 10, 1)
+    net.set_exit_weights(ExitWeights.mixed(4))
+    return net
+
+
+def module() -> ImageDataModule:
+    return ImageDataModule("digits", image_size=8, batch_size=32, train_samples=96, seed=1)
+
+
+class _Killed(Exception):
+    pass
+
+
+def killed_after(epochs: int) -> Any:
+    """A ``write`` that dies when the given epoch has been announced, which is before its checkpoint is written."""
+
+    def write(line: str) -> None:
+        if f"epoch {epochs + 1}/" in line:
+            raise _Killed
+
+    return write
+
+
+def test_keeps_the_best_epoch(tmp_path: Path, equal_weights: Any) -> None:
+    lines: list[str] = []
+    net = fresh()
+    result = fit(net, module(), RECIPE, tmp_path / "a.ckpt", seed=1, device="cpu", title="mine", write=lines.append)
+    accuracies = [record["val/top1"] for record in result.history]
+    assert len(accuracies) == 4 and accuracies[result.best_epoch] == max(accuracies)
+    assert result.best_epoch == accuracies.index(max(accuracies)) and not result.stopped_early and not net.training
+    assert {"epoch", "seconds", "train/loss", "train/top1", "val/loss", "val/exit0_top1"} <= set(result.history[0])
+    assert [line.split(",")[0] for line in lines] == [f"mine: epoch {number}/4" for number in range(1, 5)]
+    assert equal_weights(net.state_dict(), best_weights(tmp_path / "a.ckpt"))
+    scored = net(module().dataset("select").__getitems__(list(range(360)))[0]).argmax(1)
+    right = (scored == module().dataset("select").labels).double().mean()
+    assert float(right) == pytest.approx(max(accuracies), abs=0.003)
+    assert result.to_dict()["epochs"] == 4
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, equal_weights: Any, schedule: str) -> None:
+    recipe = replace(RECIPE, schedule=schedule)
+    whole, broken = fresh(), fresh()
+    expected = fit(whole, module(), recipe, tmp_path / "whole.ckpt", seed=1, device="cpu")
+    with pytest.raises(_Killed):
+        fit(broken, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", write=killed_after(2))
+    kept = torch.load(tmp_path / "broken.ckpt", weights_only=True)
+    assert len(kept["callbacks"]["RunCheckpoint"]["history"]) == 2
+    other = networks.build("resnet_small", 10, 1)  # whatever the weights are when it goes on
+    other.set_exit_weights(ExitWeights.mixed(4))
+    lines: list[str] = []
+    result = fit(other, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", write=lines.append)
+    assert [line.split(",")[0] for line in lines] == ["training: epoch 3/4", "training: epoch 4/4"]
+    assert equal_weights(other.state_dict(), whole.state_dict())
+    for ours, theirs in zip(result.history, expected.history, strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    assert result.best_epoch == expected.best_epoch
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+def test_a_finished_training_is_not_begun_again(tmp_path: Path, equal_weights: Any) -> None:
+    first = fit(fresh(), module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu")
+    lines: list[str] = []
+    net = fresh()
+    second = fit(net, module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu", write=lines.append)
+    assert lines == [] and second.history == first.history
+    assert equal_weights(net.state_dict(), best_weights(tmp_path / "a.ckpt"))
+
+
+def test_early_stop_is_remembered(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, epochs=8, lr=30.0, optimizer="sgd", patience=1)  # diverges: no later epoch is better
+    first = fit(fresh(), module(), recipe, tmp_path / "a.ckpt", device="cpu")
+    assert first.stopped_early and len(first.history) < 8
+    again = fit(fresh(), module(), recipe, tmp_path / "a.ckpt", device="cpu")
+    assert again.stopped_early and again.history == first.history
+
+
+def test_checkpoint_holds_tensors_and_plain_values(tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = {"device": "cpu", "progress_bar": True, "title": "mine", "write": lines.append}
+    fit(fresh(), module(), replace(RECIPE, epochs=1), tmp_path / "a.ckpt", **options)
+    assert lines == ["mine: up to 1 epochs"]
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert {"state_dict", "optimizer_states", "loops", "callbacks"} <= set(state)
+    keeper = RunCheckpoint(tmp_path / "b.ckpt")
+    keeper.load_state_dict(state["callbacks"]["RunCheckpoint"])
+    assert keeper.best is not None and keeper.best["epoch"] == 0 and len(keeper.history) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt"]
+
+
+def test_interrupt(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+
+    def write(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(fresh(), module(), RECIPE, tmp_path / "a.ckpt", device="cpu", write=write)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_devices() -> None:
+    assert accelerator_of("auto") == {"accelerator": "auto", "devices": 1}
+    assert accelerator_of("cpu") == {"accelerator": "cpu", "devices": 1}
+    assert accelerator_of("cuda:1") == {"accelerator": "gpu", "devices": [1]}

@@ -1,0 +1,106 @@
+"""The LightningModule: its losses, its metrics, its optimizers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("lightning", reason="the training needs lightning")
+
+from lightning import pytorch as pl
+
+from aep_ext import ExitWeights
+from aep_ext.surgery import networks
+from aep_ext.training import ImageDataModule, JointLightningModule
+from aep_ext.training.fit import quiet_lightning
+from aep_ext.training.module import cosine_schedule
+
+
+def trainer(**options: object) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **{"max_epochs": 1, **options},
+    )
+
+
+def test_training_loss_is_the_weighted_sum() -> None:
+    net = networks.build("resnet_small", 10, 1)
+    weights, class_weight = ExitWeights.mixed(4), torch.rand(10) + 0.5
+    module = JointLightningModule(net, weights, class_weight=class_weight)
+    images, target = torch.randn(6, 1, 8, 8), torch.randint(10, (6,))
+    expected = sum(
+        a * F.cross_entropy(logits, target, class_weight)
+        for a, logits in zip(weights.loss, copy.deepcopy(net).train().exit_logits(images), strict=True)
+    )
+    torch.testing.assert_close(module.training_step((images, target), 0), expected)
+    assert torch.allclose(net.output_weights, weights.output_tensor())
+
+
+def test_validation_is_a_mean_over_samples_without_class_weights(data: ImageDataModule) -> None:
+    net = networks.build("resnet_small", 10, 1)
+    module = JointLightningModule(net, ExitWeights.mixed(4), class_weight=torch.rand(10) + 0.5)
+    with quiet_lightning():
+        trainer().validate(module, datamodule=data, verbose=False)
+    images, target = data.dataset("select").__getitems__(list(range(360)))
+    net.eval()
+    with torch.no_grad():
+        logits = net.exit_logits(images)
+        together = net(images)
+    losses = [float(F.cross_entropy(row, target)) for row in logits]
+    record = module.record
+    assert record["val/loss"] == pytest.approx(
+        sum(a * b for a, b in zip(ExitWeights.mixed(4).loss, losses, strict=True)), rel=1e-4
+    )
+    assert [record[f"val/exit{e}_loss"] for e in range(4)] == pytest.approx(losses, rel=1e-4)
+    assert record["val/top1"] == pytest.approx(float((together.argmax(1) == target).double().mean()), abs=0.01)
+    assert set(record) == {
+        "val/loss",
+        "val/top1",
+        *(f"val/exit{e}_{what}" for e in range(4) for what in ("loss", "top1")),
+    }
+
+
+def test_a_user_s_own_trainer(data: ImageDataModule) -> None:
+    module = JointLightningModule(networks.build("resnet_small", 10, 1), lr=1e-3, schedule="cosine", seed=3)
+    with quiet_lightning():
+        mine = trainer(max_epochs=2)
+        mine.fit(module, datamodule=data)
+        mine.test(module, datamodule=data, verbose=False)
+    assert {"train/loss", "val/loss", "val/top1", "val/exit3_top1"} <= set(module.record) | set(mine.callback_metrics)
+    assert 0 <= module.record["test/top1"] <= 1
+    assert module.net.output_weights.tolist() == [0.25] * 4
+    assert mine.lr_scheduler_configs[0].interval == "step"
+    assert module(torch.zeros(2, 1, 8, 8)).shape == ((4, 2, 10) if module.training else (2, 10))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop"])
+def test_optimizers_by_name(name: str) -> None:
+    module = JointLightningModule(networks.build("resnet_small", 3, 1), optimizer=name, lr=0.01, weight_decay=0.1)
+    optimizer = module.configure_optimizers()
+    assert type(optimizer).__name__.lower() == name
+    assert optimizer.param_groups[0]["lr"] == 0.01 and optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("option", "rule"), [("optimizer", "adam, adamw, sgd, rmsprop"), ("schedule", "constant, cosine")]
+)
+def test_unknown_names(option: str, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"JointLightningModule: {option} must be one of {rule}, got 'lion'"):
+        JointLightningModule(networks.build("resnet_small", 3, 1), **{option: "lion"})
+
+
+def test_cosine_schedule() -> None:
+    factor = cosine_schedule(100)
+    assert [factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factor(52) == pytest.approx(0.5 * (1 + math.cos(math.pi * 47 / 95)))
+    assert factor(100) == pytest.approx(0.0) and factor(1000) == pytest.approx(0.0)
+    assert cosine_schedule(1)(0) == 1.0
