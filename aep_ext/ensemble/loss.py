@@ -75,7 +75,8 @@ class JointCrossEntropy(nn.Module):
         return self.losses(exit_logits, target).loss
 
     def extra_repr(self) -> str:
-        weights = ", ".join(f"{v:.4g}" for v in self.exit_weights.tolist())
+        # A module on the meta device has no values to show.
+        weights = "..." if self.exit_weights.is_meta else ", ".join(f"{v:.4g}" for v in self.exit_weights.tolist())
         return (f"exit_weights=[{weights}], class_weight={self.class_weight is not None}, "
                 f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
                 f"reduction={self.reduction!r}")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
@@ -102,7 +103,7 @@ def _scalar(op: str, name: str, value: object, device: torch.device, *, positive
 def labels(op: str, target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
     """Raises IndexError for the first label that is neither a class nor ``ignore_index``. CPU tensors only: elsewhere
     reading the labels would wait for the device, and under tracing there is nothing to read."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling():
+    if target.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(target, FakeTensor):
         return
     bad = (target < 0) | (target >= num_classes)
     if ignore_index is not None:
@@ -191,6 +192,11 @@ def joint_cross_entropy(
         _vector(op, "class_weight", class_weight, classes, exit_logits.device)
         if torch.is_grad_enabled() and class_weight.requires_grad:
             raise ValueError(f"aep::{op}: class_weight must not require a gradient, got requires_grad=True")
+    for name, value in (("label_smoothing", label_smoothing), ("ignore_index", ignore_index)):
+        kinds = (int, torch.SymInt) if name == "ignore_index" else (int, float, torch.SymInt, torch.SymFloat)
+        if not isinstance(value, kinds):
+            rule = "an integer" if name == "ignore_index" else "a number"
+            raise TypeError(f"aep::{op}: {name} must be {rule}, got {type(value).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"aep::{op}: label_smoothing must be within 0..1, got {label_smoothing:g}")
     if reduction not in REDUCTIONS:

@@ -25,8 +25,8 @@ _native: dict[str, bool] = {
 _warned: set[str] = set()
 
 
-def use_native(tensor: torch.Tensor) -> bool:
-    """True where the native operators have kernels for the device of ``tensor``.
+def use_native(tensor: torch.Tensor, *others: torch.Tensor) -> bool:
+    """True where the native operators have kernels for the device of ``tensor``, and ``others`` are tensors too.
 
     The first tensor on a device that the loaded extension has no kernels for gives one warning. What is no tensor at
     all goes to the reference path, whose checks name it.
@@ -35,6 +35,9 @@ def use_native(tensor: torch.Tensor) -> bool:
         kind = tensor.device.type
     except AttributeError:
         return False
+    for other in others:
+        if not isinstance(other, torch.Tensor):
+            return False
     native = _native.get(kind, False)
     if not native and _load.extension is not None and kind not in _warned:
         _warn_once(kind)

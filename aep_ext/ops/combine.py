@@ -21,7 +21,7 @@ def ensemble(exit_logits: Tensor, weights: Tensor) -> Tensor:
         (N, K) in the dtype of ``exit_logits``: products rounded in the accumulation dtype, added in ascending order of
         the exits, rounded once at the end.
 
-    Differentiable in both arguments, any number of times.
+    Differentiable in both arguments, any number of times (reverse mode; the native operator refuses forward mode).
 
     Raises:
         TypeError: a dtype breaks the rules above.
@@ -33,7 +33,7 @@ def ensemble(exit_logits: Tensor, weights: Tensor) -> Tensor:
 
         (exit_logits * weights[:, None, None]).sum(0)
     """
-    if use_native(exit_logits):
+    if use_native(exit_logits, weights):
         return _native.ensemble(exit_logits, weights)
     _checks.ensemble(exit_logits, weights)
     return reference.ensemble(exit_logits, weights)
@@ -75,7 +75,7 @@ def ensemble_stats(
         stats = torch.stack([top[:, 0], torch.special.entr(p).sum(-1), top[:, 0] - top[:, 1]], -1)
         EnsembleStats(logits, stats, logits.argmax(-1))
     """
-    if use_native(exit_logits):
+    if use_native(exit_logits, weights):
         return EnsembleStats(*_native.ensemble_stats(exit_logits, weights, normalizer, temperature))
     _checks.ensemble_stats(exit_logits, weights, normalizer, temperature)
     return reference.ensemble_stats(exit_logits, weights, normalizer=normalizer, temperature=temperature)

@@ -69,7 +69,7 @@ def gate(
         features, running, indices, state = features[order], running[order], indices[order], state[order]
         features[count:] = 0
     """
-    if use_native(exit_logits):
+    if use_native(exit_logits, features, running, indices, state):
         return GateResult(
             *_native.gate(
                 features,

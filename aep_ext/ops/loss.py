@@ -52,7 +52,7 @@ def joint_cross_entropy(
         exit_losses = torch.stack([F.cross_entropy(x.float(), target, class_weight, ...) for x in exit_logits])
         loss = (exit_weights[:, None] * exit_losses).sum(0)  # without [:, None] unless reduction is "none"
     """
-    if use_native(exit_logits):
+    if use_native(exit_logits, target, exit_weights, exit_logits if class_weight is None else class_weight):
         loss, exit_losses, _, _ = _native.joint_cross_entropy(
             exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction
         )

@@ -100,9 +100,10 @@ def joint_cross_entropy(
     """Cross entropy of every exit and their weighted sum. A label out of range gives a NaN loss and no gradient."""
     dtype = accumulate_dtype(exit_logits.dtype)
     classes = exit_logits.shape[-1]
-    log_p = torch.log_softmax(exit_logits.to(dtype), -1)
     used = target != ignore_index
     known = (target >= 0) & (target < classes)
+    # Rows that give no gradient are cleared first: NaN * 0 in the softmax's backward would be NaN.
+    log_p = torch.log_softmax(exit_logits.to(dtype).masked_fill(~(used & known)[:, None], 0.0), -1)
     label = torch.where(known, target, 0)
     row_weight = torch.ones_like(label, dtype=dtype) if class_weight is None else class_weight.to(dtype)[label]
     losses = -log_p.gather(-1, label.expand(exit_logits.shape[:2]).unsqueeze(-1)).squeeze(-1) * row_weight
@@ -111,7 +112,9 @@ def joint_cross_entropy(
         losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * smooth
     losses = losses.masked_fill(used & ~known, float("nan")).masked_fill(~used, 0.0)
     if reduction == "mean":
-        exit_losses = losses.sum(-1) / row_weight.masked_fill(~used, 0.0).sum()
+        total = row_weight.masked_fill(~used, 0.0).sum()
+        # As F.cross_entropy: without any weight NaN, even where label smoothing leaves a loss to divide.
+        exit_losses = losses.sum(-1) / total.masked_fill(total == 0, float("nan"))
     else:
         exit_losses = losses.sum(-1) if reduction == "sum" else losses
     exit_weights = exit_weights.to(dtype)

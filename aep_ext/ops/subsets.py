@@ -40,7 +40,7 @@ def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tens
             hits = order == target[:, None]
             counts[m - 1] = hits[:, :1].sum(), hits[:, :5].sum()
     """
-    if use_native(exit_logits):
+    if use_native(exit_logits, weights, target):
         return _native.subset_correct(exit_logits, weights, target)
     _checks.subset_correct(exit_logits, weights, target)
     _checks.labels("subset_correct", target, exit_logits.shape[2])

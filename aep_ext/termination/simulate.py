@@ -6,6 +6,7 @@ there, only without features to carry. So exit taken, prediction and confidence 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -49,12 +50,21 @@ def _numbers(values: Sequence[float] | Tensor | float, count: int, name: str) ->
     """``values`` as ``count`` numbers without NaN; a single number serves for all."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().tolist()
-    result = [float(values)] * count if isinstance(values, (int, float)) else [float(v) for v in values]
+    result = [float(values)] * count if isinstance(values, numbers.Real) else [float(v) for v in values]
     if len(result) != count:
         raise ValueError(f"simulate: {name} must have {count} entries, got {len(result)}")
     for position, value in enumerate(result):
         if math.isnan(value):
             raise ValueError(f"simulate: {name} must not be NaN, got NaN at position {position}")
+    return result
+
+
+def _positive(values: Sequence[float] | Tensor | float, count: int, name: str) -> list[float]:
+    """As :func:`_numbers`, but every number positive and finite."""
+    result = _numbers(values, count, name)
+    for position, value in enumerate(result):
+        if not 0 < value < math.inf:
+            raise ValueError(f"simulate: {name} must be positive and finite, got {value} at position {position}")
     return result
 
 
@@ -89,15 +99,18 @@ def simulate(exit_logits: Tensor, weights: Sequence[float] | Tensor, policy: Pol
         on: "ensemble" or "exit", where ``policy`` is a name or a callable.
 
     Raises:
+        TypeError: the exit logits are no floating tensor.
         ValueError: a shape or a value out of its range.
     """
+    if not isinstance(exit_logits, Tensor):
+        raise TypeError(f"simulate: exit_logits must be a torch.Tensor, got {type(exit_logits).__name__}")
     if exit_logits.dim() != 3 or exit_logits.shape[0] < 1:
         raise ValueError(f"simulate: exit_logits must have shape [E, N, K] with E >= 1, got {list(exit_logits.shape)}")
     exits, samples, classes = exit_logits.shape
     rule = as_policy(policy, on)
-    factors = _numbers(weights, exits, "weights")
+    factors = _positive(weights, exits, "weights")
     limits = _numbers(thresholds, exits - 1, "thresholds")
-    scales = _numbers(temperatures, exits, "temperatures")
+    scales = _positive(temperatures, exits, "temperatures")
     flags = _flags(enabled, exits - 1)
     prices = None if costs is None else _numbers(costs, exits, "costs")
     if target is not None and tuple(target.shape) != (samples,):

@@ -96,8 +96,8 @@ enum class Reduction : int32_t { none = 0, mean = 1, sum = 2 };
 // From row losses to the returned losses, in a fixed order of additions.
 //   none: loss (N) = sum_e a_e * row_losses[e, n]; exit_losses is not written (it IS row_losses).
 //   sum:  exit_losses[e] = sum_n row_losses[e, n]; loss = sum_e a_e * exit_losses[e]
-//   mean: the same divided by `denominator` = sum of w[y_n] over the rows that are not ignored (0/0 = NaN if there is
-//   none).
+//   mean: the same divided by `denominator` = sum of w[y_n] over the rows that are not ignored (NaN where that
+//   sum is 0).
 struct JointCrossEntropyReduceParams {
   const void* row_losses;    // acc (E, N)
   const void* exit_weights;  // acc (E)

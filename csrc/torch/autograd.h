@@ -33,6 +33,14 @@ inline bool needs_graph(at::TensorList tensors) {
   return at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad(tensors.vec());
 }
 
+// Forward-mode tangents would be dropped without a word: refuse them. Undefined tensors are allowed.
+inline void no_tangents(const char* op, std::initializer_list<const at::Tensor*> tensors) {
+  for (const at::Tensor* tensor : tensors) {
+    TORCH_CHECK(!tensor->defined() || !tensor->_fw_grad(/*level=*/0).defined(), "aep::", op,
+                ": forward-mode differentiation is not supported, got an argument with a tangent");
+  }
+}
+
 // Results of a backward that cannot be differentiated again: identity, whose own backward raises.
 class OnceDifferentiable : public torch::autograd::Function<OnceDifferentiable> {
  public:

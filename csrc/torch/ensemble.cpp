@@ -187,6 +187,7 @@ class StatsFunction : public torch::autograd::Function<StatsFunction> {
 };
 
 Tensor ensemble_autograd(const Tensor& exit_logits, const Tensor& weights) {
+  no_tangents("ensemble", {&exit_logits, &weights});
   if (needs_graph({&exit_logits, &weights})) {
     return EnsembleFunction::apply(exit_logits, weights);
   }
@@ -196,6 +197,7 @@ Tensor ensemble_autograd(const Tensor& exit_logits, const Tensor& weights) {
 
 StatsResult stats_autograd(const Tensor& exit_logits, const Tensor& weights, double normalizer, double temperature,
                            const OptionalTensor& normalizer_tensor, const OptionalTensor& temperature_tensor) {
+  no_tangents("ensemble_stats", {&exit_logits, &weights});
   if (needs_graph({&exit_logits, &weights})) {
     const auto outputs =
         StatsFunction::apply(exit_logits, weights, normalizer, temperature, &normalizer_tensor, &temperature_tensor);
@@ -206,6 +208,7 @@ StatsResult stats_autograd(const Tensor& exit_logits, const Tensor& weights, dou
 }
 
 Tensor backward_logits_autograd(const Tensor& grad, const Tensor& weights) {
+  no_tangents("ensemble_backward_logits", {&grad, &weights});
   std::vector<Tensor> result(1);
   {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -216,6 +219,7 @@ Tensor backward_logits_autograd(const Tensor& grad, const Tensor& weights) {
 }
 
 Tensor backward_weights_autograd(const Tensor& grad, const Tensor& exit_logits) {
+  no_tangents("ensemble_backward_weights", {&grad, &exit_logits});
   std::vector<Tensor> result(1);
   {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -45,7 +45,12 @@ void finish_head(const HeadCall& call, at::TensorList weights, const Biases& bia
   int64_t offset = 0;
   for (size_t e = 0; e < weights.size(); ++e) {
     const int64_t channels = weights[e].size(1);
-    const Tensor pooled = call.pooled.narrow(1, offset, channels);
+    Tensor pooled = call.pooled.narrow(1, offset, channels);
+    if (weights.size() > 1) {
+      // BLAS sums in an order that depends on a matrix's leading dimension and alignment: without a copy of its own an
+      // exit's logits would change their last bits with the other exits at hand, and so with pruning.
+      pooled = pooled.clone(at::MemoryFormat::Contiguous);
+    }
     Tensor out = call.logits.select(0, static_cast<int64_t>(e));
     const std::optional<Tensor> bias = biases[e];
     if (bias.has_value()) {
@@ -147,6 +152,9 @@ HeadResult head_autograd(at::TensorList features, at::TensorList weights, const 
     if (bias.has_value()) {
       tensors.push_back(*bias);
     }
+  }
+  for (const Tensor& tensor : tensors) {
+    no_tangents("multi_exit_linear_head", {&tensor});
   }
   // Lists of unequal length cannot be told apart behind this point; the backend's checks name them.
   const bool matched = features.size() == weights.size() && features.size() == biases.size() && !features.empty();

@@ -185,6 +185,10 @@ LossResult loss_autograd(const Tensor& exit_logits, const Tensor& target, const 
                          std::string_view reduction) {
   TORCH_CHECK_VALUE(!class_weight.has_value() || !needs_graph({&*class_weight}),
                     "aep::joint_cross_entropy: class_weight must not require a gradient, got requires_grad=True");
+  no_tangents("joint_cross_entropy", {&exit_logits, &exit_weights});
+  if (class_weight.has_value()) {
+    no_tangents("joint_cross_entropy", {&*class_weight});
+  }
   if (needs_graph({&exit_logits, &exit_weights})) {
     const auto outputs =
         LossFunction::apply(exit_logits, target, exit_weights, &class_weight, label_smoothing, ignore_index, reduction);
@@ -197,6 +201,7 @@ LossResult loss_autograd(const Tensor& exit_logits, const Tensor& target, const 
 Tensor backward_autograd(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
                          const Tensor& log_sum_exp, const OptionalTensor& class_weight, double label_smoothing,
                          int64_t ignore_index) {
+  no_tangents("joint_cross_entropy_backward", {&exit_logits, &coefficients, &log_sum_exp});
   std::vector<Tensor> result(1);
   {
     at::AutoDispatchBelowADInplaceOrView guard;

@@ -72,3 +72,7 @@ def test_bad_arguments_are_refused(arguments, options, message):
 def test_wrong_number_of_exits_is_refused(case):
     with pytest.raises((ValueError, RuntimeError), match=r"exit_weights must have shape \[3\], got \[2\]"):
         JointCrossEntropy([0.5, 0.5])(*case)
+
+
+def test_can_be_shown_without_values():
+    assert "exit_weights=[...]" in repr(JointCrossEntropy([0.5, 0.5]).to("meta"))

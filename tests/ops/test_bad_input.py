@@ -308,12 +308,27 @@ def test_error_names_operator_rule_and_value(case, path, monkeypatch):
         (lambda: ops.ensemble_stats(None, W), "aep::ensemble_stats: exit_logits must be a torch.Tensor, got NoneType"),
         (lambda: loss(x=1.0), "aep::joint_cross_entropy: exit_logits must be a torch.Tensor, got float"),
         (lambda: ops.subset_correct("x", W, Y), "aep::subset_correct: exit_logits must be a torch.Tensor, got str"),
+        (lambda: ops.ensemble(X, [1.0] * 3), "aep::ensemble: weights must be a torch.Tensor, got list"),
+        (lambda: ops.ensemble(X.clone().requires_grad_(), None), "aep::ensemble: weights must be a torch.Tensor"),
+        (lambda: ops.ensemble_stats(X, (1.0,) * 3), "aep::ensemble_stats: weights must be a torch.Tensor, got tuple"),
+        (lambda: loss(y=[0] * 5), "aep::joint_cross_entropy: target must be a torch.Tensor, got list"),
+        (lambda: loss(a=None), "aep::joint_cross_entropy: exit_weights must be a torch.Tensor, got NoneType"),
+        (lambda: loss(class_weight=[1.0] * 4), "aep::joint_cross_entropy: class_weight must be a torch.Tensor, got"),
+        (lambda: ops.subset_correct(X, W, 3), "aep::subset_correct: target must be a torch.Tensor, got int"),
+        (lambda: gate(indices=[0] * 5), "aep::gate: indices must be a torch.Tensor, got list"),
+        (lambda: gate(state=None), "aep::gate: state must be a torch.Tensor, got NoneType"),
         (lambda: head(([1], [2])), "features.0. must be a torch.Tensor, got list"),
     ],
 )
 def test_no_tensor_at_all(call, name):
     with pytest.raises(TypeError, match=name):
         call()
+
+
+@pytest.mark.parametrize("change", [{"label_smoothing": "a"}, {"ignore_index": 1.5}])
+def test_reference_refuses_what_is_no_number(change, reference_path):
+    with pytest.raises(TypeError, match=f"aep::joint_cross_entropy: {next(iter(change))} must be an? .*, got"):
+        loss(**change)
 
 
 def tensors(max_dim: int = 4) -> st.SearchStrategy[Tensor]:

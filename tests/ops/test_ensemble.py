@@ -184,3 +184,16 @@ def test_fixed_weights_keep_no_logits(native):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         ops.ensemble(logits, torch.ones(2))
     assert saved == [(2,)]
+
+
+@pytest.mark.parametrize("path", ["as loaded", "reference"])
+def test_judged_logits_that_overflow_are_as_infinite_ones(path, device, on_reference):
+    logits = torch.tensor([[[3e38, 1.0, 0.0], [3.0, 1.0, 0.0]]], device=device)
+    args, options = (logits, torch.ones(1, device=device)), {"temperature": 0.5}
+    result = (
+        ops.ensemble_stats(*args, **options)
+        if path == "as loaded"
+        else on_reference(ops.ensemble_stats, *args, **options)
+    )
+    assert result.stats[0].isnan().all() and result.stats[1].isfinite().all()
+    assert result.argmax.tolist() == [0, 0] and torch.equal(result.logits, logits[0])

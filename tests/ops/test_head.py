@@ -162,3 +162,14 @@ def test_autocast_gradients_reach_the_float32_parameters(device):
     with torch.autocast(device, dtype=torch.bfloat16):
         ops.multi_exit_linear_head(features, weights, biases).float().sum().backward()
     assert weights[0].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_an_exit_gives_the_same_bits_whatever_exits_run_beside_it(rows):
+    features = [torch.randn(rows, channels, 3, 3) for channels in (16, 38, 61, 7, 128)]
+    weights = [torch.randn(10, x.shape[1]) for x in features]
+    biases = [torch.randn(10) for _ in features]
+    together = ops.multi_exit_linear_head(features, weights, biases)
+    for kept in ([0], [2], [4], [1, 3], [0, 2, 4]):
+        alone = ops.multi_exit_linear_head(*([part[e] for e in kept] for part in (features, weights, biases)))
+        assert torch.equal(alone, together[kept])

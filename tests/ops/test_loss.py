@@ -154,12 +154,36 @@ def test_no_rows(device):
     assert logits.grad.shape == (2, 0, 4)
 
 
-def test_ignored_rows_have_no_gradient_even_when_they_are_nan(native, device):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("path", ["as loaded", "reference"])
+def test_rows_without_any_class_weight_give_nan(path, smoothing, device, on_reference):
+    """As F.cross_entropy, which divides the target's part by 0, also where smoothing leaves a loss."""
+    logits, _, exit_weights = make((2, 3, 4), torch.float32, device)
+    target = torch.tensor([1, 2, -100], device=device)
+    class_weight = torch.tensor([1.0, 0.0, 0.0, 1.0], device=device)
+    logits.requires_grad_()
+    args = (logits, target, exit_weights, class_weight, smoothing)
+    result = (
+        ops.joint_cross_entropy(*args) if path == "as loaded" else on_reference(ops.joint_cross_entropy, *args)
+    )
+    expected = torch.stack([F.cross_entropy(x, target, class_weight, label_smoothing=smoothing) for x in logits])
+    assert expected.isnan().all() and result.exit_losses.isnan().all() and result.loss.isnan()
+    (grad,) = torch.autograd.grad(result.loss, logits)
+    (wanted,) = torch.autograd.grad((exit_weights * expected).sum(), logits)
+    assert torch.equal(grad.isnan(), wanted.isnan()) and not grad[:, 2].any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("path", ["as loaded", "reference"])
+def test_ignored_rows_have_no_gradient_even_when_they_are_nan(path, value, device, on_reference):
     logits, target, exit_weights = make((2, 4, 5), torch.float32, device)
-    logits[:, 2] = float("nan")
+    logits[:, 2] = value
     target[2] = -100
     logits.requires_grad_()
-    result = ops.joint_cross_entropy(logits, target, exit_weights)
+    args = (logits, target, exit_weights)
+    result = (
+        ops.joint_cross_entropy(*args) if path == "as loaded" else on_reference(ops.joint_cross_entropy, *args)
+    )
     result.loss.backward()
     assert result.loss.isfinite() and logits.grad.isfinite().all() and not logits.grad[:, 2].any()
 

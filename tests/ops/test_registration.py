@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from aep_ext import ops
@@ -207,6 +209,19 @@ def test_meta_tensors_give_shapes(name):
         assert actual.shape == wanted.shape and actual.dtype == wanted.dtype and actual.is_meta
 
 
+@pytest.mark.parametrize("path", ["as loaded", "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_tensors_give_shapes(name, path, on_reference):
+    function, make = calls("cpu")[name]
+    expected = flat(function(*make(6)))
+    with FakeTensorMode():
+        function, make = calls("cpu")[name]
+        args = make(6)
+        result = function(*args) if path == "as loaded" else on_reference(function, *args)
+    for actual, wanted in zip(flat(result), expected, strict=True):
+        assert actual.shape == wanted.shape and actual.dtype == wanted.dtype
+
+
 @pytest.mark.parametrize("name", ["head", "ensemble", "loss"])
 def test_functional_transforms_say_that_they_cannot(name, native):
     """torch.func cannot see into a C++ backward, and torch refuses rather than compute nonsense."""
@@ -214,6 +229,20 @@ def test_functional_transforms_say_that_they_cannot(name, native):
     args = make(3)
     with pytest.raises(RuntimeError, match="C\\+\\+ autograd function|functorch transform|torch::autograd::Function"):
         torch.func.grad(lambda x: flat(function(x, *args[1:]))[0].sum())(args[0])
+
+
+@pytest.mark.parametrize("name", ["head", "ensemble", "stats", "loss"])
+def test_forward_mode_is_refused(name, native):
+    """A tangent is never dropped without a word: zero would be a wrong derivative."""
+    function, make = calls("cpu")[name]
+    args = [a.detach() for a in make(3)]
+    for place, value in enumerate(args):
+        if not value.is_floating_point():
+            continue
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(value, torch.ones_like(value))
+            with pytest.raises(RuntimeError, match="aep::.*: forward-mode differentiation is not supported"):
+                function(*args[:place], dual, *args[place + 1 :])
 
 
 def counted(function: Callable[[], object]) -> int:

@@ -207,10 +207,13 @@ def test_costs_targets_and_counts():
 @pytest.mark.parametrize(("change", "message"), [
     ({"exit_logits": torch.zeros(2, 3)}, r"exit_logits must have shape \[E, N, K\] with E >= 1, got \[2, 3\]"),
     ({"weights": [1.0]}, "weights must have 2 entries, got 1"),
+    ({"weights": [1.0, 0.0]}, "weights must be positive and finite, got 0.0 at position 1"),
+    ({"weights": [-1.0, 2.0]}, "weights must be positive and finite, got -1.0 at position 0"),
+    ({"temperatures": [math.inf, 1.0]}, "temperatures must be positive and finite, got inf at position 0"),
     ({"thresholds": [0.1, 0.2]}, "thresholds must have 1 entries, got 2"),
     ({"thresholds": [math.nan]}, "thresholds must not be NaN, got NaN at position 0"),
     ({"temperatures": [1.0]}, "temperatures must have 2 entries, got 1"),
-    ({"temperatures": [1.0, 0.0]}, "temperature must be finite and greater than 0, got 0"),
+    ({"temperatures": [1.0, 0.0]}, "temperatures must be positive and finite, got 0.0 at position 1"),
     ({"enabled": torch.tensor([True, True])}, "enabled must have 1 entries, got 2"),
     ({"costs": [1.0]}, "costs must have 2 entries, got 1"),
     ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must have shape \[3\], got \[2\]"),
@@ -221,3 +224,14 @@ def test_bad_arguments_are_refused(change, message):
     arguments = {"exit_logits": torch.zeros(2, 3, 4), "weights": [0.5, 0.5], "policy": "confidence"}
     with pytest.raises((ValueError, RuntimeError), match=message):
         simulate(**(arguments | {"thresholds": [0.5]} | change))
+
+
+def test_logits_that_are_no_tensor_are_refused():
+    with pytest.raises(TypeError, match="simulate: exit_logits must be a torch.Tensor, got list"):
+        simulate([[[1.0]]], [1.0], "confidence", 0.5)
+
+
+def test_numpy_numbers_serve_as_numbers():
+    np = pytest.importorskip("numpy")
+    logits = torch.tensor([[[9.0, 0.0], [0.0, 0.0]], [[0.0, 9.0], [0.0, 9.0]]])
+    assert simulate(logits, np.float32([0.5, 0.5]), "confidence", np.float32(0.9)).exits.tolist() == [0, 1]

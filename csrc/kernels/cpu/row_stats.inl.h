@@ -91,7 +91,8 @@ RowStats nan_stats(const S* row, int64_t K, Acc<S> top) {
   return {nan, nan, nan, at >= 0 ? at : first_equal(row, K, top)};
 }
 
-// The general case (a divisor that is negative, zero, NaN or has no finite reciprocal): plain and slow.
+// The general case (a divisor that is negative, zero, NaN or has no finite reciprocal, or a quotient that overflows):
+// plain and slow.
 template <class S>
 RowStats stats_by_division(const S* row, int64_t K, Acc<S> divisor) {
   using A = Acc<S>;
@@ -122,7 +123,9 @@ RowStats row_stats(const S* row, int64_t K, Acc<S> top, Acc<S> next, Acc<S> divi
   using A = Acc<S>;
   using V = Vec<A>;
   const A inverse = A(1) / divisor;
-  if (!(divisor > 0 && inverse > 0 && inverse < kInfinity<A>)) return stats_by_division(row, K, divisor);
+  const A judged_top = top / divisor;  // must be finite, as z itself: below only differences are formed
+  if (!(divisor > 0 && inverse > 0 && inverse < kInfinity<A> && judged_top - judged_top == 0))
+    return stats_by_division(row, K, divisor);
   const V peak = V::set(top), scale = V::set(inverse), floor = V::set(A(-10000));
   V sum0 = V::set(0), sum1 = V::set(0), weighted0 = V::set(0), weighted1 = V::set(0);
   const auto step = [&](V x, V& sum, V& weighted) {

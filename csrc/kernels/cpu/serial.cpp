@@ -38,7 +38,8 @@ void reduce_losses(const JointCrossEntropyReduceParams& p) {
         const int64_t y = p.target[n * p.target_stride];
         if (y != p.ignore_index) total += class_weight ? static_cast<double>(class_weight[y]) : 1.0;
       }
-      denominator = static_cast<A>(total);
+      // As F.cross_entropy: without any weight NaN, even where label smoothing leaves a loss to divide.
+      denominator = total == 0 ? static_cast<A>(__builtin_nan("")) : static_cast<A>(total);
     }
     A sum = 0;
     for (int64_t e = 0; e < p.E; ++e) {

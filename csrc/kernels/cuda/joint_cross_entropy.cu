@@ -146,7 +146,8 @@ __global__ void total_loss_kernel(JointCrossEntropyReduceParams p) {
       // A label out of range has no weight to read; its row's NaN decides the loss.
       total += class_weight && y >= 0 && y < p.K ? static_cast<double>(class_weight[y]) : 1.0;
     }
-    denominator = static_cast<A>(block_sum(total, shared));
+    total = block_sum(total, shared);
+    denominator = total == 0 ? not_a_number<A>() : static_cast<A>(total);
   }
   A loss = 0;
   for (int64_t e = 0; e < p.E; ++e) {
