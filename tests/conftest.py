@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import json
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,10 +45,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_gpu)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    """At most two threads: the suite's timing and its memory then do not depend on the machine's size."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+@pytest.fixture(scope="session")
+def published() -> dict[str, Any]:
+    """tests/golden/published.json: facts and figures of the published method."""
+    return json.loads((Path(__file__).parent / "golden" / "published.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """One thread: inputs are small here, and on a busy machine a parallel region costs more than the work inside.
+
+    Tests that are about threads set their number themselves.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,60 +1,16 @@
-"""The published figures, and the data that the selection and loss figures were computed on."""
+"""The data that the selection and loss figures were computed on."""
+
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
+from published_formula import formula_data
 
 Data = Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]]
-
-
-def fmix(h: np.ndarray) -> np.ndarray:
-    """murmur3's 32-bit finaliser, elementwise."""
-    h = h.astype(np.uint32)
-    h ^= h >> np.uint32(16)
-    h *= np.uint32(0x85EBCA6B)
-    h ^= h >> np.uint32(13)
-    h *= np.uint32(0xC2B2AE35)
-    return h ^ (h >> np.uint32(16))
-
-
-def uniform(seed: int, i: np.ndarray) -> np.ndarray:
-    """u(seed, i) within [-2, 2), a multiple of 2^-20."""
-    key = (i.astype(np.uint64) * np.uint64(2654435761) + np.uint64(seed) * np.uint64(40503)) % np.uint64(1 << 32)
-    return (fmix(key) >> np.uint32(10)).astype(np.float64) * 2.0**-20 - 2.0
-
-
-def formula_data(exits: int, samples: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (E, N, K) float32, exact (every value is a small multiple of 2^-20), and labels (N,) int64."""
-    n = np.arange(samples, dtype=np.uint64)
-    label = (fmix(n + np.uint64(12345)) % np.uint32(classes)).astype(np.int64)
-    logits = np.empty((exits, samples, classes))
-    for e in range(exits):
-        logits[e] = uniform(1000 + e, np.arange(samples * classes)).reshape(samples, classes)
-        lifted = fmix(n * np.uint64(131) + np.uint64(7 * e + 99)) % np.uint32(100) < 40 + 8 * e
-        logits[e, lifted, label[lifted]] += 1 + 0.25 * e
-    return torch.from_numpy(logits.astype(np.float32)), torch.from_numpy(label)
-
-
-@pytest.fixture(scope="session")
-def published() -> dict[str, Any]:
-    return json.loads((Path(__file__).parent / "published.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def data() -> Data:
     return formula_data
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The inputs here are small: on a busy machine a parallel region costs more than the work inside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

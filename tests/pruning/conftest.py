@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -32,12 +30,3 @@ def net() -> MultiExitNet:
 @pytest.fixture
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(n, 3, 16, 16), torch.randint(0, 7, (n,))) for n in (13, 13, 5)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The inputs here are tiny: on a busy machine a parallel region costs more than the work inside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

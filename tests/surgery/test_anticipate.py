@@ -495,6 +495,27 @@ class OddHead(Chain):
         return self.fc(self.odd(self.pool(self.second(self.first(x))).flatten(1)))
 
 
+class Tokens(nn.Module):
+    """A vision transformer in outline: patches, then blocks on sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 2, 2)
+        self.blocks = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class ClassToken(Tokens):
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[0]
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens[:, :1].expand(n, -1, -1), tokens], 1)
+        return self.fc(self.blocks(tokens)[:, 0])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -511,6 +532,18 @@ class OddHead(Chain):
         (
             OddHead,
             r"the head's (layer 'odd' \(OddScale\) cannot be rescaled|parameter 'odd.gain' is used outside a layer)",
+        ),
+        (Tokens, r"Tokens cannot be cut: from 'blocks.0' on it works on token sequences \(\[2, 12544, 8\]\)"),
+        (ClassToken, r"ClassToken cannot be cut: from 'blocks.0' on it works on token sequences"),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 8, 3, 2),
+                nn.Conv2d(8, 8, 3, 2),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.utils.parametrizations.weight_norm(nn.Linear(8, 2)),
+            ),
+            r"the head's layer '4' .* is parametrized and cannot be rescaled",
         ),
         (lambda: nn.Linear(3, 3), r"Linear holds no Conv2d"),
         (
@@ -570,3 +603,10 @@ def test_torch_compile_with_inductor() -> None:
     torch._dynamo.reset()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(net)(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_an_example_that_the_model_does_not_take() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for example in ((1, 32, 32), torch.zeros(1, 1, 32, 32)):
+        with pytest.raises(ValueError, match=r"Sequential does not take the example of shape \[1, 32, 32\] \("):
+            anticipate(model, example=example)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from published_formula import uniform
 from torch import Tensor, nn
 
 from aep_ext.pruning import count_macs
@@ -83,22 +84,6 @@ def test_other_classes_and_channels_change_heads_and_stem_alone(name: str, num_c
     assert other.eval()(torch.empty(1, 1, 64, 64, device="meta")).shape == (1, num_classes)
 
 
-def fmix(h: np.ndarray) -> np.ndarray:
-    h = h.astype(np.uint32)
-    h ^= h >> np.uint32(16)
-    h *= np.uint32(0x85EBCA6B)
-    h ^= h >> np.uint32(13)
-    h *= np.uint32(0xC2B2AE35)
-    return h ^ (h >> np.uint32(16))
-
-
-def uniform(seed: int, count: int) -> np.ndarray:
-    """u(seed, 0..count-1) of the golden files' README."""
-    i = np.arange(count, dtype=np.uint64)
-    key = (i * np.uint64(2654435761) + np.uint64(seed * 40503)) % np.uint64(1 << 32)
-    return (fmix(key) >> np.uint32(10)).astype(np.float64) * 2.0**-20 - 2.0
-
-
 def fill_by_formula(net: nn.Module) -> int:
     filled = 0
     with torch.no_grad():
@@ -106,7 +91,7 @@ def fill_by_formula(net: nn.Module) -> int:
             if parameter.dim() < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            values = uniform(filled, parameter.numel()) * np.sqrt(1.5 / parameter[0].numel())
+            values = uniform(filled, np.arange(parameter.numel())) * np.sqrt(1.5 / parameter[0].numel())
             parameter.copy_(torch.from_numpy(values.astype(np.float32)).view_as(parameter))
             filled += 1
     return filled
@@ -119,7 +104,7 @@ def test_formula_filled_forward(published: dict[str, Any], name: str, fused: boo
     net = networks.build(name, 10).eval()
     net.fused = fused
     assert fill_by_formula(net) == figures["weight_tensors_filled"]
-    image = torch.from_numpy(uniform(999999, 3 * 64 * 64)).view(1, 3, 64, 64)
+    image = torch.from_numpy(uniform(999999, np.arange(3 * 64 * 64))).view(1, 3, 64, 64)
     expected = torch.tensor(figures["logits_float64"], dtype=torch.float64)
     with torch.no_grad():
         for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-9)):
@@ -187,8 +172,10 @@ def test_unknown_names_and_bad_numbers() -> None:
         networks.resnet50(0)
     with pytest.raises(ValueError, match="build: in_channels must be at least 1, got 0"):
         networks.build("torchvision/resnet18", 10, in_channels=0)
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="resnet50: weights must be .* one of IMAGENET1K_V1, .*'NO_SUCH"):
         networks.resnet50(10, weights="NO_SUCH_WEIGHTS")
+    with pytest.raises(ValueError, match="resnet18: weights must be None, .*, got 'NO_SUCH_WEIGHTS'"):
+        networks.build("torchvision/resnet18", 10, weights="NO_SUCH_WEIGHTS")
     assert set(networks.available()) == {*PUBLISHED, "resnet_small"}
 
 
@@ -214,3 +201,5 @@ def test_timm_by_name() -> None:
     assert net(torch.zeros(1, 1, 64, 64)).shape == (1, 4)
     with pytest.raises(ValueError, match="timm has no network named 'resnet51x'"):
         networks.build("timm/resnet51x", 4)
+    with pytest.raises(ValueError, match="timm/resnet18: weights must be None, .*a1_in1k.*, got 'NOPE'"):
+        networks.build("timm/resnet18", 4, weights="NOPE")
