@@ -1,0 +1,49 @@
+"""README.md says what the committed result files say, and its example of the API runs."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_tables_come_from_the_result_files():
+    pytest.importorskip("matplotlib", reason="aep_ext.report needs the extra [train]")
+    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+    assert "<!-- results: " in _readme()
+    assert report["rendered"](_readme()) == _readme()
+
+
+def test_the_check_sees_a_changed_figure(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib", reason="aep_ext.report needs the extra [train]")
+    report = runpy.run_path(str(ROOT / "benchmarks" / "report.py"))
+    doctored = re.sub(r"\d\d\.\d\d ±", "12.34 ±", _readme(), count=1)
+    assert doctored != _readme()
+    assert report["rendered"](doctored) == _readme()
+
+
+def test_the_example_runs(monkeypatch):
+    """Word for word, with a small network and small data in place of the pretrained one and the user's loaders."""
+    torchvision = pytest.importorskip("torchvision", reason="the example starts from torchvision's resnet18")
+    code = re.search(r"```python\n(.*?)```", _readme(), re.DOTALL)[1]
+    resnet18 = torchvision.models.resnet18
+    monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: resnet18(weights=None, num_classes=3))
+    loader = [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
+
+    class Optimizer(torch.optim.SGD):
+        def __init__(self) -> None:
+            super().__init__([nn.Parameter(torch.zeros(()))], lr=0.1)
+
+    names = {"train_loader": loader, "val_loader": loader, "optimizer": Optimizer()}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["small"].eval()(loader[0][0]).shape == (4, 3)
