@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         help="weight the classes in the training loss (default: where the data is unbalanced)",
     )
     how.add_argument(
-        "--precision", metavar="NAME", help="as Lightning names it, for example bf16-mixed (default: 32-true)"
+        "--precision", metavar="NAME", help="32-true (default), 16-mixed or bf16-mixed"
     )
     how.add_argument(
         "--margin",

@@ -1,6 +1,7 @@
 """The scores of all subsets of the exits: look them up, choose by the published rule, draw the Pareto front."""
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,7 @@ class SubsetScores:
 
     def __getitem__(self, subset: int | Iterable[int]) -> SubsetScore:
         """The score of a subset, given as a bit mask or as exit indices: ``scores[0b101]``, ``scores[(0, 2)]``."""
-        mask = subset if isinstance(subset, int) else mask_of_exits(subset)
+        mask = mask_of_exits(subset) if isinstance(subset, Iterable) else operator.index(subset)
         if not 1 <= mask <= len(self):
             raise IndexError(f"SubsetScores: the subset's mask must be within 1..{len(self)}, got {mask}")
         exits, row = exits_of_mask(mask), mask - 1

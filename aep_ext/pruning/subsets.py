@@ -11,7 +11,7 @@ def mask_of_exits(exits: Iterable[int]) -> int:
     """The bit mask of the exits given by their indices, for instance (0, 2) -> 0b101."""
     mask = 0
     for exit_index in exits:
-        mask |= 1 << exit_index
+        mask |= 1 << operator.index(exit_index)  # a NumPy integer would make the mask one
     return mask
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
@@ -203,9 +204,25 @@ def _chain(model: nn.Module, names: Sequence[str]) -> nn.Sequential:
     return stage
 
 
+def _weights_entry(name: str, weights: str) -> Any:
+    """torchvision's weights of that name.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    known = _models().get_model_weights(name)
+    try:
+        return known.verify(weights)
+    except KeyError as error:
+        raise ValueError(
+            f"{name}: weights must be None, DEFAULT or one of {', '.join(entry.name for entry in known)}, "
+            f"got {weights!r}"
+        ) from error
+
+
 def _load_weights(model: nn.Module, plan: _Plan, weights: str, skip: str | None) -> None:
     """Loads torchvision's pretrained parameters into everything that ``plan`` uses of the backbone, except ``skip``."""
-    entry = _models().get_model_weights(plan.torchvision_name).verify(weights)
+    entry = _weights_entry(plan.torchvision_name, weights)
     published = entry.get_state_dict(progress=False, check_hash=True)
     used = tuple(f"{name}." for stage in plan.stages for name in stage)
     state = {key: value for key, value in published.items() if key.startswith(used)}
@@ -256,7 +273,7 @@ def resnet50(num_classes: int, in_channels: int = 3, weights: str | None = None)
 
     Raises:
         ImportError: torchvision is missing.
-        ValueError, KeyError: a number below one; no such weights.
+        ValueError: a number below one; no such weights.
     """
     return _network("resnet50", num_classes, in_channels, weights)
 
@@ -367,7 +384,7 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, weights: st
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary heads make training mode another network; with weights torchvision drops them by itself.
         arguments |= {"aux_logits": False, "init_weights": False} if weights is None else {}
-    model = builder(weights=weights, **arguments)
+    model = builder(weights=None if weights is None else _weights_entry(name, weights), **arguments)
     if name in ("googlenet", "inception_v3") and weights is not None:
         model.aux_logits, model.AuxLogits, model.aux1, model.aux2 = False, None, None, None
     if in_channels != 3:
@@ -386,6 +403,11 @@ def _from_timm(name: str, num_classes: int, in_channels: int, weights: str | Non
     if not timm.is_model(name):
         raise ValueError(f"build: timm has no network named {name!r}")
     full = name if weights in (None, "DEFAULT") else f"{name}.{weights}"
+    if weights not in (None, "DEFAULT") and full not in timm.list_pretrained(f"{name}.*"):
+        tags = ", ".join(tag.partition(".")[2] for tag in timm.list_pretrained(f"{name}.*"))
+        raise ValueError(
+            f"build: timm/{name}: weights must be None, DEFAULT or one of {tags or 'none'}, got {weights!r}"
+        )
     return timm.create_model(full, pretrained=weights is not None, num_classes=num_classes, in_chans=in_channels)
 
 

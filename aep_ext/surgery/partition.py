@@ -110,14 +110,13 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
     if isinstance(example, Tensor):
         if example.dim() != 4 or example.shape[0] < 1:
             raise ValueError(f"anticipate: example must be images [N, C, H, W], got shape {list(example.shape)}")
-        return torch.cat([example[:1].detach()] * 2).to(pattern((1,), model).device)
+        image = torch.cat([example[:1].detach()] * 2).to(pattern((1,), model).device)
+        return _fitting(model, image)
     if example is not None:
         shape = tuple(int(size) for size in example)
         if len(shape) not in (3, 4) or min(shape) < 1:
             raise ValueError(f"anticipate: example must be a tensor or a shape (C, H, W) or (N, C, H, W), got {shape}")
-        image = pattern((2, *shape[-3:]), model)
-        _probe(model, image)
-        return image
+        return _fitting(model, pattern((2, *shape[-3:]), model))
     channels, errors = input_channels(model), []
     for size in _SIZES:
         image = pattern((2, channels, size, size), model)
@@ -136,6 +135,18 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _fitting(model: nn.Module, image: Tensor) -> Tensor:
+    """The user's example, if the model takes it."""
+    try:
+        _probe(model, image)
+    except Exception as error:  # whatever the model raises on an image it does not take
+        raise ValueError(
+            f"anticipate: {type(model).__name__} does not take the example of shape {list(image.shape[1:])} "
+            f"({_first_line(error)})"
+        ) from error
+    return image
 
 
 def _probe(model: nn.Module, image: Tensor) -> None:
@@ -279,6 +290,7 @@ def _cut_points(
             cuts.append(node)
     while len(cuts) > 1 and _is_dropout(model, cuts[-1]):
         cuts.pop()
+    _refuse_tokens(model, nodes, weighted, measured, after=cuts[-1] if cuts else None)
     if not cuts:
         crowded = next((i for i in range(classifier) if len(alive[i]) > 1), 0)
         names = ", ".join(describe(n) for n in alive[crowded][:4])
@@ -288,6 +300,21 @@ def _cut_points(
             f"(after {describe(nodes[crowded])} there are {len(alive[crowded])} tensors: {names})"
         )
     return cuts
+
+
+def _refuse_tokens(
+    model: nn.Module, nodes: list[fx.Node], weighted: Sequence[bool], measured: Measured, after: fx.Node | None
+) -> None:
+    """A vision transformer's blocks come after its last feature map; they are no head that could be copied."""
+    start = 0 if after is None else nodes.index(after) + 1
+    tokens = [n for n, has in zip(nodes, weighted, strict=True) if has and len(measured.shapes.get(n, ())) == 3]
+    tokens = [n for n in tokens if nodes.index(n) >= start]
+    if len(tokens) >= (1 if after is None else 3):
+        raise ValueError(
+            f"anticipate: {type(model).__name__} cannot be cut: from {describe(tokens[0])} on it works on token "
+            f"sequences ({list(measured.shapes[tokens[0]])}), as vision transformers do, not on feature maps "
+            "[N, C, H, W]; only CNN classifiers can be given exits"
+        )
 
 
 def _is_dropout(model: nn.Module, node: fx.Node) -> bool:

@@ -57,6 +57,12 @@ def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadFo
     Raises:
         ValueError: the head has parameters that cannot be rescaled.
     """
+    for name, module in head.named_modules():
+        if nn.utils.parametrize.is_parametrized(module):
+            raise ValueError(
+                f"anticipate: the head's layer {name!r} ({type(module).__name__}) is parametrized and cannot be "
+                "rescaled; torch.nn.utils.parametrize.remove_parametrizations makes it an ordinary one"
+            )
     layers = _layers(head)
     inputs: dict[str, tuple[int, ...]] = {}
     order: list[str] = []
@@ -83,7 +89,7 @@ def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadFo
             "rescaled"
         )
     for name in order:
-        if not isinstance(layers[name], _LAYERS) or hasattr(layers[name], "parametrizations"):
+        if not isinstance(layers[name], _LAYERS):
             raise ValueError(
                 f"anticipate: the head's layer {name!r} ({type(layers[name]).__name__}) cannot be rescaled"
             )

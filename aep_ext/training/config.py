@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from ..ensemble import ExitWeights
 from ..report.files import UserError
 from .recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
+
+# In all of them the weights stay float32, as everything behind the training expects.
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 # They change how fast a run is and where it lies, not what it is: a run may be resumed with others.
 RUNTIME_FIELDS = ("output", "workers", "device", "threads")
@@ -32,7 +36,7 @@ class RunConfig:
             ``patience`` 0: never stop early.
         class_weights: weight the classes in the training loss; None: where the data is unbalanced.
         margin: non-inferiority margin in points of accuracy.
-        precision: as Lightning names it.
+        precision: as Lightning names it: 32-true, 16-mixed or bf16-mixed.
         output: the run folder.
         workers, device, threads: processes that load images, where to train, CPU threads.
     """
@@ -99,11 +103,17 @@ class RunConfig:
         }
         for name, least in smallest.items():
             value = getattr(self, name)
+            if value == math.inf:
+                raise UserError(f"{name.replace('_', '-')} must be finite, got {value}")
             if value is not None and not value >= least:
                 raise UserError(f"{name.replace('_', '-')} must be at least {least}, got {value}")
         if not self.lr > 0 or not self.margin > 0:
             raise UserError(f"lr and margin must be greater than 0, got {self.lr} and {self.margin}")
-        for name, values, known in (("optimizer", self.optimizer, OPTIMIZERS), ("schedule", self.schedule, SCHEDULES)):
+        for name, values, known in (
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("precision", self.precision, PRECISIONS),
+        ):
             if values not in known:
                 raise UserError(f"no such {name}: {values!r} (there are: {', '.join(known)})")
         for name in ("seeds", "exit_weights"):

@@ -134,7 +134,8 @@ class ImageDataModule(pl.LightningDataModule):
     counts as the model "test".
 
     Raises:
-        UserError: no such data, or fewer classes asked for than the data has labels.
+        UserError: no such data, too few images for the three roles, or fewer classes asked for than the data has
+            labels.
     """
 
     def __init__(
@@ -159,6 +160,13 @@ class ImageDataModule(pl.LightningDataModule):
             seed,
             workers,
         )
+        for role, (_, indices) in self.roles.parts.items():
+            least = 2 if role == "fit" else 1  # batch normalisation cannot learn from one image
+            if len(indices) < least:
+                raise UserError(
+                    f"too few images: {self.roles.title} leaves {len(indices)} to {role} "
+                    f"(there must be at least {least})"
+                )
         self.channels = channels or self.roles.channels
         largest = max(int(source.labels.max()) for source, _ in self.roles.parts.values())
         self.num_classes = num_classes or max(len(self.roles.classes), largest + 1)

@@ -67,6 +67,8 @@ def quiet_lightning() -> Iterator[None]:
 def accelerator_of(device: str) -> dict[str, Any]:
     """Trainer arguments for ``auto``, ``cpu``, ``cuda`` or ``cuda:1``."""
     kind, _, number = device.partition(":")
+    if kind == "auto":  # as torch_device: Lightning's own "auto" also takes devices that lack float64
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
         return {"accelerator": "gpu", "devices": [int(number or 0)]}
     return {"accelerator": kind, "devices": 1}

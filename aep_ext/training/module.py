@@ -141,6 +141,10 @@ class JointLightningModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._finish("test")
 
+    def predict_step(self, batch: Any, batch_index: int) -> Tensor:
+        """The ensemble's logits (n, K) of a batch: images, or images with anything behind them."""
+        return self.net(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
     def configure_optimizers(self) -> Any:
         """All parameters in one optimizer; the cosine schedule moves with every step."""
         parameters = [p for p in self.net.parameters() if p.requires_grad]

@@ -81,6 +81,10 @@ def build_network(config: RunConfig, num_classes: int, channels: int) -> MultiEx
         return networks.build(config.network, num_classes, channels, weights=config.weights)
     except (ValueError, ImportError) as error:
         raise UserError(f"no such network: {' '.join(str(error).split())}") from error
+    except OSError as error:  # no connection, and nothing in the cache
+        raise UserError(
+            f"no such weights: {config.weights} of {config.network} cannot be had ({' '.join(str(error).split())})"
+        ) from error
 
 
 class _Job:

@@ -53,6 +53,20 @@ class _Pixels:
         return require("PIL.Image", "train", "reading images").fromarray(self.pixels[index])
 
 
+def _opened(file: Path | io.BytesIO, name: str) -> Image.Image:
+    """An image file, read.
+
+    Raises:
+        UserError: it is no image, or cut off.
+    """
+    try:
+        with require("PIL.Image", "train", "reading images").open(file) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError) as error:  # Pillow's word for a broken PNG is SyntaxError
+        raise UserError(f"no such data: {name} cannot be read as an image ({_one_line(error)})") from error
+
+
 class _EncodedFiles:
     """Images held as encoded files, one after another in one uint8 array."""
 
@@ -61,7 +75,7 @@ class _EncodedFiles:
 
     def __call__(self, index: int) -> Image.Image:
         encoded = self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
-        return require("PIL.Image", "train", "reading images").open(io.BytesIO(encoded))
+        return _opened(io.BytesIO(encoded), f"file {index} of the archive")
 
 
 class _Files:
@@ -71,9 +85,7 @@ class _Files:
         self.paths = list(paths)
 
     def __call__(self, index: int) -> Image.Image:
-        with require("PIL.Image", "train", "reading images").open(self.paths[index]) as image:
-            image.load()
-            return image
+        return _opened(self.paths[index], str(self.paths[index]))
 
 
 class _Items:

@@ -54,6 +54,8 @@ def test_exit_weights_have_one_spelling() -> None:
         ({"batch_size": 1}, "batch-size must be at least 2"),
         ({"lr": 0.0}, "greater than 0"),
         ({"lr": float("nan")}, "lr must be at least 0, got nan"),
+        ({"lr": float("inf")}, "lr must be finite, got inf"),
+        ({"precision": "zz"}, "no such precision: 'zz' \\(there are: 32-true, 16-mixed, bf16-mixed\\)"),
         ({"margin": 0.0}, "greater than 0"),
     ],
 )

@@ -170,6 +170,26 @@ def test_folders_without_images(tmp_path: Path, tree: Any) -> None:
         load_roles(str(tree(tmp_path / "images", {"test": 1})))
 
 
+def test_too_few_images_for_the_three_roles(tmp_path: Path, tree: Any) -> None:
+    with pytest.raises(UserError, match=r"too few images: .* leaves 0 to report \(there must be at least 1\)"):
+        ImageDataModule(str(tree(tmp_path / "images", {"": 2})), image_size=4)
+    with pytest.raises(UserError, match="leaves 1 to fit .* at least 2"):
+        ImageDataModule("digits", train_samples=1)
+
+
+def test_an_image_that_cannot_be_read(tmp_path: Path, tree: Any, archive: Path) -> None:
+    root = tree(tmp_path / "images", {"": 20})
+    for file in sorted((root / "cat").iterdir()):
+        file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"no such data: .*cat.* cannot be read as an image"):
+        ImageDataModule(str(root), image_size=4)
+    arrays = dict(np.load(archive))
+    arrays["train_bytes"] = np.zeros_like(arrays["train_bytes"])
+    np.savez(tmp_path / "zeros.npz", **arrays)
+    with pytest.raises(UserError, match=r"no such data: file \d+ of the archive cannot be read"):
+        ImageDataModule(str(tmp_path / "zeros.npz"), image_size=4)
+
+
 class _Base:
     """Stands in for torchvision's base class."""
 

@@ -104,3 +104,10 @@ def test_cosine_schedule() -> None:
     assert factor(52) == pytest.approx(0.5 * (1 + math.cos(math.pi * 47 / 95)))
     assert factor(100) == pytest.approx(0.0) and factor(1000) == pytest.approx(0.0)
     assert cosine_schedule(1)(0) == 1.0
+
+
+def test_predicting_takes_images_with_or_without_labels() -> None:
+    module = JointLightningModule(networks.build("resnet_small", 3, 1)).eval()
+    images = torch.randn(2, 1, 16, 16)
+    for batch in (images, (images, torch.zeros(2)), [images]):
+        assert torch.equal(module.predict_step(batch, 0), module.net(images))
