@@ -37,7 +37,7 @@ def test_the_example_runs(monkeypatch):
     torchvision = pytest.importorskip("torchvision", reason="the example starts from torchvision's resnet18")
     code = re.search(r"```python\n(.*?)```", _readme(), re.DOTALL)[1]
     resnet18 = torchvision.models.resnet18
-    monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: resnet18(weights=None, num_classes=3))
+    monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: resnet18(weights=None))
     loader = [(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
 
     class Optimizer(torch.optim.SGD):
@@ -46,4 +46,4 @@ def test_the_example_runs(monkeypatch):
 
     names = {"train_loader": loader, "val_loader": loader, "optimizer": Optimizer()}
     exec(compile(code, "README.md", "exec"), names)
-    assert names["small"].eval()(loader[0][0]).shape == (4, 3)
+    assert names["small"](loader[0][0]).shape == (4, 10)

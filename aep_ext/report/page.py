@@ -17,7 +17,7 @@ body {
   margin: 0; background: #f6f7f9; color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
 }
-main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 80px; }
+main { max-width: 1240px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 0 0 4px; }
 p { margin: 6px 0; }
@@ -30,9 +30,9 @@ section { padding: 22px 24px; margin-top: 20px; }
 .card b { display: block; font-size: 25px; letter-spacing: -0.01em; }
 .card span { color: var(--grey); font-size: 13px; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; margin: 10px 0; font-size: 14px; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; margin: 10px 0; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--grey); font-weight: 600; font-size: 12.5px; }
-th, td { padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 7px 8px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th.number, td.number { text-align: right; }
 tr.marked td { background: #fff7ed; font-weight: 600; }
 tbody tr:last-child td { border-bottom: 0; }
@@ -77,14 +77,14 @@ def page(results: dict[str, Any], figures: dict[str, str]) -> str:
 
 def _top(results: dict[str, Any], title: str) -> Markup:
     roles = results["data"]["roles"]
-    count = len(results["seeds"])
+    count, threads = len(results["seeds"]), results["environment"]["threads"]
     facts = (
         f"{roles['fit']['samples']:,} images to learn from, {roles['select']['samples']:,} to select on, "
         f"{roles['report']['samples']:,} to report on; {results['data']['image_size']} pixels; "
         f"{count} seed{'s' if count > 1 else ''}; recipe "
         f"{results['config']['recipe']}; torch {results['environment']['torch']} "
         f"on {results['environment']['device']}, "
-        f"{results['environment']['threads']} threads"
+        f"{threads} thread{'s' if threads != 1 else ''}"
     )
     return tag(
         "header",
