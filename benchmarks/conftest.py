@@ -5,7 +5,9 @@
     pytest benchmarks --benchmark-only --benchmark-json=result.json
 
 The time that pytest-benchmark shows is the fused operator's, per round of ``extra_info["calls_per_round"]`` calls. The
-rivals' medians per call and their ratio to the fused one (above 1: the fused one is faster) are in ``extra_info``.
+rivals' medians per call and their ratio to the fused one (above 1: the fused one is faster) are in ``extra_info``. On a
+GPU (``-m gpu``) a round ends when the device has finished all of its calls, so what is timed is a stream of calls and not
+the latency of one.
 """
 
 from __future__ import annotations
@@ -37,6 +39,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: the small selection of benchmarks that everyone can run")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `gpu` is skipped where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -56,6 +71,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "torch": torch.__version__,
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "gpu": info.gpu,
         "threads": config.getoption("--threads"),
         "allocator": {name: os.environ[name] for name in allocator if name in os.environ} or "default",
     }
@@ -72,9 +88,15 @@ def _threads(request: pytest.FixtureRequest) -> Any:
 
 def _per_call(function: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
+    _round(function, calls)
+    return (time.perf_counter() - start) / calls
+
+
+def _round(function: Callable[[], object], calls: int) -> None:
     for _ in range(calls):
         function()
-    return (time.perf_counter() - start) / calls
+    if torch.cuda.is_initialized():  # only where a benchmark has used the GPU
+        torch.cuda.synchronize()
 
 
 def _calls_per_round(function: Callable[[], object]) -> int:
@@ -101,8 +123,7 @@ def race(benchmark: Any) -> Callable[..., None]:
                 times[name].append(_per_call(rival, calls[name]))
 
         def round_of_fused() -> None:
-            for _ in range(fused_calls):
-                fused()
+            _round(fused, fused_calls)
 
         benchmark.pedantic(round_of_fused, setup=others, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS, iterations=1)
         info = benchmark.extra_info

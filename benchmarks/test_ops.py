@@ -17,18 +17,19 @@ def case(*values: object, quick: bool = True) -> object:
     return pytest.param(*values, marks=QUICK if quick else (), id="-".join(str(v) for v in values))
 
 
-def make(exits: int, rows: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+def make(exits: int, rows: int, classes: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Exit logits as a trained network gives them, weights, labels."""
     logits, target = torch.randn(exits, rows, classes), torch.randint(classes, (rows,))
     logits[:, torch.arange(rows), target] += 3.0
-    return logits, torch.arange(1.0, exits + 1) / sum(range(1, exits + 1)), target
+    weights = torch.arange(1.0, exits + 1) / sum(range(1, exits + 1))
+    return logits.to(device), weights.to(device), target.to(device)
 
 
 @pytest.mark.parametrize(
     "exits, rows, classes", [case(4, 1, 10), case(4, 64, 100), case(4, 256, 1000), case(4, 1024, 21841, quick=False)]
 )
-def test_ensemble(race, exits, rows, classes):
-    logits, weights, _ = make(exits, rows, classes)
+def test_ensemble(race, device, exits, rows, classes):
+    logits, weights, _ = make(exits, rows, classes, device)
     race(
         lambda: ops.ensemble(logits, weights),
         {
@@ -41,8 +42,8 @@ def test_ensemble(race, exits, rows, classes):
 @pytest.mark.parametrize(
     "exits, rows, classes", [case(4, 1, 10), case(4, 64, 100), case(4, 256, 1000), case(7, 256, 200)]
 )
-def test_ensemble_stats(race, exits, rows, classes):
-    logits, weights, _ = make(exits, rows, classes)
+def test_ensemble_stats(race, device, exits, rows, classes):
+    logits, weights, _ = make(exits, rows, classes, device)
 
     def eager() -> tuple[Tensor, ...]:
         out = (weights @ logits.flatten(1)).view(logits.shape[1:])
@@ -62,9 +63,9 @@ def test_ensemble_stats(race, exits, rows, classes):
 @pytest.mark.parametrize(
     "exits, rows, classes", [case(4, 64, 10), case(4, 64, 100), case(4, 256, 1000), case(7, 256, 200)]
 )
-def test_joint_cross_entropy(race, exits, rows, classes):
+def test_joint_cross_entropy(race, device, exits, rows, classes):
     """Forward and backward."""
-    logits, weights, target = make(exits, rows, classes)
+    logits, weights, target = make(exits, rows, classes, device)
     logits.requires_grad_()
 
     def step(loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +86,8 @@ def test_joint_cross_entropy(race, exits, rows, classes):
 
 
 @pytest.mark.parametrize("exits, rows, classes", [case(4, 2000, 10), case(7, 500, 200), case(10, 500, 100)])
-def test_subset_correct(race, exits, rows, classes):
-    logits, weights, target = make(exits, rows, classes)
+def test_subset_correct(race, device, exits, rows, classes):
+    logits, weights, target = make(exits, rows, classes, device)
     race(
         lambda: ops.subset_correct(logits, weights, target),
         {"reference": lambda: reference.subset_correct(logits, weights, target)},
@@ -98,10 +99,11 @@ RESNET50_64 = [(256, 16), (512, 8), (1024, 4), (2048, 2)]
 
 
 @pytest.mark.parametrize("rows, layout", [case(1, "contiguous"), case(16, "contiguous"), case(16, "channels_last")])
-def test_multi_exit_linear_head(race, rows, layout):
+def test_multi_exit_linear_head(race, device, rows, layout):
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    features = [torch.randn(rows, c, s, s).contiguous(memory_format=form) for c, s in RESNET50_64]
-    weights, biases = [torch.randn(10, c) / c**0.5 for c, _ in RESNET50_64], [torch.randn(10) for _ in RESNET50_64]
+    features = [torch.randn(rows, c, s, s, device=device).contiguous(memory_format=form) for c, s in RESNET50_64]
+    weights = [torch.randn(10, c, device=device) / c**0.5 for c, _ in RESNET50_64]
+    biases = [torch.randn(10, device=device) for _ in RESNET50_64]
 
     def eager() -> Tensor:
         pooled = [F.adaptive_avg_pool2d(x, 1).flatten(1) for x in features]
@@ -114,11 +116,11 @@ def test_multi_exit_linear_head(race, rows, layout):
 
 
 @pytest.mark.parametrize("rows", [case(1), case(8), case(64)])
-def test_gate(race, rows):
+def test_gate(race, device, rows):
     """Features of 512 x 8 x 8, about half of the rows leave."""
-    logits, _, _ = make(1, rows, 10)
-    features, running = torch.randn(rows, 512, 8, 8), torch.randn(rows, 10)
-    indices, state = torch.arange(rows), torch.zeros(rows, 0, dtype=torch.int64)
+    logits, _, _ = make(1, rows, 10, device)
+    features, running = torch.randn(rows, 512, 8, 8, device=device), torch.randn(rows, 10, device=device)
+    indices, state = torch.arange(rows, device=device), torch.zeros(rows, 0, dtype=torch.int64, device=device)
     seen = (
         ops.gate(features, running, 0.3, indices, state, logits[0], weight=0.7, threshold=2.0).stats[:, 0].sort().values
     )
