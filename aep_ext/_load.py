@@ -23,6 +23,10 @@ from typing import Any
 import torch
 
 _FOLDER = Path(__file__).resolve().parent
+_REMEDY = (
+    "Build it again beside this torch (`pip install --no-build-isolation --no-deps --force-reinstall .` in its "
+    "source folder), or set AEP_FORCE_REFERENCE=1 to run without the native module."
+)
 _SUFFIX = sysconfig.get_config_var("EXT_SUFFIX") or ".so"  # as in .cpython-311-x86_64-linux-gnu.so
 
 MODULE_PATH = _FOLDER / f"_C{_SUFFIX}"
@@ -34,8 +38,11 @@ def read_record(path: Path = RECORD_PATH) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+        return found
+    except (OSError, ValueError) as error:
         return {"notices": [f"{path.name} cannot be read ({error}); build again"]}
 
 
@@ -51,8 +58,7 @@ def mismatch(record: dict[str, Any], running: str) -> str | None:
         return None
     return (
         f"aep_ext was built for torch {built or '(unknown: no build record)'}, but torch {running} is running. "
-        "Build it again beside this torch (`pip install --no-build-isolation --no-deps --force-reinstall .` in its "
-        "source folder), or set AEP_FORCE_REFERENCE=1 to run without the native module."
+        f"{_REMEDY}"
     )
 
 
@@ -75,6 +81,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, "AEP_FORCE_REFERENCE=1 chose the pure-torch reference"
     if not MODULE_PATH.is_file():
         why = "; ".join(record.get("notices", ())) or "the native module was not built for this Python"
+        if record.get("kind") in ("cpu", "cuda"):  # its notices are about something else
+            why = f"{MODULE_PATH.name} was built, but is not there any more; build again"
         if not only_asks_for_info(sys.argv):
             warnings.warn(
                 f"aep_ext runs on its pure-torch reference, which is correct but slower: {why} (more: `aep info`)",
@@ -84,7 +92,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, why
     message = mismatch(record, torch.__version__)
     if message is None:
-        return importlib.import_module("aep_ext._C"), None
+        try:
+            return importlib.import_module("aep_ext._C"), None
+        except ImportError as error:  # a library of CUDA that is gone, a sanitizer that is not preloaded, half a file
+            message = f"aep_ext's native module cannot be loaded: {error}. {_REMEDY}"
     if only_asks_for_info(sys.argv):
         return None, message
     raise ImportError(message)

@@ -6,8 +6,8 @@
 
 The time that pytest-benchmark shows is the fused operator's, per round of ``extra_info["calls_per_round"]`` calls. The
 rivals' medians per call and their ratio to the fused one (above 1: the fused one is faster) are in ``extra_info``.
-On a GPU (``-m gpu``) a round ends when the device has finished all of its calls, so what is timed is a stream of calls and
-not the latency of one.
+On a GPU (``-m gpu``) a round ends when the device has finished all of its calls, so what is timed is a stream of
+calls and not the latency of one.
 """
 
 from __future__ import annotations

@@ -37,10 +37,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p benchmarks/results
 
-# What the stages judge: the sources as they lie here, committed or not.
-source_hash=$(find aep_ext csrc cmake build_support tests benchmarks CMakeLists.txt -type f \
+# What the stages judge: the sources as they lie here, committed or not, beside this torch.
+torch_version=$(python3 -c 'import torch; print(torch.__version__)')
+source_hash=$({ echo "$torch_version"; find aep_ext csrc cmake build_support tests benchmarks CMakeLists.txt -type f \
   \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name '*.txt' \) \
-  -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-16)
+  -print0 | sort -z | xargs -0 sha256sum; } | sha256sum | cut -c1-16)
 
 passed_before() { # STAGE
   [ -z "$again" ] && [ "$1" != build ] && python3 - "$result" "$1" "$source_hash" <<'PY'
@@ -66,6 +67,7 @@ data |= {"gpu": torch.cuda.get_device_name(0), "capability": list(torch.cuda.get
 entry = {"status": status, "seconds": int(seconds), "note": note, "source": source}
 if more and Path(more[0]).is_file():
     entry["details"] = json.loads(Path(more[0]).read_text())
+    entry["details"].get("machine_info", {}).pop("node", None)  # the machine's name is nobody's business
 data.setdefault("stages", {})[stage] = entry
 temporary = file.with_suffix(f".{os.getpid()}.tmp")
 temporary.write_text(json.dumps(data, indent=1) + "\n")
@@ -74,12 +76,18 @@ print(f"gpu_check: {stage}: {status}" + (f" ({note})" if note else ""), flush=Tr
 PY
 }
 
+# pytest's closing line; other lines may follow it (compute-sanitizer's summary, say).
+pytest_line() {
+  grep -E '([0-9]+ (passed|failed|skipped|deselected|error)|no tests ran).* in [0-9.]+s' "$1" | tail -n 1 >"$work/line"
+  if [ -s "$work/line" ]; then last_line "$work/line"; else last_line "$1"; fi
+}
+
 last_line() { grep -v '^[[:space:]]*$' "$1" | tail -n 1 | sed 's/^=* *//; s/ *=*$//' | cut -c1-300; }
 
 # A run in which nothing was selected (status 5), or everything was skipped, is no success and no failure.
 verdict_of_pytest() { # STATUS LOG
   case "$1" in
-    0) if last_line "$2" | grep -q ' passed'; then echo passed; else echo "left out"; fi ;;
+    0) if pytest_line "$2" | grep -q ' passed'; then echo passed; else echo "left out"; fi ;;
     5) echo "left out" ;;
     *) echo failed ;;
   esac
@@ -89,7 +97,8 @@ stage_build() {
   for tool in cmake ninja nvcc; do
     command -v "$tool" >/dev/null || echo "gpu_check: $tool is not on the PATH"
   done
-  python3 -c 'from pathlib import Path; from build_support.native import build_into; build_into(Path("aep_ext"))' &&
+  # FORCE_CUDA: a build without the CUDA kernels is a failure here, and not one with a notice.
+  FORCE_CUDA=1 python3 -c 'from pathlib import Path; from build_support.native import build_into; build_into(Path("aep_ext"))' &&
     python3 - "$work/build.json" <<'PY'
 import json, sys
 from pathlib import Path
@@ -114,13 +123,20 @@ for stage in ${stages//,/ }; do
       ;;
     tests)
       python3 -m pytest tests -m gpu -p no:cacheprovider 2>&1 | tee "$log"; status=${PIPESTATUS[0]}
-      verdict=$(verdict_of_pytest "$status" "$log"); note=$(last_line "$log")
+      verdict=$(verdict_of_pytest "$status" "$log"); note=$(pytest_line "$log")
       ;;
     sanitize)
-      if command -v compute-sanitizer >/dev/null; then
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 99 \
-          python3 -m pytest tests/ops -m "gpu and not slow" -p no:cacheprovider 2>&1 | tee "$log"; status=${PIPESTATUS[0]}
-        verdict=$(verdict_of_pytest "$status" "$log"); note=$(last_line "$log")
+      sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin:/usr/local/cuda/bin" command -v compute-sanitizer)
+      if [ -n "$sanitizer" ]; then
+        for tool in memcheck racecheck; do
+          only=()
+          [ "$tool" = memcheck ] || only=(--kernel-name kernel_substring=aep) # races are ours to find, not torch's
+          PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" "${only[@]}" --error-exitcode 99 \
+            python3 -m pytest tests/ops -m "gpu and not slow" -p no:cacheprovider 2>&1 | tee "$log"; status=${PIPESTATUS[0]}
+          verdict=$(verdict_of_pytest "$status" "$log")
+          note="${note:+$note; }$tool: $(pytest_line "$log"); $(last_line "$log")"
+          [ "$verdict" = passed ] || break
+        done
       else
         verdict="left out" note="compute-sanitizer was not found"
       fi
@@ -129,13 +145,13 @@ for stage in ${stages//,/ }; do
       if python3 -c 'import pytest_benchmark' 2>/dev/null; then
         python3 -m pytest benchmarks -m gpu -p no:cacheprovider -o python_files='bench_*.py test_*.py' \
           --benchmark-json="$work/bench.json" 2>&1 | tee "$log"; status=${PIPESTATUS[0]}
-        verdict=$(verdict_of_pytest "$status" "$log"); note=$(last_line "$log")
+        verdict=$(verdict_of_pytest "$status" "$log"); note=$(pytest_line "$log")
       else
         verdict="left out" note="pytest-benchmark is not installed"
       fi
       ;;
   esac
-  record "$stage" "$verdict" "$((SECONDS - started))" "$note" "$work/$stage.json"
+  record "$stage" "$verdict" "$((SECONDS - started))" "$note" "$work/$stage.json" || failed=1
   [ "$verdict" = failed ] && failed=1
   [ "$stage" = build ] && [ "$verdict" = failed ] && break # the other stages would judge something else
 done

@@ -83,7 +83,7 @@ def cmake_architectures(arch_list: str) -> list[str]:
         ValueError: an entry is not of the form MAJOR.MINOR, with an optional letter and an optional +PTX.
     """
     result = []
-    for entry in re.split(r"[;,\s]+", arch_list.strip()):
+    for entry in re.split(r"[;,\s]+", arch_list.strip("; ,\t\n")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: entries must look like 9.0, 9.0a or 9.0+PTX, got '{entry}'")

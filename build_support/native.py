@@ -58,12 +58,32 @@ def cmake_options(plan: Plan, paths: dict[str, object], ninja: str) -> list[str]
             "CMAKE_CUDA_ARCHITECTURES": ";".join(cuda.cmake_architectures(plan.architectures)),
             "AEP_CUDA_EXTRA_INCLUDE_DIRS": ";".join(cuda.wheel_include_dirs(plan.torch.folder)),
         }
-    return [f"-D{name}={value}" for name, value in options.items()] + shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    try:
+        users = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    except ValueError as error:
+        raise BuildError(f"CMAKE_ARGS cannot be understood ({error}): {os.environ['CMAKE_ARGS']}") from None
+    return [f"-D{name}={value}" for name, value in options.items()] + users
+
+
+def configure(cmake: str, folder: Path, options: list[str]) -> None:
+    """Run CMake. It starts afresh where its cache is of another compiler or other CMAKE_ARGS, or of a run that failed.
+
+    Its cache would keep them: a compiler that did not work, a sanitizer that is no longer asked for.
+    """
+    names = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "CMAKE_ARGS")
+    wishes = {name: os.environ.get(name, "") for name in names}
+    text, stamp = json.dumps(wishes), folder / "aep_configured.json"
+    cached = (folder / "CMakeCache.txt").is_file()
+    known = stamp.is_file() and stamp.read_text(encoding="utf-8") == text
+    stamp.unlink(missing_ok=True)
+    fresh = ["--fresh"] if cached and not known else []
+    _run([cmake, *fresh, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *options])
+    stamp.write_text(text, encoding="utf-8")
 
 
 def build_jobs() -> int:
     """MAX_JOBS, else one job a core, but no more than memory allows: a file with torch's headers takes about 2 GB."""
-    if os.environ.get("MAX_JOBS", "").isdigit():
+    if os.environ.get("MAX_JOBS", "").isdecimal():
         return max(1, int(os.environ["MAX_JOBS"]))
     try:
         gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -79,7 +99,7 @@ def compile_module(plan: Plan) -> tuple[Path, dict[str, object]]:
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     options = cmake_options(plan, target.probe_paths(plan.torch), ninja)
     with _locked(folder):
-        _run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *options])
+        configure(cmake, folder, options)
         _run([cmake, "--build", str(folder), "--target", "_C", "--parallel", str(build_jobs())])
     return folder / MODULE_NAME, json.loads((folder / "aep_facts.json").read_text(encoding="utf-8"))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,10 +59,32 @@ def requested_kind(env: Mapping[str, str]) -> str | None:
     return kind
 
 
-def find_compiler(env: Mapping[str, str]) -> str | None:
-    """The C++ compiler that CMake will use: CXX, else the usual names on the PATH."""
-    names = [env["CXX"].split()[0]] if env.get("CXX", "").strip() else ["c++", "g++", "clang++"]
-    return next((path for name in names if (path := shutil.which(name, path=env.get("PATH")))), None)
+def why_no_compiler(env: Mapping[str, str]) -> str | None:
+    """Why there is no C++ compiler to use, or None. CMake takes CXX, else the usual names on the PATH."""
+    if env.get("CXX", "").strip():
+        try:
+            command = shlex.split(env["CXX"])
+        except ValueError as error:
+            return f"CXX cannot be understood ({error}): {env['CXX']}"
+        path = shutil.which(command[0], path=env.get("PATH"))
+        if path is None:
+            return f"no C++ compiler was found: CXX={env['CXX']}"
+        command[0] = path
+    else:
+        paths = (shutil.which(name, path=env.get("PATH")) for name in ("c++", "g++", "clang++"))
+        command = [next((path for path in paths if path), "")]
+        if not command[0]:
+            return "no C++ compiler was found (CXX, c++, g++, clang++)"
+    command += ["-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    source = "#include <string>\nint main() { return 0; }\n"
+    try:
+        run = subprocess.run(command, input=source, env=dict(env), capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"the C++ compiler does not run: {error}"
+    if run.returncode:
+        first = (run.stderr.strip().splitlines() or ["no message"])[0]
+        return f"the C++ compiler {command[0]} does not compile C++20 (status {run.returncode}: {first})"
+    return None
 
 
 def has_cuda_sources(root: Path = ROOT) -> bool:
@@ -101,10 +125,11 @@ def make_plan(
     torch = find_torch()
     if wish == "none":
         return Plan("none", torch, notices=("built with AEP_BUILD=none: no native code",))
-    if find_compiler(env) is None:
+    no_compiler = why_no_compiler(env)
+    if no_compiler is not None:
         if wish is not None:
-            raise BuildError(f"AEP_BUILD={wish} needs a C++ compiler; none was found (CXX, c++, g++, clang++)")
-        return Plan("none", torch, notices=("no C++ compiler was found when aep_ext was installed: no native code",))
+            raise BuildError(f"AEP_BUILD={wish} needs a C++ compiler, but {no_compiler}")
+        return Plan("none", torch, notices=(f"no native code: when aep_ext was installed, {no_compiler}",))
     if torch is None:  # pip fetches one for the build; build_ext plans again beside it
         return Plan(wish or "cpu", None)
     if not torch.is_supported:

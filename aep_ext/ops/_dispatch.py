@@ -39,12 +39,12 @@ def use_native(tensor: torch.Tensor, *others: torch.Tensor) -> bool:
         if not isinstance(other, torch.Tensor):
             return False
     native = _native.get(kind, False)
-    if not native and _load.extension is not None and kind not in _warned:
+    if not native and _load.extension is not None and kind not in _warned and not torch.compiler.is_compiling():
         _warn_once(kind)
     return native
 
 
-@torch.compiler.disable
+# Not called while torch.compile traces: `torch.compiler.disable` would do too, but it imports the compiler (1.4 s).
 def _warn_once(kind: str) -> None:
     _warned.add(kind)
     warnings.warn(

@@ -58,6 +58,7 @@ def test_an_nvcc_that_does_not_answer_is_none(make_script):
         ("8.0;9.0+PTX", ["80-real", "90-real", "90-virtual"]),
         ("9.0a, 10.0", ["90a-real", "100-real"]),
         ("12.0 12.0", ["120-real"]),
+        ("8.0;", ["80-real"]),
     ],
 )
 def test_architectures_are_translated_for_cmake(given, expected):

@@ -27,7 +27,7 @@ def source(tmp_path_factory) -> Path:
     """A copy of the source tree, without what builds have left in it."""
     folder = tmp_path_factory.mktemp("source") / "aep_ext"
     ignore = shutil.ignore_patterns("*.so", "_build.*.json", "__pycache__")
-    for name in ("aep_ext", "build_support", "cmake", "csrc", "tests"):
+    for name in ("aep_ext", "benchmarks", "build_support", "cmake", "csrc", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for file in ROOT.iterdir():
         if file.is_file() and not file.name.startswith("."):
@@ -83,6 +83,7 @@ def test_a_source_distribution_holds_all_that_a_build_needs(source, tmp_path):
         names = {name.partition("/")[2] for name in file.getnames()}
     wanted = ["CMakeLists.txt", "LICENSE", "csrc/torch/module.cpp", "csrc/kernels/params.h", "cmake/AepModule.cmake"]
     assert set(wanted) | {"build_support/plan.py", "tests/build/test_install.py", "tests/conftest.py"} <= names
+    assert {"benchmarks/report.py", "benchmarks/gpu_check.sh"} <= names  # README's figures are tested with them
     assert any(name.startswith("tests/cpp/") for name in names)
 
 

@@ -70,6 +70,32 @@ def test_info_works_beside_a_module_for_another_torch(copy):
     assert re.search(r"missing +aep_ext was built for torch 1\.2\.3\+cpu, but torch", run.stdout)
 
 
+def test_a_module_that_cannot_be_opened_is_refused_with_the_remedy_and_described_by_info(copy):
+    _put_foreign_module(copy, built_for=torch.__version__)
+    run = _python(copy, "-c", "import aep_ext")
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: aep_ext's native module cannot be loaded: ")
+    assert "AEP_FORCE_REFERENCE=1" in last
+    run = _python(copy, "-m", "aep_ext", "info")
+    assert run.returncode == 0, run.stderr
+    assert "native module cannot be loaded" in run.stdout
+
+
+def test_importing_does_not_bring_in_the_compiler_or_optional_packages(copy):
+    names = "'torch._dynamo', 'sympy', 'torchvision', 'timm', 'lightning', 'sklearn', 'matplotlib', 'safetensors'"
+    code = f"import sys, torch; had = set(sys.modules); import aep_ext; print(({{{names}}} & set(sys.modules)) - had)"
+    run = _python(copy, "-c", code, AEP_FORCE_REFERENCE="1")
+    assert run.stdout.strip() == "set()", run.stdout + run.stderr
+
+
+def test_a_module_that_was_removed_is_not_explained_by_another_notice(copy):
+    _put_foreign_module(copy)
+    (copy / "aep_ext" / _load.MODULE_PATH.name).unlink()
+    run = _python(copy, "-W", "always", "-c", "import aep_ext")
+    assert run.returncode == 0
+    assert "was built, but is not there any more" in run.stderr
+
+
 def test_without_a_module_there_is_one_warning_and_everything_works(copy):
     code = "import aep_ext.ops as ops, torch; print(ops.ensemble(torch.ones(2, 1, 3), torch.ones(2)).tolist())"
     run = _python(copy, "-W", "always", "-c", code)
@@ -101,6 +127,8 @@ def test_force_reference(monkeypatch, value, forced):
 def test_a_spoilt_record_is_a_notice_and_no_crash(tmp_path):
     file = tmp_path / "record.json"
     file.write_text("{", encoding="utf-8")
+    assert "cannot be read" in _load.read_record(file)["notices"][0]
+    file.write_text("[1]", encoding="utf-8")
     assert "cannot be read" in _load.read_record(file)["notices"][0]
     assert _load.read_record(tmp_path / "absent.json") == {}
 

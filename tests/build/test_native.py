@@ -44,6 +44,42 @@ def test_the_number_of_jobs(monkeypatch):
     assert native.build_jobs() >= 1
 
 
+@pytest.mark.parametrize("value", ["0", "abc", "-1", "²", ""])
+def test_a_number_of_jobs_that_is_none(monkeypatch, value):
+    monkeypatch.setenv("MAX_JOBS", value)
+    assert native.build_jobs() >= 1
+
+
+def test_cmake_args_with_an_open_quote_are_named(monkeypatch, cpu_torch):
+    monkeypatch.setenv("CMAKE_ARGS", "-DX='a")
+    with pytest.raises(BuildError, match="CMAKE_ARGS cannot be understood"):
+        native.cmake_options(Plan("cpu", cpu_torch), _PATHS, "ninja")
+
+
+def test_a_cache_of_other_wishes_or_of_a_failure_is_not_used_again(monkeypatch, tmp_path):
+    """Else a compiler that did not work, or a sanitizer asked for once, would stay for ever."""
+    commands, fail = [], []
+
+    def run(command):
+        commands.append("--fresh" in command)
+        (tmp_path / "CMakeCache.txt").touch()
+        if fail:
+            raise BuildError("failed")
+
+    monkeypatch.setattr(native, "_run", run)
+    monkeypatch.delenv("CMAKE_ARGS", raising=False)
+    native.configure("cmake", tmp_path, [])
+    native.configure("cmake", tmp_path, [])
+    monkeypatch.setenv("CMAKE_ARGS", "-DAEP_SANITIZE=address")
+    native.configure("cmake", tmp_path, [])
+    fail.append(True)
+    with pytest.raises(BuildError):
+        native.configure("cmake", tmp_path, [])
+    fail.clear()
+    native.configure("cmake", tmp_path, [])
+    assert commands == [False, False, True, False, True]
+
+
 def test_a_missing_tool_is_named(monkeypatch):
     monkeypatch.setattr(native.shutil, "which", lambda *args, **kwargs: None)
     with pytest.raises(BuildError, match="cmake was not found: pip install cmake"):

@@ -112,5 +112,16 @@ def test_other_isolation_fetches_no_torch_of_its_own(compiler_env, monkeypatch):
 
 def test_the_compiler_can_be_named(make_script):
     named = make_script("my-c++", "exit 0")
-    assert planning.find_compiler({"CXX": f"{named} -m64", "PATH": ""}) == str(named)
-    assert planning.find_compiler({"CXX": "no-such-compiler", "PATH": ""}) is None
+    assert planning.why_no_compiler({"CXX": f"{named} -m64", "PATH": ""}) is None
+    assert "no-such-compiler" in planning.why_no_compiler({"CXX": "no-such-compiler", "PATH": ""})
+    assert "cannot be understood" in planning.why_no_compiler({"CXX": "c++ 'a", "PATH": ""})
+
+
+def test_a_compiler_that_does_not_compile_is_none(make_script, cpu_torch):
+    """A wrapper without its compiler, a compiler without its library, or one that is too old for C++20."""
+    env = {"PATH": str(make_script("c++", "echo 'no C++20 here' >&2; exit 3").parent)}
+    plan = _plan(env, cpu_torch)
+    assert (plan.kind, plan.install_requires[0]) == ("none", "torch>=2.11")
+    assert "does not compile C++20 (status 3: no C++20 here)" in plan.notices[0]
+    with pytest.raises(BuildError, match="AEP_BUILD=cpu needs a C\\+\\+ compiler, but the C\\+\\+ compiler"):
+        _plan(env | {"AEP_BUILD": "cpu"}, cpu_torch)
