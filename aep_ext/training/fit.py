@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from ..report._require import require
+from ..report.files import UserError
 from ..surgery.multi_exit import MultiExitNet
 from .callbacks import EpochLines, JointEarlyStopping, RunCheckpoint
 from .data import ImageDataModule
@@ -105,14 +107,16 @@ def fit(
 
     Raises:
         RuntimeError: no epoch was finished.
+        UserError: the training diverged: no epoch had a finite validation loss.
     """
     checkpoint = Path(checkpoint)
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     keeper = RunCheckpoint(checkpoint)
-    stopper = JointEarlyStopping(recipe.patience) if recipe.patience else None
+    # Without a patience it still stops at a first loss of NaN, and at nothing else.
+    stopper = JointEarlyStopping(recipe.patience or recipe.epochs + 1)
     if progress_bar is None:
         progress_bar = write is not None and sys.stderr.isatty()
-    callbacks: list[Any] = [keeper] + ([stopper] if stopper else [])
+    callbacks: list[Any] = [keeper, stopper]
     if progress_bar:
         callbacks.append(_callbacks.TQDMProgressBar(leave=False))
     elif write is not None:
@@ -147,10 +151,14 @@ def fit(
             _fit_or_interrupt(trainer, module, data, resume)
     if keeper.best is None:
         raise RuntimeError(f"fit: no epoch was finished for {title}")
+    if not any(math.isfinite(record["val/loss"]) for record in keeper.history):
+        raise UserError(
+            f"{title}: the training diverged, no epoch had a finite validation loss; try a smaller learning rate "
+            f"than {recipe.lr:g}"
+        )
     net.cpu().load_state_dict(keeper.best["weights"])
     net.eval()
-    early = stopper is not None and stopper.wait_count >= stopper.patience
-    return FitResult(keeper.history, int(keeper.best["epoch"]), early)
+    return FitResult(keeper.history, int(keeper.best["epoch"]), stopper.wait_count >= stopper.patience)
 
 
 def _fit_or_interrupt(
@@ -167,7 +175,7 @@ def _fit_or_interrupt(
 
 
 def _resume_finished(
-    checkpoint: Path, keeper: RunCheckpoint, stopper: JointEarlyStopping | None, recipe: Recipe
+    checkpoint: Path, keeper: RunCheckpoint, stopper: JointEarlyStopping, recipe: Recipe
 ) -> bool:
     """Whether the checkpoint is that of a training which was over; its history and best weights are then in ``keeper``.
 
@@ -175,10 +183,9 @@ def _resume_finished(
     """
     states = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
     kept = states[keeper.state_key]
-    waited = states.get(stopper.state_key, {}).get("wait_count", 0) if stopper else 0
-    over = len(kept["history"]) >= recipe.epochs or (stopper is not None and waited >= stopper.patience)
+    waited = states.get(stopper.state_key, {}).get("wait_count", 0)
+    over = len(kept["history"]) >= recipe.epochs or waited >= stopper.patience
     if over:
         keeper.load_state_dict(kept)
-        if stopper is not None:
-            stopper.load_state_dict(states[stopper.state_key])
+        stopper.load_state_dict(states[stopper.state_key])
     return over

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("lightning", reason="the training needs lightning")
 
 from aep_ext import ExitWeights, MultiExitNet
+from aep_ext.report.files import UserError
 from aep_ext.surgery import networks
 from aep_ext.training import RECIPES, ImageDataModule, fit
 from aep_ext.training.callbacks import RunCheckpoint, best_weights
@@ -128,3 +129,12 @@ def test_devices() -> None:
     assert accelerator_of("auto") == accelerator_of("cuda" if torch.cuda.is_available() else "cpu")
     assert accelerator_of("cpu") == {"accelerator": "cpu", "devices": 1}
     assert accelerator_of("cuda:1") == {"accelerator": "gpu", "devices": [1]}
+
+
+@pytest.mark.parametrize("patience", [None, 12])
+def test_a_training_that_diverges_stops_at_once_and_says_so(tmp_path: Path, patience: int | None) -> None:
+    lines: list[str] = []
+    recipe = replace(RECIPE, lr=1e30, patience=patience)
+    with pytest.raises(UserError, match=r"^mine: the training diverged.*smaller learning rate than 1e\+30"):
+        fit(fresh(), module(), recipe, tmp_path / "a.ckpt", device="cpu", title="mine", write=lines.append)
+    assert len(lines) == 1
