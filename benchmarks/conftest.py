@@ -1,8 +1,11 @@
 """Paired benchmarks: contestants alternate inside one benchmark, so that the machine's moods meet all of them alike.
 
-    pytest benchmarks --benchmark-only                 everything
-    pytest benchmarks --benchmark-only -m quick        a look, under two minutes
+    pytest benchmarks --benchmark-only -m quick        a look, under five minutes
+    pytest benchmarks --benchmark-only -m goal         the cases that benchmarks/goals.toml judges
+    pytest benchmarks --benchmark-only                 both
+    pytest benchmarks --benchmark-only --full          the whole matrix: hours; benchmarks/matrix.py does it in pieces
     pytest benchmarks --benchmark-only --benchmark-json=result.json
+    pytest benchmarks --benchmark-disable -m quick     compares the results and times nothing
 
 The time that pytest-benchmark shows is the fused operator's, per round of ``extra_info["calls_per_round"]`` calls. The
 rivals' medians per call and their ratio to the fused one (above 1: the fused one is faster) are in ``extra_info``.
@@ -14,37 +17,59 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import aep_ext
+from benchmarks import bandwidth as memory_bandwidth
+from benchmarks.cases import ALL_THREADS, MARKS, Case
+from benchmarks.racing import Race
 
-ROUNDS = 25
-ROUND_SECONDS = (
-    1.5e-3  # calls are repeated inside a round until it takes about this long: the timer's own cost vanishes
-)
-WARMUP_ROUNDS = 3
+_ALLOCATOR = (
+    "LD_PRELOAD", "MALLOC_CONF", "MALLOC_ARENA_MAX", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES",
+    "MALLOC_MMAP_THRESHOLD_", "THP_MEM_ALLOC_ENABLE",
+)  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--threads", type=int, default=1, help="torch threads during the benchmarks (default 1)")
+    parser.addoption("--threads", type=int, default=1, help="torch threads of cases that do not say (default 1)")
+    parser.addoption("--full", action="store_true", help="the whole matrix (hours), not only quick and goal cases")
+    parser.addoption("--case-seconds", type=float, default=1.0, help="time for the rounds of one case (default 1)")
+    parser.addoption(
+        "--inductor",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="torch.compile as a rival; auto: on the CPU, except in cases that are quick and no goal (that is slow)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "quick: the small selection of benchmarks that everyone can run")
+    for name, what in MARKS.items():
+        config.addinivalue_line("markers", f"{name}: {what}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is marked `gpu` is skipped where there is no CUDA device."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the matrix unless asked for; skips what is marked `gpu` where there is no CUDA device."""
+    chosen, left_out = [], []
+    for item in items:
+        case = _case(item)
+        on_gpu = "gpu" in item.keywords
+        unwanted = "matrix" in item.keywords and not config.getoption("--full")
+        unwanted |= on_gpu and case is not None and case.threads != 1  # a GPU has no CPU threads to vary
+        (left_out if unwanted else chosen).append(item)
+        if on_gpu and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = chosen
+
+
+def _case(item: pytest.Item) -> Case | None:
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    return case if isinstance(case, Case) else None
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -62,7 +87,6 @@ def _processor() -> str:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What a reader needs to judge a number: machine, versions, threads, allocator."""
-    allocator = ("LD_PRELOAD", "MALLOC_CONF", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
     info = aep_ext.build_info()
     machine_info["aep_ext"] = {
         "version": info.version,
@@ -71,73 +95,54 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "torch": torch.__version__,
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "cores_used": ALL_THREADS,
         "gpu": info.gpu,
         "threads": config.getoption("--threads"),
-        "allocator": {name: os.environ[name] for name in allocator if name in os.environ} or "default",
+        "allocator": {name: os.environ[name] for name in _ALLOCATOR if name in os.environ} or "default",
     }
 
 
 @pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Any:
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.config.getoption("--threads"))
+    case = _case(request.node)
+    torch.set_num_threads(request.config.getoption("--threads") if case is None else case.threads or ALL_THREADS)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
 
 
-def _per_call(function: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    _round(function, calls)
-    return (time.perf_counter() - start) / calls
+@pytest.fixture(scope="session")
+def bandwidth() -> Callable[[Callable[[], float]], dict[str, float]]:
+    """``bandwidth(clock)``: read and copy, GB/s, with torch's current threads; measured once in a session for each."""
+    known: dict[tuple[int, str], dict[str, float]] = {}
 
+    def of_these_threads(clock: Callable[[], float]) -> dict[str, float]:
+        key = (torch.get_num_threads(), clock.__name__)
+        if key not in known:
+            known[key] = memory_bandwidth.measure(clock)
+        return known[key]
 
-def _round(function: Callable[[], object], calls: int) -> None:
-    for _ in range(calls):
-        function()
-    if torch.cuda.is_initialized():  # only where a benchmark has used the GPU
-        torch.cuda.synchronize()
-
-
-def _calls_per_round(function: Callable[[], object]) -> int:
-    function()
-    calls = 1
-    while (elapsed := _per_call(function, calls) * calls) < ROUND_SECONDS / 4:
-        calls *= 2
-    return max(1, round(calls * ROUND_SECONDS / elapsed))
+    return of_these_threads
 
 
 @pytest.fixture
-def race(benchmark: Any) -> Callable[..., None]:
-    """``race(fused, rivals)``: compares the results with the rivals', then times all in turn."""
-
-    def run(fused: Callable[[], object], rivals: dict[str, Callable[[], object]]) -> None:
-        for rival in rivals.values():
-            torch.testing.assert_close(fused(), rival(), rtol=1e-4, atol=1e-5)
-        calls = {name: _calls_per_round(rival) for name, rival in rivals.items()}
-        fused_calls = _calls_per_round(fused)
-        times: dict[str, list[float]] = {name: [] for name in rivals}
-
-        def others() -> None:
-            for name, rival in rivals.items():
-                times[name].append(_per_call(rival, calls[name]))
-
-        def round_of_fused() -> None:
-            _round(fused, fused_calls)
-
-        benchmark.pedantic(round_of_fused, setup=others, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS, iterations=1)
-        info = benchmark.extra_info
-        info["calls_per_round"] = fused_calls
-        info["threads"] = torch.get_num_threads()
-        if benchmark.stats is None:  # --benchmark-disable
-            return
-        own = [t / fused_calls for t in benchmark.stats.stats.data]
-        info["fused_median_us"] = statistics.median(own) * 1e6
-        for name, values in times.items():
-            values = values[-len(own) :]  # without the warm-up
-            info[f"{name}_median_us"] = statistics.median(values) * 1e6
-            info[f"ratio_{name}"] = statistics.median(values) / statistics.median(own)
-            info[f"paired_ratio_{name}"] = statistics.median(v / o for v, o in zip(values, own, strict=True))
-        info["ratio_best_rival"] = min(info[f"ratio_{name}"] for name in rivals)
-
-    return run
+def race(request: pytest.FixtureRequest, benchmark: Any, bandwidth: Callable[..., dict[str, float]]) -> Race:
+    """``race(fused, rivals)``: compares the results, then times all in turn. See :class:`benchmarks.racing.Race`."""
+    option, marks = request.config.getoption, request.node.keywords
+    inductor = option("--inductor")
+    if inductor == "auto":
+        wanted = ("goal" in marks or "quick" not in marks) and "gpu" not in marks
+        inductor = "always" if wanted else "never"
+    operator = request.function.__name__.removeprefix("test_")
+    benchmark.group = operator
+    benchmark.extra_info["operator"] = operator
+    benchmark.extra_info["marks"] = [name for name in ("goal", "quick") if name in marks]
+    if (case := _case(request.node)) is not None:
+        benchmark.extra_info["case"] = {
+            "size": "x".join(str(n) for n in case.size),
+            "variant": case.variant,
+            "dtype": case.dtype,
+            "layout": case.layout,
+        }
+    return Race(benchmark, option("--case-seconds"), inductor == "always", bandwidth)

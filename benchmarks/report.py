@@ -2,9 +2,12 @@
 
     python benchmarks/report.py            # rewrite the tables in README.md
     python benchmarks/report.py --check    # exit status 1 if README.md does not say what the files say
+    python benchmarks/report.py --figure cpu-ops   # draw benchmarks/results/cpu-ops.png from cpu-ops.json
 
-A table stands between ``<!-- results: NAME -->`` and ``<!-- /results -->`` and comes from
-``benchmarks/results/NAME.json``, the ``results.json`` of an ``aep run``.
+A table between ``<!-- results: NAME -->`` and ``<!-- /results -->`` comes from ``benchmarks/results/NAME.json``, the
+``results.json`` of an ``aep run``. One between ``<!-- benchmarks: NAME TABLE -->`` and ``<!-- /benchmarks -->`` comes
+from a result of benchmarks/condense.py or matrix.py of that name; TABLE is goals, operators, fallback, machine, trunk
+or engines. A goal that was missed needs a note in benchmarks/notes.toml: ``--check`` sees to it.
 """
 
 from __future__ import annotations
@@ -16,14 +19,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aep_ext.report.files import write_text
-from aep_ext.report.numbers import exits, fewer, method_name, points
-from aep_ext.report.tables import HEAD, model_rows
-
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # run as a script
+    sys.path.insert(0, str(ROOT))
+
+from aep_ext.report.files import write_text  # noqa: E402
+from aep_ext.report.numbers import exits, fewer, method_name, points  # noqa: E402
+from aep_ext.report.tables import HEAD, model_rows  # noqa: E402
+from benchmarks import figure, tables, trunk  # noqa: E402
+from benchmarks.condense import ResultError, load  # noqa: E402
+from benchmarks.goals import judge, load_goals, load_notes  # noqa: E402
+
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 _TABLE = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+_BENCHMARKS = re.compile(
+    r"(?P<head><!-- benchmarks: (?P<name>[\w-]+) (?P<table>\w+) -->\n).*?(?P<tail><!-- /benchmarks -->)", re.DOTALL
+)
 # Latency is left out: absolute times of one machine mean little elsewhere. The report of a run has them.
 _COLUMNS = tuple(name for name in HEAD if not name.startswith("latency"))
 
@@ -56,26 +68,60 @@ def table(results: dict[str, Any]) -> str:
 
 
 def rendered(text: str) -> str:
-    """``text`` with every table made anew."""
+    """``text`` with every table made anew.
 
-    def one(match: re.Match[str]) -> str:
+    Raises:
+        ResultError: a benchmark result cannot be read, or there is no such table.
+    """
+
+    def run(match: re.Match[str]) -> str:
         results = json.loads((RESULTS / f"{match['name']}.json").read_text(encoding="utf-8"))
         return match[1] + table(results) + match[3]
 
-    return _TABLE.sub(one, text)
+    def benchmarks(match: re.Match[str]) -> str:
+        if match["table"] not in tables.TABLES:
+            raise ResultError(f"report: no such table: {match['table']}; there are {', '.join(tables.TABLES)}")
+        made = tables.TABLES[match["table"]](load(RESULTS / f"{match['name']}.json"))
+        return match["head"] + made + match["tail"]
+
+    return _BENCHMARKS.sub(benchmarks, _TABLE.sub(run, text))
+
+
+def unexplained(text: str) -> list[str]:
+    """The goals that ``text`` shows as missed without saying what bounds them."""
+    missing = []
+    for name, kind in sorted({(match["name"], match["table"]) for match in _BENCHMARKS.finditer(text)}):
+        result = load(RESULTS / f"{name}.json")
+        if kind == "goals":
+            verdicts = judge(load_goals(), result, load_notes())
+            missing += [f"{v.goal.operator} {v.goal.case} {v.goal.measure}" for v in verdicts if v.unexplained]
+        elif kind == "trunk":
+            missing += trunk.unexplained(result)
+    return missing
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; the exit status."""
     parser = argparse.ArgumentParser(description="Write README.md's tables from the committed result files.")
     parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
-    check = parser.parse_args(argv).check
-    before = README.read_text(encoding="utf-8")
-    after = rendered(before)
-    if check:
+    parser.add_argument("--figure", metavar="NAME", help="only draw benchmarks/results/NAME.png from NAME.json")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.figure:
+            result = load(RESULTS / f"{arguments.figure}.json")
+            print(figure.draw(judge(load_goals(), result, {}), RESULTS / f"{arguments.figure}.png"))
+            return 0
+        before = README.read_text(encoding="utf-8")
+        after, missing = rendered(before), unexplained(before)
+    except ResultError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for goal in missing:
+        print(f"report: missed, and benchmarks/notes.toml does not say what bounds it: {goal}", file=sys.stderr)
+    if arguments.check:
         if before != after:
             print("README.md does not say what benchmarks/results says: run benchmarks/report.py", file=sys.stderr)
-        return int(before != after)
+        return int(before != after or bool(missing))
     write_text(README, after)
     return 0
 
