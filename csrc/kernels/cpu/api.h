@@ -13,8 +13,8 @@
 
 namespace aep::kernels::cpu {
 
-// Instruction sets: "scalar", "avx2", "avx512".
-// In use: chosen once, on first use: the best that is built and supported, or AEP_ISA=scalar|avx2|avx512 where that is
+// Instruction sets: "scalar"; "avx2" and "avx512" on x86-64, "neon" on AArch64.
+// In use: chosen once, on first use: the best that is built and supported, or the one that AEP_ISA names where that is
 // possible.
 const char* isa_in_use();
 // One line if AEP_ISA asked for what cannot be had, else "".

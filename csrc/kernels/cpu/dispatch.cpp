@@ -36,6 +36,15 @@ bool cpu_has_avx512() {
 #endif
 }
 
+// Advanced SIMD is part of the baseline that everything here is compiled for.
+bool cpu_has_neon() {
+#if defined(__aarch64__) || defined(_M_ARM64)
+  return true;
+#else
+  return false;
+#endif
+}
+
 const KernelTable* avx2_table() {
 #ifdef AEP_HAVE_AVX2
   return &kAvx2Table;
@@ -52,10 +61,19 @@ const KernelTable* avx512_table() {
 #endif
 }
 
+const KernelTable* neon_table() {
+#ifdef AEP_HAVE_NEON
+  return &kNeonTable;
+#else
+  return nullptr;
+#endif
+}
+
 struct Choice {
-  Isa known[3] = {{"scalar", &kScalarTable, true},
+  Isa known[4] = {{"scalar", &kScalarTable, true},
                   {"avx2", avx2_table(), cpu_has_avx2()},
-                  {"avx512", avx512_table(), cpu_has_avx512()}};
+                  {"avx512", avx512_table(), cpu_has_avx512()},
+                  {"neon", neon_table(), cpu_has_neon()}};
   const KernelTable* active = &kScalarTable;
   std::string notice, built, supported;
 

@@ -38,6 +38,9 @@ extern const KernelTable kAvx2Table;
 #ifdef AEP_HAVE_AVX512
 extern const KernelTable kAvx512Table;
 #endif
+#ifdef AEP_HAVE_NEON
+extern const KernelTable kNeonTable;
+#endif
 
 // One row's place in GateParams::scratch.
 struct GateRow {
