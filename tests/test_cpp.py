@@ -99,6 +99,16 @@ def test_no_code_is_shared_between_instruction_sets(tmp_path: Path) -> None:
         assert not shared, f"{name} defines {shared}"
 
 
+def test_kernels_with_clang(tmp_path: Path) -> None:
+    """Another compiler, optimised: it joins products and sums by default, where it is not told otherwise."""
+    clang = shutil.which("clang++")
+    if clang is None:
+        pytest.skip("clang++ is not installed")
+    build = _build(tmp_path, "", "-DCMAKE_BUILD_TYPE=Release", compiler=clang)
+    _run([_program("cmake"), "--build", str(build), "--parallel", "2"])
+    assert "100% tests passed" in _ctest(build)
+
+
 def _arm_tools() -> tuple[str, str, Path]:
     """The cross-compiler, the emulator, and the folder of the target's libraries."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
