@@ -53,6 +53,9 @@ struct Vec<float> {
   static Vec add_if(Mask m, Vec a, Vec b) { return {vbslq_f32(m, vaddq_f32(a.v, b.v), a.v)}; }
   static float sum(Vec a) { return vaddvq_f32(a.v); }
   static float top(Vec a) { return vmaxvq_f32(a.v); }
+  static Vec sums(const Vec (&a)[n]) {
+    return {vpaddq_f32(vpaddq_f32(a[0].v, a[1].v), vpaddq_f32(a[2].v, a[3].v))};
+  }
   static float lane(Vec a, int i) {
     float t[n];
     vst1q_f32(t, a.v);
@@ -97,6 +100,7 @@ struct Vec<double> {
   static Vec add_if(Mask m, Vec a, Vec b) { return {vbslq_f64(m, vaddq_f64(a.v, b.v), a.v)}; }
   static double sum(Vec a) { return vaddvq_f64(a.v); }
   static double top(Vec a) { return vmaxvq_f64(a.v); }
+  static Vec sums(const Vec (&a)[n]) { return {vpaddq_f64(a[0].v, a[1].v)}; }
   static double lane(Vec a, int i) {
     double t[n];
     vst1q_f64(t, a.v);
