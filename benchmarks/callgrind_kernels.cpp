@@ -1,5 +1,5 @@
-// The small-size kernels in a row, to have their instructions counted by valgrind: benchmarks/callgrind.py runs this and
-// reads the counts. Run by itself it only computes; it times nothing.
+// The small-size kernels in a row, to have their instructions counted by valgrind: benchmarks/callgrind.py runs this
+// and reads the counts. Run by itself it only computes; it times nothing.
 //
 //   callgrind_kernels CALLS      one line for each case: its name. AEP_ISA chooses the instruction set.
 #include <stdio.h>
