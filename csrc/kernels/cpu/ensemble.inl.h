@@ -28,64 +28,97 @@ class ExitRows {
  private:
   const S* logits_;
   int64_t E_, K_, stride_e_, stride_n_, stride_k_;
-  Scratch<const S*> rows_;
+  Scratch<const S*, 16> rows_;
   Scratch<S> copy_;
 };
 
-// kVectors vectors of the weighted sum from class k on: rounded products, added in ascending exit order.
-template <int kVectors, class S, class P>
-inline void weighted_sum(const S* const* rows, const Acc<S>* weights, int64_t E, int64_t k, P part, Vec<Acc<S>>* out) {
+// The weighted sums of one sample: rounded products, added in ascending exit order. kE exits, known when compiled, so
+// that weights and rows stay in registers; 0: E exits.
+template <int kE, class S>
+class WeightedSum {
+ public:
   using A = Acc<S>;
   using V = Vec<A>;
-  V w = V::set(weights[0]);
-  for (int u = 0; u < kVectors; ++u) out[u] = V::mul(w, load(rows[0] + k + u * V::n, part, A(0)));
-  for (int64_t e = 1; e < E; ++e) {
-    w = V::set(weights[e]);
-    const S* row = rows[e] + k;
-    for (int u = 0; u < kVectors; ++u) out[u] = V::add(out[u], V::mul(w, load(row + u * V::n, part, A(0))));
-  }
-}
 
-template <class S>
-void ensemble_as(const EnsembleParams& p, int64_t begin, int64_t end) {
+  WeightedSum(const A* weights, int64_t E) : all_weights_(weights), E_(E) {
+    for (int e = 0; e < kE; ++e) weights_[e] = V::set(weights[e]);
+  }
+  // `ahead`: how many elements further on the next sample's rows begin, to fetch them early; 0: not at all.
+  void start(const S* const* rows, int64_t ahead) {
+    all_rows_ = rows;
+    ahead_ = ahead;
+    for (int e = 0; e < kE; ++e) rows_[e] = rows[e];
+  }
+
+  // kVectors vectors from class k on.
+  template <int kVectors, class P>
+  inline void at(int64_t k, P part, V* out) const {
+    for (int u = 0; u < kVectors; ++u) out[u] = V::mul(weight(0), load(row(0) + k + u * V::n, part, A(0)));
+    const int64_t exits = kE ? kE : E_;
+    for (int64_t e = 1; e < exits; ++e) {
+      const V w = weight(e);
+      for (int u = 0; u < kVectors; ++u) out[u] = V::add(out[u], V::mul(w, load(row(e) + k + u * V::n, part, A(0))));
+    }
+  }
+  inline void fetch_ahead(int64_t k, int64_t count) const {
+    if (ahead_ == 0) return;
+    const int64_t exits = kE ? kE : E_;
+    for (int64_t e = 0; e < exits; ++e) {
+      for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof(S))) __builtin_prefetch(row(e) + ahead_ + k + i);
+    }
+  }
+
+ private:
+  V weight(int64_t e) const { return kE ? weights_[e] : V::set(all_weights_[e]); }
+  const S* row(int64_t e) const { return kE ? rows_[e] : all_rows_[e]; }
+
+  const A* all_weights_;
+  int64_t E_, ahead_ = 0;
+  const S* const* all_rows_ = nullptr;
+  V weights_[kE ? kE : 1];
+  const S* rows_[kE ? kE : 1];
+};
+
+template <int kE, class S>
+void ensemble_of(const EnsembleParams& p, int64_t begin, int64_t end) {
   using V = Vec<Acc<S>>;
-  if (begin >= end) return;
   ExitRows<S> exits(p.logits, p.E, p.K, p.stride_e, p.stride_n, p.stride_k);
-  const Acc<S>* weights = static_cast<const Acc<S>*>(p.weights);
+  WeightedSum<kE, S> sums(static_cast<const Acc<S>*>(p.weights), p.E);
   for (int64_t n = begin; n < end; ++n) {
-    const S* const* rows = exits.sample(n);
+    sums.start(exits.sample(n), p.stride_k == 1 && n + 1 < end ? p.stride_n : 0);
     S* out = static_cast<S*>(p.output) + n * p.out_stride_n;
     int64_t k = 0;
     V sum[4];
     for (; k + 4 * V::n <= p.K; k += 4 * V::n) {
-      weighted_sum<4>(rows, weights, p.E, k, Full{}, sum);
+      sums.fetch_ahead(k, 4 * V::n);
+      sums.template at<4>(k, Full{}, sum);
       for (int u = 0; u < 4; ++u) store(out + k + u * V::n, sum[u], Full{});
     }
     for_vectors<V::n>(p.K - k, [&](int64_t i, auto part) {
-      weighted_sum<1>(rows, weights, p.E, k + i, part, sum);
+      sums.template at<1>(k + i, part, sum);
       store(out + k + i, sum[0], part);
     });
   }
 }
 
-template <class S>
-void ensemble_stats_as(const EnsembleStatsParams& q, int64_t begin, int64_t end) {
+template <int kE, class S>
+void ensemble_stats_of(const EnsembleStatsParams& q, int64_t begin, int64_t end) {
   using A = Acc<S>;
   using V = Vec<A>;
-  if (begin >= end) return;
   const EnsembleParams& p = q.ensemble;
   ExitRows<S> exits(p.logits, p.E, p.K, p.stride_e, p.stride_n, p.stride_k);
-  Scratch<S> own_row(p.output ? 0 : p.K);
-  const A* weights = static_cast<const A*>(p.weights);
-  const A divisor = read<A>(q.normalizer) * read<A>(q.temperature);
+  WeightedSum<kE, S> sums(static_cast<const A*>(p.weights), p.E);
+  Scratch<S, 1024> own_row(p.output ? 0 : p.K);
+  const Divisor<A> divisor(read<A>(q.normalizer) * read<A>(q.temperature));
   for (int64_t n = begin; n < end; ++n) {
-    const S* const* rows = exits.sample(n);
+    sums.start(exits.sample(n), p.stride_k == 1 && n + 1 < end ? p.stride_n : 0);
     S* out = p.output ? static_cast<S*>(p.output) + n * p.out_stride_n : own_row.get();
     TopTwo<A> top[2];
     V sum[4];
     int64_t k = 0;
     for (; k + 4 * V::n <= p.K; k += 4 * V::n) {
-      weighted_sum<4>(rows, weights, p.E, k, Full{}, sum);
+      sums.fetch_ahead(k, 4 * V::n);
+      sums.template at<4>(k, Full{}, sum);
       for (int u = 0; u < 4; ++u) {
         store(out + k + u * V::n, sum[u], Full{});
         // What is judged is what is returned: the value after rounding to the storage type.
@@ -93,7 +126,7 @@ void ensemble_stats_as(const EnsembleStatsParams& q, int64_t begin, int64_t end)
       }
     }
     for_vectors<V::n>(p.K - k, [&](int64_t i, auto part) {
-      weighted_sum<1>(rows, weights, p.E, k + i, part, sum);
+      sums.template at<1>(k + i, part, sum);
       store(out + k + i, sum[0], part);
       top[0].add(load(out + k + i, part, -kInfinity<A>));
     });
@@ -106,6 +139,32 @@ void ensemble_stats_as(const EnsembleStatsParams& q, int64_t begin, int64_t end)
     q.stats[n * 3 + 2] = stats.margin;
     q.argmax[n] = stats.argmax;
   }
+}
+
+// Calls F<E, S>(...) with the number of exits known when compiled, up to 8.
+#define AEP_BY_EXITS(E, F, S, ...)       \
+  switch (E) {                           \
+    case 1: return F<1, S>(__VA_ARGS__); \
+    case 2: return F<2, S>(__VA_ARGS__); \
+    case 3: return F<3, S>(__VA_ARGS__); \
+    case 4: return F<4, S>(__VA_ARGS__); \
+    case 5: return F<5, S>(__VA_ARGS__); \
+    case 6: return F<6, S>(__VA_ARGS__); \
+    case 7: return F<7, S>(__VA_ARGS__); \
+    case 8: return F<8, S>(__VA_ARGS__); \
+    default: return F<0, S>(__VA_ARGS__); \
+  }
+
+template <class S>
+void ensemble_as(const EnsembleParams& p, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  AEP_BY_EXITS(p.E, ensemble_of, S, p, begin, end)
+}
+
+template <class S>
+void ensemble_stats_as(const EnsembleStatsParams& p, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  AEP_BY_EXITS(p.ensemble.E, ensemble_stats_of, S, p, begin, end)
 }
 
 template <class S>

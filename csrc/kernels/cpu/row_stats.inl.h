@@ -23,16 +23,13 @@ struct TopTwo {
     second = V::max(V::max(second, o.second), V::min(first, o.first));
     first = V::max(first, o.first);
   }
+  // The second largest is the largest itself where several lanes hold it; else that lane gives way (-inf) to the rest.
   void reduce(A& top, A& next) const {
-    A lanes1[V::n], lanes2[V::n];
-    store(lanes1, first, Full{});
-    store(lanes2, second, Full{});
-    top = next = -kInfinity<A>;
-    for (int i = 0; i < V::n; ++i) {
-      next = larger(next, smaller(top, lanes1[i]));
-      top = larger(top, lanes1[i]);
-      next = larger(next, lanes2[i]);
-    }
+    top = V::top(first);
+    const auto at_top = V::eq(first, V::set(top));
+    const unsigned where = V::bits(at_top);
+    const A rest = V::top(V::max(V::add_if(at_top, first, V::set(-kInfinity<A>)), second));
+    next = where & (where - 1) ? top : rest;
   }
 };
 
@@ -117,15 +114,25 @@ RowStats stats_by_division(const S* row, int64_t K, Acc<S> divisor) {
   return make_stats(sum, weighted, exponential_of(next - top), argmax);
 }
 
+// What divides the logits, with what is the same for every row.
+template <class A>
+struct Divisor {
+  A value, inverse;
+  bool plain;  // positive, with a finite reciprocal
+  explicit Divisor(A divisor)
+      : value(divisor),
+        inverse(A(1) / divisor),
+        plain(divisor > 0 && inverse > 0 && inverse < kInfinity<A>) {}
+};
+
 // `top` and `next` are the row's largest two values (anything if the row holds a NaN).
 template <class S>
-RowStats row_stats(const S* row, int64_t K, Acc<S> top, Acc<S> next, Acc<S> divisor) {
+RowStats row_stats(const S* row, int64_t K, Acc<S> top, Acc<S> next, const Divisor<Acc<S>>& divisor) {
   using A = Acc<S>;
   using V = Vec<A>;
-  const A inverse = A(1) / divisor;
-  const A judged_top = top / divisor;  // must be finite, as z itself: below only differences are formed
-  if (!(divisor > 0 && inverse > 0 && inverse < kInfinity<A> && judged_top - judged_top == 0))
-    return stats_by_division(row, K, divisor);
+  const A inverse = divisor.inverse;
+  const A judged_top = top / divisor.value;  // must be finite, as z itself: below only differences are formed
+  if (!(divisor.plain && judged_top - judged_top == 0)) return stats_by_division(row, K, divisor.value);
   const V peak = V::set(top), scale = V::set(inverse), floor = V::set(A(-10000));
   V sum0 = V::set(0), sum1 = V::set(0), weighted0 = V::set(0), weighted1 = V::set(0);
   const auto step = [&](V x, V& sum, V& weighted) {
