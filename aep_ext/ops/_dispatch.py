@@ -26,14 +26,19 @@ _warned: set[str] = set()
 
 
 def use_native(tensor: torch.Tensor, *others: torch.Tensor) -> bool:
-    """True where the native operators have kernels for the device of ``tensor``, and ``others`` are tensors too.
+    """:func:`has_native` for ``tensor``, and ``others`` are tensors too."""
+    for other in others:
+        if not isinstance(other, torch.Tensor):
+            return False
+    return has_native(tensor)
+
+
+def has_native(tensor: torch.Tensor) -> bool:
+    """True where the native operators have kernels for the device of ``tensor``.
 
     The first tensor on a device that the loaded extension has no kernels for gives one warning. What is no tensor at
     all goes to the reference path, whose checks name it.
     """
-    for other in others:
-        if not isinstance(other, torch.Tensor):
-            return False
     try:
         if tensor.is_cpu:  # `device.type` takes five times as long
             return _native["cpu"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from aep_ext.ops import _checks, _native, reference
-from aep_ext.ops._dispatch import use_native
+from aep_ext.ops._dispatch import has_native
 from aep_ext.ops.types import EnsembleStats
 
 _new = tuple.__new__  # a named tuple from a tuple, in half the time
+_ONE = 1.0  # the default is known by identity: what need not be passed on costs nothing
 
 
 def ensemble(exit_logits: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -37,7 +38,7 @@ def ensemble(exit_logits: Tensor, weights: Tensor, *, out: Tensor | None = None)
 
         (exit_logits * weights[:, None, None]).sum(0)
     """
-    if use_native(exit_logits) and isinstance(weights, Tensor):
+    if has_native(exit_logits) and isinstance(weights, Tensor):
         if out is None:
             return _native.ensemble(exit_logits, weights)
         if isinstance(out, Tensor):
@@ -55,8 +56,8 @@ def ensemble_stats(
     exit_logits: Tensor,
     weights: Tensor,
     *,
-    normalizer: float | Tensor = 1.0,
-    temperature: float | Tensor = 1.0,
+    normalizer: float | Tensor = _ONE,
+    temperature: float | Tensor = _ONE,
     out: EnsembleStats | tuple[Tensor | None, Tensor, Tensor] | None = None,
 ) -> EnsembleStats:
     """:func:`ensemble` with confidence, entropy, margin and argmax in one pass.
@@ -93,7 +94,9 @@ def ensemble_stats(
     """
     if out is not None:
         return _stats_into(exit_logits, weights, normalizer, temperature, out)
-    if use_native(exit_logits) and isinstance(weights, Tensor):
+    if has_native(exit_logits) and isinstance(weights, Tensor):
+        if normalizer is _ONE and temperature is _ONE:
+            return _new(EnsembleStats, _native.ensemble_stats(exit_logits, weights))
         if normalizer.__class__ is float and temperature.__class__ is float:
             return _new(EnsembleStats, _native.ensemble_stats(exit_logits, weights, normalizer, temperature))
         numbers, tensors = _native.scalars("ensemble_stats", normalizer=normalizer, temperature=temperature)
@@ -112,7 +115,7 @@ def _stats_into(
     """:func:`ensemble_stats` into the caller's tensors."""
     _checks.parts("ensemble_stats", out, EnsembleStats._fields, optional="logits")
     out = EnsembleStats(*out)
-    if use_native(exit_logits) and isinstance(weights, Tensor):
+    if has_native(exit_logits) and isinstance(weights, Tensor):
         numbers, tensors = _native.scalars("ensemble_stats", normalizer=normalizer, temperature=temperature)
         _native.ensemble_stats_out(
             exit_logits, weights, *numbers, *tensors, logits=out.logits, stats=out.stats, argmax=out.argmax

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from aep_ext.ops import _checks, _native, reference
-from aep_ext.ops._dispatch import use_native
+from aep_ext.ops._dispatch import has_native
 from aep_ext.ops.types import GateResult
 
 _new = tuple.__new__  # a named tuple from a tuple, in half the time
@@ -80,7 +80,7 @@ def gate(
     if out is not None:
         _checks.parts("gate", out, GateResult._fields)
     if (
-        use_native(exit_logits)
+        has_native(exit_logits)
         and isinstance(features, Tensor)
         and isinstance(running, Tensor)
         and isinstance(indices, Tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from aep_ext.ops import _checks, _native, reference
-from aep_ext.ops._dispatch import use_native
+from aep_ext.ops._dispatch import has_native
 
 
 def global_avg_pool(features: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def global_avg_pool(features: Tensor) -> Tensor:
 
         features.mean((2, 3))
     """
-    if use_native(features):
+    if has_native(features):
         return _native.global_avg_pool(features)
     _checks.global_avg_pool(features)
     return reference.global_avg_pool(features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from aep_ext.ops import _checks, _native, reference
-from aep_ext.ops._dispatch import use_native
+from aep_ext.ops._dispatch import has_native
 
 
 def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor, *, out:
             hits = order == target[:, None]
             counts[m - 1] = hits[:, :1].sum(), hits[:, :5].sum()
     """
-    if use_native(exit_logits) and isinstance(weights, Tensor) and isinstance(target, Tensor):
+    if has_native(exit_logits) and isinstance(weights, Tensor) and isinstance(target, Tensor):
         if out is None:
             return _native.subset_correct(exit_logits, weights, target)
         if isinstance(out, Tensor):

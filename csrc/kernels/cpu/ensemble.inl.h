@@ -101,6 +101,36 @@ void ensemble_of(const EnsembleParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// One sample's sum into `out`, with its largest two values.
+template <int kE, class S>
+inline void weighted_row(const WeightedSum<kE, S>& sums, int64_t K, S* out, Acc<S>& top, Acc<S>& next) {
+  using A = Acc<S>;
+  using V = Vec<A>;
+  TopTwo<A> tops[2];
+  V sum[4];
+  int64_t k = 0;
+  for (; k + 4 * V::n <= K; k += 4 * V::n) {
+    sums.fetch_ahead(k, 4 * V::n);
+    sums.template at<4>(k, Full{}, sum);
+    for (int u = 0; u < 4; ++u) {
+      store(out + k + u * V::n, sum[u], Full{});
+      // What is judged is what is returned: the value after rounding to the storage type.
+      tops[u & 1].add(sizeof(S) == sizeof(A) ? sum[u] : load(out + k + u * V::n, Full{}, A(0)));
+    }
+  }
+  for_vectors<V::n>(K - k, [&](int64_t i, auto part) {
+    sums.template at<1>(k + i, part, sum);
+    store(out + k + i, sum[0], part);
+    tops[0].add(load(out + k + i, part, -kInfinity<A>));
+  });
+  tops[0].merge(tops[1]);
+  tops[0].reduce(top, next);
+}
+
+// Rows are taken a few at a time, as many as stay in the first-level cache: first their sums, then the exp passes, then
+// the statistics of all together. One row after the other would wait for each step's result before the next.
+constexpr int64_t kStatsBytes = 16384;
+
 template <int kE, class S>
 void ensemble_stats_of(const EnsembleStatsParams& q, int64_t begin, int64_t end) {
   using A = Acc<S>;
@@ -108,36 +138,39 @@ void ensemble_stats_of(const EnsembleStatsParams& q, int64_t begin, int64_t end)
   const EnsembleParams& p = q.ensemble;
   ExitRows<S> exits(p.logits, p.E, p.K, p.stride_e, p.stride_n, p.stride_k);
   WeightedSum<kE, S> sums(static_cast<const A*>(p.weights), p.E);
-  Scratch<S, 1024> own_row(p.output ? 0 : p.K);
+  const int64_t most = smaller<int64_t>(V::n, larger<int64_t>(1, kStatsBytes / (p.K * int64_t(sizeof(S)))));
+  Scratch<S, 1024> own_rows(p.output ? 0 : most * p.K);
   const Divisor<A> divisor(read<A>(q.normalizer) * read<A>(q.temperature));
-  for (int64_t n = begin; n < end; ++n) {
-    sums.start(exits.sample(n), p.stride_k == 1 && n + 1 < end ? p.stride_n : 0);
-    S* out = p.output ? static_cast<S*>(p.output) + n * p.out_stride_n : own_row.get();
-    TopTwo<A> top[2];
-    V sum[4];
-    int64_t k = 0;
-    for (; k + 4 * V::n <= p.K; k += 4 * V::n) {
-      sums.fetch_ahead(k, 4 * V::n);
-      sums.template at<4>(k, Full{}, sum);
-      for (int u = 0; u < 4; ++u) {
-        store(out + k + u * V::n, sum[u], Full{});
-        // What is judged is what is returned: the value after rounding to the storage type.
-        top[u & 1].add(sizeof(S) == sizeof(A) ? sum[u] : load(out + k + u * V::n, Full{}, A(0)));
-      }
+  A top[V::n], next[V::n], sum[V::n], weighted[V::n], below[V::n];
+  for (int i = 0; i < V::n; ++i) sum[i] = 1, weighted[i] = below[i] = 0;  // lanes without a row hold something harmless
+  for (int64_t first = begin; first < end; first += most) {
+    const int count = static_cast<int>(smaller(most, end - first));
+    const auto row = [&](int i) {
+      return p.output ? static_cast<S*>(p.output) + (first + i) * p.out_stride_n : own_rows.get() + i * p.K;
+    };
+    for (int i = 0; i < count; ++i) {
+      const int64_t n = first + i;
+      sums.start(exits.sample(n), p.stride_k == 1 && n + 1 < end ? p.stride_n : 0);
+      weighted_row(sums, p.K, row(i), top[i], next[i]);
     }
-    for_vectors<V::n>(p.K - k, [&](int64_t i, auto part) {
-      sums.template at<1>(k + i, part, sum);
-      store(out + k + i, sum[0], part);
-      top[0].add(load(out + k + i, part, -kInfinity<A>));
-    });
-    top[0].merge(top[1]);
-    A first, second;
-    top[0].reduce(first, second);
-    const RowStats stats = row_stats(out, p.K, first, second, divisor);
-    q.stats[n * 3 + 0] = stats.confidence;
-    q.stats[n * 3 + 1] = stats.entropy;
-    q.stats[n * 3 + 2] = stats.margin;
-    q.argmax[n] = stats.argmax;
+    unsigned unusual = 0;
+    for (int i = 0; i < count; ++i) {
+      RowSums<A> found{1, 0, 0};
+      if (!row_sums(row(i), p.K, top[i], next[i], divisor, found)) {
+        unusual |= 1u << i;
+        found = {1, 0, 0};
+      }
+      sum[i] = found.sum, weighted[i] = found.weighted, below[i] = found.next;
+      q.argmax[first + i] = first_equal(row(i), p.K, top[i]);
+    }
+    make_stats_of_rows(sum, weighted, below, count, q.stats + first * 3);
+    for (; unusual; unusual &= unusual - 1) {
+      const int i = __builtin_ctz(unusual);
+      const RowStats stats = unusual_stats(row(i), p.K, top[i], divisor);
+      float* out = q.stats + (first + i) * 3;
+      out[0] = stats.confidence, out[1] = stats.entropy, out[2] = stats.margin;
+      q.argmax[first + i] = stats.argmax;
+    }
   }
 }
 

@@ -16,6 +16,27 @@ inline Vec<Acc<S>> lanes_of_sum(const S* x, int64_t count) {
   return V::add(V::add(s[0], s[1]), V::add(s[2], s[3]));
 }
 
+// The same for the first `here` channels, the rest zero; maps of at most one vector without the loop.
+template <class S>
+inline void lanes_of_sums(const S* x, int64_t stride_c, int64_t count, int here, Vec<Acc<S>> (&lanes)[Vec<Acc<S>>::n]) {
+  using V = Vec<Acc<S>>;
+  const auto fill = [&](auto sum_at) {
+    if (here == V::n) {
+      for (int i = 0; i < V::n; ++i) lanes[i] = sum_at(x + i * stride_c);
+    } else {
+      for (int i = 0; i < V::n; ++i) lanes[i] = i < here ? sum_at(x + i * stride_c) : V::set(0);
+    }
+  };
+  if (count == V::n) {
+    fill([](const S* map) { return load(map, Full{}, Acc<S>(0)); });
+  } else if (count < V::n) {
+    const Part part{static_cast<int>(count)};
+    fill([part](const S* map) { return load(map, part, Acc<S>(0)); });
+  } else {
+    fill([count](const S* map) { return lanes_of_sum(map, count); });
+  }
+}
+
 // As many channels at a time as a vector has lanes: small images are bound by the sums across lanes, which channels
 // then share.
 template <class S>
@@ -27,9 +48,7 @@ void pool_images(const S* image, S* out, const GlobalAvgPoolParams& p, int64_t f
   for (int64_t c = first; c < last; c += V::n) {
     const int here = static_cast<int>(smaller<int64_t>(V::n, last - c));
     V lanes[V::n];
-    for (int i = 0; i < V::n; ++i) {
-      lanes[i] = i < here ? lanes_of_sum(image + (c + i) * p.stride_c, spatial) : V::set(0);
-    }
+    lanes_of_sums(image + c * p.stride_c, p.stride_c, spatial, here, lanes);
     const V mean = V::div(V::sums(lanes), count);
     if (p.out_stride_c != 1) {
       for (int i = 0; i < here; ++i) put(out + (c + i) * p.out_stride_c, V::lane(mean, i));
