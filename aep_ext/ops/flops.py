@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 _NO_PRODUCTS = (
+    "global_avg_pool",
     "ensemble",
     "ensemble_backward_logits",
     "ensemble_backward_weights",

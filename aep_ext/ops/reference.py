@@ -34,6 +34,11 @@ def _autocast(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
+def global_avg_pool(features: Tensor) -> Tensor:
+    """Mean over the spatial positions: (N, C). torch sums bfloat16 and float16 in float32 too."""
+    return features.mean((2, 3))
+
+
 def multi_exit_linear_head(
     features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
 ) -> Tensor:

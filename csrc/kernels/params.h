@@ -1,7 +1,7 @@
 // Parameters of the aep kernels: one plain struct per operator, shared by the CPU and the CUDA kernels.
 //
 // Interface changes after the first version are announced here:
-//   (none)
+//   SmallLinearParams: new. GateParams::clear_behind: new, set it to true for what was.
 //
 // Conventions, for every struct:
 //   * No torch types. Pointers are raw; on CUDA they are device pointers unless a comment says otherwise.
@@ -36,6 +36,17 @@ struct GlobalAvgPoolParams {
   int64_t N, C, H, W;
   int64_t stride_n, stride_c, stride_h, stride_w;
   int64_t out_stride_n, out_stride_c;
+};
+
+// output[n, k] = sum_c input[n, c] * weight[k, c] + bias[k], summed in acc, rounded once. CPU only, for few rows.
+struct SmallLinearParams {
+  const void* input;   // dtype (N, C), channel stride 1
+  const void* weight;  // dtype (K, C), channel stride 1
+  const void* bias;    // dtype (K), any stride; or null
+  void* output;        // dtype (N, K), class stride 1
+  DType dtype;
+  int64_t N, C, K;
+  int64_t stride_n, weight_stride_k, bias_stride, out_stride_n;
 };
 
 // output[n, k] = sum_e weights[e] * logits[e, n, k]
@@ -166,7 +177,7 @@ enum class GateOn : int32_t { ensemble = 0, exit = 1 };
 //   A row whose judged values hold a NaN (or whose statistics are NaN) never leaves: no vote, patience {-1, 0}.
 //   enabled == false: the state advances, nobody leaves.
 // Outputs are a stable partition: the rows that stay in order, then those that leave, in order. `features_out` holds
-// the rows that stay in front, and zeros behind. Outputs never overlap inputs.
+// the rows that stay in front, and zeros behind (or what was there: clear_behind). Outputs never overlap inputs.
 struct GateParams {
   const void* features;     // n dense rows of feature_row_bytes, feature_stride_bytes apart; no dtype needed
   const void* running;      // running_dtype (n, K), class stride 1
@@ -191,6 +202,7 @@ struct GateParams {
   GatePolicy policy;
   GateOn on;
   bool enabled;
+  bool clear_behind;  // false: the rows of features_out behind those that stay are not written
 };
 
 }  // namespace aep::kernels

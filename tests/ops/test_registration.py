@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aep_ext import ops
 
 OPERATORS = [
+    "global_avg_pool",
     "multi_exit_linear_head",
     "ensemble",
     "ensemble_backward_logits",
@@ -33,7 +34,10 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
         return torch.randn(shape, device=device, dtype=dtype).requires_grad_(grad)
 
     target = torch.tensor([0, 3, -100, 2, 1], device=device)
-    if name == "multi_exit_linear_head":
+    if name == "global_avg_pool":
+        yield (rand(5, 3, 4, 2),)
+        yield (rand(2, 6, 3, 3, dtype=torch.float64).detach().contiguous(memory_format=torch.channels_last),)
+    elif name == "multi_exit_linear_head":
         maps = [rand(5, 3, 4, 4), rand(5, 6, 2, 3)]
         yield maps, [rand(4, 3), rand(4, 6)], [rand(4), None]
         last = [x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(grad) for x in maps]
@@ -73,13 +77,13 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
                 0.5,
                 0.5,
                 1.0,
-                scalar,
-                None,
-                scalar,
-                None,
                 policy,
                 "ensemble",
                 True,
+                scalar,
+                None,
+                scalar,
+                None,
             )
 
 
@@ -92,6 +96,28 @@ def test_opcheck(name, grad, device, native):
         checks.pop()  # it differentiates, and a backward cannot be differentiated: the next test
     for args in samples(name, device, grad):
         torch.library.opcheck(operator, args, test_utils=checks)
+
+
+def out_samples(name: str, device: str) -> Iterator[tuple[tuple, dict[str, Tensor | None]]]:
+    """Arguments and out tensors of ``aep::name.out``."""
+    for args in samples(name, device, False):
+        results = getattr(torch.ops.aep, name).default(*args)
+        if name in ("ensemble", "subset_correct"):
+            yield args, {"out": torch.zeros_like(results)}
+        elif name == "ensemble_stats":
+            out = dict(zip(("logits", "stats", "argmax"), map(torch.zeros_like, results), strict=True))
+            yield args, out
+            yield args, out | {"logits": None}
+        else:
+            names = [f"{field}_out" for field in ops.GateResult._fields]
+            yield args, dict(zip(names, map(torch.zeros_like, results), strict=True))
+
+
+@pytest.mark.parametrize("name", ["ensemble", "ensemble_stats", "subset_correct", "gate"])
+def test_opcheck_of_out(name, device, native):
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    for args, out in out_samples(name, device):
+        torch.library.opcheck(getattr(torch.ops.aep, name).out, args, out, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if "backward" in name])
@@ -117,6 +143,7 @@ def calls(device: str) -> dict[str, tuple[Callable[..., object], Callable[[int],
 
     weights = torch.tensor([0.2, 0.3, 0.5], **kind)
     return {
+        "pool": (ops.global_avg_pool, lambda n: (torch.randn(n, 3, 4, 2, **kind),)),
         "head": (
             head,
             lambda n: (
@@ -222,7 +249,7 @@ def test_fake_tensors_give_shapes(name, path, on_reference):
         assert actual.shape == wanted.shape and actual.dtype == wanted.dtype
 
 
-@pytest.mark.parametrize("name", ["head", "ensemble", "loss"])
+@pytest.mark.parametrize("name", ["pool", "head", "ensemble", "loss"])
 def test_functional_transforms_say_that_they_cannot(name, native):
     """torch.func cannot see into a C++ backward, and torch refuses rather than compute nonsense."""
     function, make = calls("cpu")[name]
@@ -231,7 +258,7 @@ def test_functional_transforms_say_that_they_cannot(name, native):
         torch.func.grad(lambda x: flat(function(x, *args[1:]))[0].sum())(args[0])
 
 
-@pytest.mark.parametrize("name", ["head", "ensemble", "stats", "loss"])
+@pytest.mark.parametrize("name", ["pool", "head", "ensemble", "stats", "loss"])
 def test_forward_mode_is_refused(name, native):
     """A tangent is never dropped without a word: zero would be a wrong derivative."""
     function, make = calls("cpu")[name]

@@ -27,6 +27,9 @@ const char* isa_supported();
 void global_avg_pool(const GlobalAvgPoolParams& p, int64_t begin, int64_t end);
 
 // Rows 0 .. N.
+void small_linear(const SmallLinearParams& p, int64_t begin, int64_t end);
+
+// Rows 0 .. N.
 void ensemble(const EnsembleParams& p, int64_t begin, int64_t end);
 void ensemble_stats(const EnsembleStatsParams& p, int64_t begin, int64_t end);
 

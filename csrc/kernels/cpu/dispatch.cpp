@@ -124,6 +124,9 @@ const char* isa_supported() { return choice().supported.c_str(); }
 void global_avg_pool(const GlobalAvgPoolParams& p, int64_t begin, int64_t end) {
   active_table().global_avg_pool(p, begin, end);
 }
+void small_linear(const SmallLinearParams& p, int64_t begin, int64_t end) {
+  active_table().small_linear(p, begin, end);
+}
 void ensemble(const EnsembleParams& p, int64_t begin, int64_t end) { active_table().ensemble(p, begin, end); }
 void ensemble_stats(const EnsembleStatsParams& p, int64_t begin, int64_t end) {
   active_table().ensemble_stats(p, begin, end);

@@ -16,6 +16,7 @@ namespace aep::kernels::cpu {
 struct KernelTable {
   const char* name;
   void (*global_avg_pool)(const GlobalAvgPoolParams&, int64_t, int64_t);
+  void (*small_linear)(const SmallLinearParams&, int64_t, int64_t);
   void (*ensemble)(const EnsembleParams&, int64_t, int64_t);
   void (*ensemble_stats)(const EnsembleStatsParams&, int64_t, int64_t);
   void (*ensemble_backward_logits)(const EnsembleBackwardParams&, int64_t, int64_t);
