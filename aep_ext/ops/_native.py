@@ -19,6 +19,8 @@ if _load.extension is not None:
     multi_exit_linear_head = torch.ops.aep.multi_exit_linear_head.default
     ensemble = torch.ops.aep.ensemble.default
     joint_cross_entropy = torch.ops.aep.joint_cross_entropy.default
+    joint_cross_entropy_with_grad = torch.ops.aep.joint_cross_entropy_with_grad.default
+    joint_cross_entropy_ = torch.ops.aep.joint_cross_entropy_.default
     subset_correct = torch.ops.aep.subset_correct.default
     _ensemble_stats = torch.ops.aep.ensemble_stats.default
     _gate = torch.ops.aep.gate.default
