@@ -149,15 +149,21 @@ bool is_concrete(const Tensor& tensor) {
   return !tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
 }
 
-// The held gradient times the incoming one. Where the graph is not kept, the held tensor is of no further use: it is
-// scaled where it lies, which costs nothing where the factor is 1, and handed on.
-Tensor scaled(Tensor held, const Tensor& grad_loss, double factor) {
+// Tensors that share the memory of a saved one while it is in use here: the saved one and what was unpacked from it.
+constexpr size_t kOwnHolders = 2;
+
+// The held gradient times the incoming one. Where the graph is not kept and nobody else holds the tensor (as a caller
+// of the operator itself may), it is of no further use: it is scaled where it lies, which costs nothing where the
+// factor is 1, and handed on.
+Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, bool in_place) {
   if (!is_concrete(held) || !is_concrete(grad_loss)) {
     const Tensor scale = factor == 1 ? grad_loss : grad_loss.div(factor);
     return held.to(grad_loss.scalar_type()).mul(scale).to(held.scalar_type());
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  Tensor result = torch::autograd::get_current_graph_task_keep_graph() ? held.clone() : std::move(held);
+  const bool free = !torch::autograd::get_current_graph_task_keep_graph() &&
+                    (in_place || held.storage().use_count() <= kOwnHolders);
+  Tensor result = free ? std::move(held) : held.clone();
   dispatch_scale(result, grad_loss, factor);
   return result;
 }
@@ -178,6 +184,7 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({held, exit_weights.requires_grad() ? exit_losses : Tensor()});
     ctx->saved_data["factor"] = held_factor(exit_logits.scalar_type(), options->reduction);
+    ctx->saved_data["in_place"] = options->in_place;
     ctx->saved_data["weights"] = exit_weights.scalar_type();
     if (options->in_place) {
       ctx->mark_non_differentiable({exit_losses});
@@ -198,7 +205,8 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
       result[2] = saved[1].mul(grad_loss).to(ctx->saved_data["weights"].toScalarType());
     }
     if (ctx->needs_input_grad(0)) {
-      result[0] = scaled(std::move(saved[0]), grad_loss, ctx->saved_data["factor"].toDouble());
+      result[0] = scaled(std::move(saved[0]), grad_loss, ctx->saved_data["factor"].toDouble(),
+                         ctx->saved_data["in_place"].toBool());
     }
     if (at::GradMode::is_enabled()) {
       once(result);
