@@ -18,6 +18,8 @@ from aep_ext.ops.types import EnsembleStats, GateResult
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
+MEMORY_MODES = ("recompute", "in_forward", "in_place")
+NEEDS_ONE_LOSS = "aep::joint_cross_entropy: memory='{}' needs reduction 'mean' or 'sum', got 'none'"
 POLICIES = ("confidence", "entropy", "margin", "patience", "vote")
 SUBJECTS = ("ensemble", "exit")
 MAX_SUBSET_EXITS = 16
@@ -189,6 +191,7 @@ def joint_cross_entropy(
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
+    memory: str = "recompute",
 ) -> None:
     """Arguments of ``aep::joint_cross_entropy``, the values of the labels apart (:func:`labels`)."""
     op = "joint_cross_entropy"
@@ -209,6 +212,37 @@ def joint_cross_entropy(
         raise ValueError(f"aep::{op}: label_smoothing must be within 0..1, got {label_smoothing:g}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"aep::{op}: reduction must be 'none', 'mean' or 'sum', got '{reduction}'")
+    if memory != "recompute" and reduction == "none":
+        raise ValueError(NEEDS_ONE_LOSS.format(memory))
+
+
+def memory_mode(memory: object) -> None:
+    """The name of a memory mode of ``joint_cross_entropy``."""
+    if memory not in MEMORY_MODES:
+        raise ValueError(
+            f"aep::joint_cross_entropy: memory must be 'recompute', 'in_forward' or 'in_place', got {memory!r}"
+        )
+
+
+def replaceable(exit_logits: Tensor, *others: Tensor | None) -> None:
+    """Memory that ``memory="in_place"`` may overwrite: no element shared with another one or with ``others``."""
+    op = "joint_cross_entropy"
+    reach = 0
+    if exit_logits.numel():
+        for stride, size in sorted(zip(exit_logits.stride(), exit_logits.shape, strict=True)):
+            if size > 1 and stride <= reach:
+                raise RuntimeError(
+                    f"aep::{op}: memory='in_place' needs exit_logits whose elements do not share memory (clone() them), "
+                    f"got shape {_shape(exit_logits)} with strides {list(exit_logits.stride())}"
+                )
+            reach += stride * (size - 1)
+    storage = exit_logits.untyped_storage()._cdata
+    for other in others:
+        if other is not None and other.untyped_storage()._cdata == storage:
+            raise RuntimeError(
+                f"aep::{op}: memory='in_place' overwrites exit_logits: no other argument may share their memory, got "
+                f"one of shape {_shape(other)} that does"
+            )
 
 
 def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> None:

@@ -94,7 +94,7 @@ def _joint_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _checks.joint_cross_entropy(
         exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction
     )
@@ -104,21 +104,62 @@ def _joint_cross_entropy(
     return (
         exit_logits.new_empty((rows,) if none else (), dtype=dtype),
         exit_logits.new_empty((exits, rows) if none else (exits,), dtype=dtype),
-        exit_logits.new_empty(exits, rows, dtype=dtype),
-        exit_logits.new_empty((), dtype=dtype),
+        exit_logits.new_empty(exits * rows + 1, dtype=dtype),
     )
 
 
 def _joint_cross_entropy_backward(
     exit_logits: Tensor,
     target: Tensor,
-    coefficients: Tensor,
-    log_sum_exp: Tensor,
+    exit_weights: Tensor,
+    kept: Tensor,
+    grad_loss: Tensor | None,
+    grad_exit_losses: Tensor | None,
     class_weight: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     return exit_logits.new_empty(exit_logits.shape)
+
+
+def _losses(exit_logits: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(exit_logits.dtype)
+    return exit_logits.new_empty((), dtype=dtype), exit_logits.new_empty(exit_logits.shape[0], dtype=dtype)
+
+
+def _joint_cross_entropy_with_grad(
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    _checks.joint_cross_entropy(
+        exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction, "in_forward"
+    )
+    return (*_losses(exit_logits), exit_logits.new_empty(exit_logits.shape))
+
+
+def _joint_cross_entropy_(
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    _checks.joint_cross_entropy(
+        exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction, "in_place"
+    )
+    return _losses(exit_logits)
+
+
+def _joint_cross_entropy_scale_(grad_logits: Tensor, scale: Tensor, divisor: float = 1.0) -> None:
+    return None
 
 
 def _subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
@@ -210,6 +251,9 @@ def register() -> None:
         _ensemble_stats,
         _joint_cross_entropy,
         _joint_cross_entropy_backward,
+        _joint_cross_entropy_with_grad,
+        _joint_cross_entropy_,
+        _joint_cross_entropy_scale_,
         _subset_correct,
         _gate,
     ):

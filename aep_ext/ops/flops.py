@@ -19,6 +19,9 @@ _NO_PRODUCTS = (
     "ensemble_stats",
     "joint_cross_entropy",
     "joint_cross_entropy_backward",
+    "joint_cross_entropy_with_grad",
+    "joint_cross_entropy_",
+    "joint_cross_entropy_scale_",
     "subset_correct",
     "gate",
 )

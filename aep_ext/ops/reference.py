@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from aep_ext.ops import reference_loss
 from aep_ext.ops._checks import accumulate_dtype
 from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
 
@@ -101,32 +102,21 @@ def joint_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    memory: str = "recompute",
 ) -> JointLoss:
     """Cross entropy of every exit and their weighted sum. A label out of range gives a NaN loss and no gradient."""
+    if memory != "recompute":
+        arguments = (exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
+        return JointLoss(*reference_loss.held(*arguments, in_place=memory == "in_place"))
     dtype = accumulate_dtype(exit_logits.dtype)
-    classes = exit_logits.shape[-1]
-    used = target != ignore_index
-    known = (target >= 0) & (target < classes)
-    # Rows that give no gradient are cleared first: NaN * 0 in the softmax's backward would be NaN.
-    log_p = torch.log_softmax(exit_logits.to(dtype).masked_fill(~(used & known)[:, None], 0.0), -1)
-    label = torch.where(known, target, 0)
-    row_weight = torch.ones_like(label, dtype=dtype) if class_weight is None else class_weight.to(dtype)[label]
-    losses = -log_p.gather(-1, label.expand(exit_logits.shape[:2]).unsqueeze(-1)).squeeze(-1) * row_weight
-    if label_smoothing > 0:
-        smooth = -(log_p if class_weight is None else log_p * class_weight.to(dtype)).sum(-1)
-        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * smooth
-    losses = losses.masked_fill(used & ~known, float("nan")).masked_fill(~used, 0.0)
+    rows = reference_loss.rows_of(target, exit_logits.shape[-1], class_weight, ignore_index, dtype)
+    log_p = reference_loss.log_probabilities(exit_logits, rows, dtype)
+    losses = reference_loss.row_losses(log_p, rows, class_weight, label_smoothing)
     if reduction == "mean":
-        total = row_weight.masked_fill(~used, 0.0).sum()
-        # As F.cross_entropy: without any weight NaN, even where label smoothing leaves a loss to divide.
-        exit_losses = losses.sum(-1) / total.masked_fill(total == 0, float("nan"))
+        exit_losses = losses.sum(-1) / reference_loss.divisor(rows)
     else:
         exit_losses = losses.sum(-1) if reduction == "sum" else losses
-    exit_weights = exit_weights.to(dtype)
-    loss = exit_losses[0] * exit_weights[0]
-    for e in range(1, exit_logits.shape[0]):
-        loss = loss + exit_losses[e] * exit_weights[e]
-    return JointLoss(loss, exit_losses)
+    return JointLoss(reference_loss.joint(exit_losses, exit_weights.to(dtype)), exit_losses)
 
 
 def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:

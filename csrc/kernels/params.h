@@ -2,6 +2,8 @@
 //
 // Interface changes after the first version are announced here:
 //   SmallLinearParams: new. GateParams::clear_behind: new, set it to true for what was.
+//   joint_cross_entropy's row losses may come without the log-sum-exp; its backward forms the rows' coefficients itself
+//   (LossCoefficients); JointCrossEntropyGradParams and LossGradScaleParams are new.
 //
 // Conventions, for every struct:
 //   * No torch types. Pointers are raw; on CUDA they are device pointers unless a comment says otherwise.
@@ -93,7 +95,7 @@ struct JointCrossEntropyParams {
   const int64_t* target;     // (N), any stride
   const void* class_weight;  // acc (K), or null for ones
   void* row_losses;          // acc (E, N)
-  void* log_sum_exp;         // acc (E, N); written for every row, ignored ones too
+  void* log_sum_exp;         // acc (E, N), or null; written for every row, ignored ones too
   DType dtype;
   int64_t E, N, K;
   int64_t stride_e, stride_n, stride_k;
@@ -124,25 +126,53 @@ struct JointCrossEntropyReduceParams {
   int64_t ignore_index;
 };
 
+// What one unit of each row's loss adds to the final scalar:
+//   c[e, n] = (exit_weights[e] * grad_loss[n] + grad_exit_losses[e, n]) / denominator * factor
+struct LossCoefficients {
+  const void* exit_weights;      // acc (E); null: the first term is absent
+  const void* grad_loss;         // acc, stride loss_stride_n (0: one value for all rows); null: 1
+  const void* grad_exit_losses;  // acc, strides exit_stride_e and exit_stride_n (0: one value an exit); null: 0
+  const void* denominator;       // acc, one value; null: 1
+  int64_t loss_stride_n;
+  int64_t exit_stride_e, exit_stride_n;
+  double factor;
+};
+
 // grad_logits[e, n, k] = c[e, n] * ((1 - s) * w[y] * (p_k - [k == y]) + s / K * (W * p_k - w[k])), p = exp(x -
 // log_sum_exp), W = sum w; exactly 0 in ignored rows, whatever the coefficient; on CUDA also 0 in rows whose label is
-// out of range. c[e, n] holds everything from above: a_e * grad_loss / denominator + grad_exit_loss[e] / denominator,
-// or whatever the reduction gives.
+// out of range.
 struct JointCrossEntropyBackwardParams {
   const void* logits;        // dtype (E, N, K), any strides
   const int64_t* target;     // (N), any stride
   const void* class_weight;  // acc (K), or null
   const void* log_sum_exp;   // acc (E, N), from the forward
-  const void* coefficients;  // acc (E, N), any strides (0 included)
-  void* grad_logits;         // dtype (E, N, K), class stride 1; may be `logits` itself with the same strides (in place)
+  LossCoefficients coefficients;
+  void* grad_logits;  // dtype (E, N, K), class stride 1; may be `logits` itself with the same strides (in place)
   DType dtype;
   int64_t E, N, K;
   int64_t stride_e, stride_n, stride_k;
   int64_t target_stride;
-  int64_t coef_stride_e, coef_stride_n;
   int64_t out_stride_e, out_stride_n;
   int64_t ignore_index;
   double label_smoothing;
+};
+
+// Row losses and gradient from one pass: JointCrossEntropyParams and, with its softmax, grad_logits as above.
+struct JointCrossEntropyGradParams {
+  JointCrossEntropyParams loss;
+  LossCoefficients coefficients;
+  void* grad_logits;  // dtype (E, N, K), any strides; may be `logits` itself with the same strides (in place)
+  int64_t out_stride_e, out_stride_n, out_stride_k;
+};
+
+// grad[e, n, k] *= scale / divisor, in acc and rounded once; nothing is touched where that factor is 1.
+struct LossGradScaleParams {
+  void* grad;         // dtype (E, N, K), any strides
+  const void* scale;  // acc, one value
+  double divisor;
+  DType dtype;
+  int64_t E, N, K;
+  int64_t stride_e, stride_n, stride_k;
 };
 
 // counts[m - 1] = {top-1, top-5} hits of the ensemble over the exits whose bit 1 << e is set in m, m = 1 .. 2^E - 1;

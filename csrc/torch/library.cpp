@@ -29,15 +29,26 @@ TORCH_LIBRARY(aep, m) {
       "Tensor? normalizer_tensor=None, Tensor? temperature_tensor=None, *, Tensor(a!)? logits, Tensor(b!) stats, "
       "Tensor(c!) argmax) -> ()");
 
-  // log_sum_exp (E, N) and denominator (0-d) are kept for the backward.
+  // kept (E * N + 1), for the backward: the rows' log-sum-exp, then the divisor of the mean.
   m.def(
       "joint_cross_entropy(Tensor exit_logits, Tensor target, Tensor exit_weights, Tensor? class_weight=None, "
       "float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "
-      "-> (Tensor loss, Tensor exit_losses, Tensor log_sum_exp, Tensor denominator)");
-  // coefficients (E, N): what each row's loss contributes to the final scalar.
+      "-> (Tensor loss, Tensor exit_losses, Tensor kept)");
   m.def(
-      "joint_cross_entropy_backward(Tensor exit_logits, Tensor target, Tensor coefficients, Tensor log_sum_exp, "
-      "Tensor? class_weight, float label_smoothing, int ignore_index) -> Tensor");
+      "joint_cross_entropy_backward(Tensor exit_logits, Tensor target, Tensor exit_weights, Tensor kept, "
+      "Tensor? grad_loss, Tensor? grad_exit_losses, Tensor? class_weight, float label_smoothing, int ignore_index, "
+      "str reduction) -> Tensor");
+  // The other memory modes: the gradient as a result, and in the place of the logits. Both hold it times
+  // held_factor (csrc/torch/loss_held.cpp), which joint_cross_entropy_scale_ divides by.
+  m.def(
+      "joint_cross_entropy_with_grad(Tensor exit_logits, Tensor target, Tensor exit_weights, "
+      "Tensor? class_weight=None, float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "
+      "-> (Tensor loss, Tensor exit_losses, Tensor grad_logits)");
+  m.def(
+      "joint_cross_entropy_(Tensor(a!) exit_logits, Tensor target, Tensor exit_weights, Tensor? class_weight=None, "
+      "float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "
+      "-> (Tensor loss, Tensor exit_losses)");
+  m.def("joint_cross_entropy_scale_(Tensor(a!) grad_logits, Tensor scale, float divisor=1.0) -> ()");
 
   m.def("subset_correct(Tensor exit_logits, Tensor weights, Tensor target) -> Tensor");
   m.def("subset_correct.out(Tensor exit_logits, Tensor weights, Tensor target, *, Tensor(a!) out) -> ()");

@@ -88,7 +88,7 @@ EnsembleStatsCall prepare_ensemble_stats(const Tensor& exit_logits, const Tensor
                                          const StatsOut* out = nullptr);
 
 struct LossCall {
-  Tensor loss, exit_losses, log_sum_exp, denominator, row_losses, class_weight, exit_weights;
+  Tensor loss, exit_losses, kept, row_losses, class_weight, exit_weights;
   kernels::JointCrossEntropyParams params{};
   kernels::JointCrossEntropyReduceParams reduce{};
 };
@@ -97,12 +97,30 @@ LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Ten
                       std::string_view reduction);
 
 struct LossBackwardCall {
-  Tensor grad_logits, coefficients, log_sum_exp, class_weight;
+  Tensor grad_logits, exit_weights, kept, grad_loss, grad_exit_losses, class_weight;
   kernels::JointCrossEntropyBackwardParams params{};
 };
-LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
-                                       const Tensor& log_sum_exp, const std::optional<Tensor>& class_weight,
-                                       double label_smoothing, int64_t ignore_index);
+LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                       const Tensor& kept, const std::optional<Tensor>& grad_loss,
+                                       const std::optional<Tensor>& grad_exit_losses,
+                                       const std::optional<Tensor>& class_weight, double label_smoothing,
+                                       int64_t ignore_index, std::string_view reduction);
+
+// Loss and gradient together; the gradient in a tensor of its own, or in the place of the logits.
+struct LossGradCall {
+  LossCall loss;
+  Tensor grad_logits;
+  kernels::JointCrossEntropyGradParams params{};
+};
+LossGradCall prepare_loss_grad(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                               const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index,
+                               std::string_view reduction, bool in_place);
+
+struct LossGradScaleCall {
+  Tensor scale;
+  kernels::LossGradScaleParams params{};
+};
+LossGradScaleCall prepare_loss_grad_scale(const Tensor& grad_logits, const Tensor& scale, double divisor);
 
 struct SubsetCall {
   Tensor counts, weights;

@@ -22,6 +22,9 @@ OPERATORS = [
     "ensemble_stats",
     "joint_cross_entropy",
     "joint_cross_entropy_backward",
+    "joint_cross_entropy_with_grad",
+    "joint_cross_entropy_",
+    "joint_cross_entropy_scale_",
     "subset_correct",
     "gate",
 ]
@@ -57,8 +60,17 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
         for reduction in ("none", "sum", "mean"):
             yield rand(3, 5, 4), target, rand(3), torch.rand(4, device=device), 0.1, -100, reduction
     elif name == "joint_cross_entropy_backward":
-        yield rand(3, 5, 4), target, rand(3, 5), rand(3, 5), None, 0.1, -100
-        yield rand(3, 5, 4), target, rand(3, 1).expand(3, 5), rand(3, 5), torch.rand(4, device=device), 0.0, -100
+        yield rand(3, 5, 4), target, rand(3), rand(16), rand(), None, None, 0.1, -100, "mean"
+        class_weight = torch.rand(4, device=device)
+        yield rand(3, 5, 4), target, rand(3), rand(16), rand(), rand(3), class_weight, 0.0, -100, "sum"
+        yield rand(3, 5, 4), target, rand(3), rand(16), None, rand(3, 1).expand(3, 5), class_weight, 0.0, -100, "none"
+    elif name in ("joint_cross_entropy_with_grad", "joint_cross_entropy_"):
+        for reduction in ("sum", "mean"):
+            x = rand(3, 5, 4)
+            # The second is no leaf: it may be overwritten although it requires a gradient.
+            yield x * 1 if name.endswith("_") else x, target, rand(3), torch.rand(4, device=device), 0.1, -100, reduction
+    elif name == "joint_cross_entropy_scale_":
+        yield rand(3, 5, 4).detach(), rand().detach(), 2.0
     elif name == "subset_correct":
         yield rand(3, 5, 4), rand(3), target.clamp(0)
     else:
@@ -92,8 +104,10 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
 def test_opcheck(name, grad, device, native):
     operator = getattr(torch.ops.aep, name).default
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if "backward" in name and grad:
-        checks.pop()  # it differentiates, and a backward cannot be differentiated: the next test
+    if grad and ("backward" in name or name.endswith("cross_entropy_")):
+        # It differentiates. A backward cannot be differentiated: the next test. What a compiler makes of overwritten
+        # logits is not asked for: the public function refuses.
+        checks.pop()
     for args in samples(name, device, grad):
         torch.library.opcheck(operator, args, test_utils=checks)
 
@@ -161,6 +175,10 @@ def calls(device: str) -> dict[str, tuple[Callable[..., object], Callable[[int],
         ),
         "loss": (
             lambda x, a, y: ops.joint_cross_entropy(x, y, a, label_smoothing=0.1).loss,
+            lambda n: (torch.randn(3, n, 4, **kind), weights.clone(), torch.randint(4, (n,), **kind)),
+        ),
+        "loss in forward": (
+            lambda x, a, y: ops.joint_cross_entropy(x, y, a, label_smoothing=0.1, memory="in_forward").loss,
             lambda n: (torch.randn(3, n, 4, **kind), weights.clone(), torch.randint(4, (n,), **kind)),
         ),
         "loss per row": (
@@ -249,7 +267,7 @@ def test_fake_tensors_give_shapes(name, path, on_reference):
         assert actual.shape == wanted.shape and actual.dtype == wanted.dtype
 
 
-@pytest.mark.parametrize("name", ["pool", "head", "ensemble", "loss"])
+@pytest.mark.parametrize("name", ["pool", "head", "ensemble", "loss", "loss in forward"])
 def test_functional_transforms_say_that_they_cannot(name, native):
     """torch.func cannot see into a C++ backward, and torch refuses rather than compute nonsense."""
     function, make = calls("cpu")[name]
@@ -258,7 +276,7 @@ def test_functional_transforms_say_that_they_cannot(name, native):
         torch.func.grad(lambda x: flat(function(x, *args[1:]))[0].sum())(args[0])
 
 
-@pytest.mark.parametrize("name", ["pool", "head", "ensemble", "stats", "loss"])
+@pytest.mark.parametrize("name", ["pool", "head", "ensemble", "stats", "loss", "loss in forward"])
 def test_forward_mode_is_refused(name, native):
     """A tangent is never dropped without a word: zero would be a wrong derivative."""
     function, make = calls("cpu")[name]

@@ -47,6 +47,12 @@ int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t
 
 // Rows 0 .. E * N, row = e * N + n.
 void joint_cross_entropy(const JointCrossEntropyParams& p, int64_t begin, int64_t end);
+// Loss and gradient in one pass, rows as above; joint_cross_entropy_denominator() first, where the coefficients point
+// to it.
+void joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, int64_t begin, int64_t end);
+void joint_cross_entropy_denominator(const JointCrossEntropyReduceParams& p);
+// Rows as above.
+void loss_grad_scale(const LossGradScaleParams& p, int64_t begin, int64_t end);
 // Once all rows are done, on one thread.
 void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p);
 // Rows 0 .. E * N, row = e * N + n.

@@ -143,6 +143,12 @@ void joint_cross_entropy(const JointCrossEntropyParams& p, int64_t begin, int64_
 void joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, int64_t begin, int64_t end) {
   active_table().joint_cross_entropy_backward(p, begin, end);
 }
+void joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, int64_t begin, int64_t end) {
+  active_table().joint_cross_entropy_grad(p, begin, end);
+}
+void loss_grad_scale(const LossGradScaleParams& p, int64_t begin, int64_t end) {
+  active_table().loss_grad_scale(p, begin, end);
+}
 void subset_correct(const SubsetCorrectParams& p, int64_t begin, int64_t end, int64_t* counts) {
   active_table().subset_correct(p, begin, end, counts);
 }

@@ -48,6 +48,8 @@ extern const KernelTable AEP_ISA_TABLE = {
     AEP_ISA_NAMESPACE::ensemble_backward_weights,
     AEP_ISA_NAMESPACE::joint_cross_entropy,
     AEP_ISA_NAMESPACE::joint_cross_entropy_backward,
+    AEP_ISA_NAMESPACE::joint_cross_entropy_grad,
+    AEP_ISA_NAMESPACE::loss_grad_scale,
     AEP_ISA_NAMESPACE::subset_correct,
     AEP_ISA_NAMESPACE::gate_judge,
     AEP_ISA_NAMESPACE::gate_scatter,

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../prepare.h"
+#include "huge_pages.h"
 #include "kernels/cpu/api.h"
 
 namespace aep {
@@ -155,29 +156,72 @@ void check_labels(const char* op, const Tensor& target, int64_t classes, const i
                     " at position ", position);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
-                                                               const Tensor& exit_weights,
-                                                               const OptionalTensor& class_weight,
-                                                               double label_smoothing, int64_t ignore_index,
-                                                               std::string_view reduction) {
+std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
+                                                       const Tensor& exit_weights, const OptionalTensor& class_weight,
+                                                       double label_smoothing, int64_t ignore_index,
+                                                       std::string_view reduction) {
   const LossCall call =
       prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
   const auto& p = call.params;
   check_labels("joint_cross_entropy", target, p.K, &ignore_index);
   share(p.E * p.N, p.K, [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy(p, begin, end); });
   cpu::joint_cross_entropy_reduce(call.reduce);
-  return {call.loss, call.exit_losses, call.log_sum_exp, call.denominator};
+  return {call.loss, call.exit_losses, call.kept};
 }
 
-Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
-                                    const Tensor& log_sum_exp, const OptionalTensor& class_weight,
-                                    double label_smoothing, int64_t ignore_index) {
-  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, coefficients, log_sum_exp, class_weight,
-                                                      label_smoothing, ignore_index);
+Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                    const Tensor& kept, const OptionalTensor& grad_loss,
+                                    const OptionalTensor& grad_exit_losses, const OptionalTensor& class_weight,
+                                    double label_smoothing, int64_t ignore_index, std::string_view reduction) {
+  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, exit_weights, kept, grad_loss,
+                                                      grad_exit_losses, class_weight, label_smoothing, ignore_index,
+                                                      reduction);
   const auto& p = call.params;
   check_labels("joint_cross_entropy_backward", target, p.K, &ignore_index);
+  advise_huge_pages(call.grad_logits);
   share(p.E * p.N, p.K, [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy_backward(p, begin, end); });
   return call.grad_logits;
+}
+
+LossGradCall loss_and_gradient(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                               const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
+                               std::string_view reduction, bool in_place) {
+  LossGradCall call = prepare_loss_grad(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index,
+                                        reduction, in_place);
+  const auto& p = call.params;
+  check_labels("joint_cross_entropy", target, p.loss.K, &ignore_index);  // before the logits are overwritten
+  if (!in_place) {
+    advise_huge_pages(call.grad_logits);
+  }
+  cpu::joint_cross_entropy_denominator(call.loss.reduce);
+  share(p.loss.E * p.loss.N, p.loss.K,
+        [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy_grad(p, begin, end); });
+  cpu::joint_cross_entropy_reduce(call.loss.reduce);
+  return call;
+}
+
+std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy_with_grad(const Tensor& exit_logits, const Tensor& target,
+                                                                 const Tensor& exit_weights,
+                                                                 const OptionalTensor& class_weight,
+                                                                 double label_smoothing, int64_t ignore_index,
+                                                                 std::string_view reduction) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
+                                              ignore_index, reduction, false);
+  return {call.loss.loss, call.loss.exit_losses, call.grad_logits};
+}
+
+std::tuple<Tensor, Tensor> joint_cross_entropy_(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                                const OptionalTensor& class_weight, double label_smoothing,
+                                                int64_t ignore_index, std::string_view reduction) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
+                                              ignore_index, reduction, true);
+  return {call.loss.loss, call.loss.exit_losses};
+}
+
+void joint_cross_entropy_scale_(Tensor& grad_logits, const Tensor& scale, double divisor) {
+  const LossGradScaleCall call = prepare_loss_grad_scale(grad_logits, scale, divisor);
+  const auto& p = call.params;
+  share(p.E * p.N, p.K, [&](int64_t begin, int64_t end) { cpu::loss_grad_scale(p, begin, end); });
 }
 
 void run(const SubsetCall& call, const Tensor& target) {
@@ -261,6 +305,9 @@ TORCH_LIBRARY_IMPL(aep, CPU, m) {
   m.impl("ensemble_stats.out", &aep::ensemble_stats_out);
   m.impl("joint_cross_entropy", &aep::joint_cross_entropy);
   m.impl("joint_cross_entropy_backward", &aep::joint_cross_entropy_backward);
+  m.impl("joint_cross_entropy_with_grad", &aep::joint_cross_entropy_with_grad);
+  m.impl("joint_cross_entropy_", &aep::joint_cross_entropy_);
+  m.impl("joint_cross_entropy_scale_", &aep::joint_cross_entropy_scale_);
   m.impl("subset_correct", &aep::subset_correct);
   m.impl("subset_correct.out", &aep::subset_correct_out);
   m.impl("gate", &aep::gate);

@@ -92,27 +92,64 @@ void ensemble_stats_out(const Tensor& exit_logits, const Tensor& weights, double
   C10_CUDA_CHECK(cuda::launch_ensemble_stats(call.params, device.stream));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
-                                                               const Tensor& exit_weights,
-                                                               const OptionalTensor& class_weight,
-                                                               double label_smoothing, int64_t ignore_index,
-                                                               std::string_view reduction) {
+std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
+                                                       const Tensor& exit_weights, const OptionalTensor& class_weight,
+                                                       double label_smoothing, int64_t ignore_index,
+                                                       std::string_view reduction) {
   const LossCall call =
       prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
   const OnDevice device(exit_logits);
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy(call.params, device.stream));
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(call.reduce, device.stream));
-  return {call.loss, call.exit_losses, call.log_sum_exp, call.denominator};
+  return {call.loss, call.exit_losses, call.kept};
 }
 
-Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
-                                    const Tensor& log_sum_exp, const OptionalTensor& class_weight,
-                                    double label_smoothing, int64_t ignore_index) {
-  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, coefficients, log_sum_exp, class_weight,
-                                                      label_smoothing, ignore_index);
+Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                    const Tensor& kept, const OptionalTensor& grad_loss,
+                                    const OptionalTensor& grad_exit_losses, const OptionalTensor& class_weight,
+                                    double label_smoothing, int64_t ignore_index, std::string_view reduction) {
+  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, exit_weights, kept, grad_loss,
+                                                      grad_exit_losses, class_weight, label_smoothing, ignore_index,
+                                                      reduction);
   const OnDevice device(exit_logits);
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_backward(call.params, device.stream));
   return call.grad_logits;
+}
+
+LossGradCall loss_and_gradient(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                               const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
+                               std::string_view reduction, bool in_place) {
+  LossGradCall call = prepare_loss_grad(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index,
+                                        reduction, in_place);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_denominator(call.loss.reduce, device.stream));
+  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_grad(call.params, device.stream));
+  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(call.loss.reduce, device.stream));
+  return call;
+}
+
+std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy_with_grad(const Tensor& exit_logits, const Tensor& target,
+                                                                 const Tensor& exit_weights,
+                                                                 const OptionalTensor& class_weight,
+                                                                 double label_smoothing, int64_t ignore_index,
+                                                                 std::string_view reduction) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
+                                              ignore_index, reduction, false);
+  return {call.loss.loss, call.loss.exit_losses, call.grad_logits};
+}
+
+std::tuple<Tensor, Tensor> joint_cross_entropy_(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                                const OptionalTensor& class_weight, double label_smoothing,
+                                                int64_t ignore_index, std::string_view reduction) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
+                                              ignore_index, reduction, true);
+  return {call.loss.loss, call.loss.exit_losses};
+}
+
+void joint_cross_entropy_scale_(Tensor& grad_logits, const Tensor& scale, double divisor) {
+  const LossGradScaleCall call = prepare_loss_grad_scale(grad_logits, scale, divisor);
+  const OnDevice device(grad_logits);
+  C10_CUDA_CHECK(cuda::launch_loss_grad_scale(call.params, device.stream));
 }
 
 void run(const SubsetCall& call) {
@@ -182,6 +219,9 @@ TORCH_LIBRARY_IMPL(aep, CUDA, m) {
   m.impl("ensemble_stats.out", &aep::ensemble_stats_out);
   m.impl("joint_cross_entropy", &aep::joint_cross_entropy);
   m.impl("joint_cross_entropy_backward", &aep::joint_cross_entropy_backward);
+  m.impl("joint_cross_entropy_with_grad", &aep::joint_cross_entropy_with_grad);
+  m.impl("joint_cross_entropy_", &aep::joint_cross_entropy_);
+  m.impl("joint_cross_entropy_scale_", &aep::joint_cross_entropy_scale_);
   m.impl("subset_correct", &aep::subset_correct);
   m.impl("subset_correct.out", &aep::subset_correct_out);
   m.impl("gate", &aep::gate);
