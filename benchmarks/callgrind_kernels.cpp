@@ -60,10 +60,9 @@ void ensembles(const char* name, const char* stats_name, int64_t E, int64_t N, i
   count(stats_name, [&] { cpu::ensemble_stats(p, 0, N); });
 }
 
-void losses(const char* name, const char* backward_name, int64_t E, int64_t N, int64_t K) {
+void losses(const char* name, const char* backward_name, const char* both_name, int64_t E, int64_t N, int64_t K) {
   const size_t rows = static_cast<size_t>(E * N);
   const std::vector<float> logits = numbers(rows * static_cast<size_t>(K), 2), weights(static_cast<size_t>(E), 0.25f);
-  const std::vector<float> coefficients(rows, 0.25f / static_cast<float>(N));
   const std::vector<int64_t> target = labels(N, K);
   std::vector<float> row_losses(rows), log_sum_exp(rows), exit_losses(static_cast<size_t>(E)), grad(logits.size());
   float loss = 0, denominator = 0;
@@ -81,10 +80,18 @@ void losses(const char* name, const char* backward_name, int64_t E, int64_t N, i
   });
   JointCrossEntropyBackwardParams b{};
   b.logits = logits.data(), b.target = target.data(), b.log_sum_exp = log_sum_exp.data();
-  b.coefficients = coefficients.data(), b.grad_logits = grad.data(), b.dtype = DType::f32, b.E = E, b.N = N, b.K = K;
-  b.stride_e = N * K, b.stride_n = K, b.stride_k = 1, b.target_stride = 1, b.coef_stride_e = N, b.coef_stride_n = 1;
+  b.coefficients = {weights.data(), nullptr, nullptr, &denominator, 0, 0, 0, 1};
+  b.grad_logits = grad.data(), b.dtype = DType::f32, b.E = E, b.N = N, b.K = K;
+  b.stride_e = N * K, b.stride_n = K, b.stride_k = 1, b.target_stride = 1;
   b.out_stride_e = N * K, b.out_stride_n = K, b.ignore_index = -100;
   count(backward_name, [&] { cpu::joint_cross_entropy_backward(b, 0, E * N); });
+  JointCrossEntropyGradParams g{};
+  g.loss = p, g.coefficients = b.coefficients, g.grad_logits = grad.data();
+  g.out_stride_e = N * K, g.out_stride_n = K, g.out_stride_k = 1;
+  count(both_name, [&] {
+    cpu::joint_cross_entropy_grad(g, 0, E * N);
+    cpu::joint_cross_entropy_reduce(r);
+  });
 }
 
 void subsets(const char* name, int64_t E, int64_t N, int64_t K) {
@@ -114,6 +121,7 @@ void gate(const char* name, int64_t K, int64_t feature_bytes, double threshold) 
   p.feature_row_bytes = p.feature_stride_bytes = p.feature_out_stride_bytes = feature_bytes;
   p.weight_sum = {nullptr, 0.3}, p.weight = {nullptr, 0.7}, p.temperature = {nullptr, 1};
   p.threshold = {nullptr, threshold}, p.policy = GatePolicy::confidence, p.on = GateOn::ensemble, p.enabled = true;
+  p.clear_behind = true;
   count(name, [&] {
     cpu::gate_judge(p, 0, 1);
     cpu::gate_partition(p);
@@ -147,8 +155,10 @@ int main(int argc, char** argv) {
   count("empty", [] { asm volatile("" ::: "memory"); });
   ensembles("ensemble-4-1-10", "ensemble_stats-4-1-10", 4, 1, 10);
   ensembles("ensemble-4-64-100", "ensemble_stats-4-64-100", 4, 64, 100);
-  losses("joint_cross_entropy-4-64-10", "joint_cross_entropy_backward-4-64-10", 4, 64, 10);
-  losses("joint_cross_entropy-4-64-100", "joint_cross_entropy_backward-4-64-100", 4, 64, 100);
+  losses("joint_cross_entropy-4-64-10", "joint_cross_entropy_backward-4-64-10", "joint_cross_entropy_grad-4-64-10",
+         4, 64, 10);
+  losses("joint_cross_entropy-4-64-100", "joint_cross_entropy_backward-4-64-100", "joint_cross_entropy_grad-4-64-100",
+         4, 64, 100);
   subsets("subset_correct-4-64-10", 4, 64, 10);
   gate("gate-1-10-stays", 10, 512 * 8 * 8 * 4, 2.0);
   gate("gate-1-10-leaves", 10, 512 * 8 * 8 * 4, 0.0);

@@ -99,6 +99,9 @@ void whole() {
   const V x = load(a, many::Full{}, T(0));
   expect("sum", V::sum(x), sum, T(0), T(0));
   expect("top", V::top(x), T(V::n), T(0), T(0));
+  V rows[V::n];
+  for (int i = 0; i < V::n; ++i) rows[i] = V::mul(x, V::set(T(i + 1)));
+  for (int i = 0; i < V::n; ++i) expect("sums", V::lane(V::sums(rows), i), T(i + 1) * sum, T(i), T(0));
   const int digits = sizeof(T) == 4 ? 13 : 27;  // (1 + u)(1 - u) - 1 = -u^2 shows with one rounding only
   const T u = one::Vec<T>::power2(-digits);
   expect("fma", V::lane(V::fma(V::set(1 + u), V::set(1 - u), V::set(-1)), 0), -u * u, u, u);
