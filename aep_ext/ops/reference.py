@@ -54,10 +54,10 @@ def multi_exit_linear_head(
 def _weighted(exit_logits: Tensor, weights: Tensor) -> Tensor:
     """Sum over exits in the accumulation dtype: rounded products added in ascending order."""
     dtype = accumulate_dtype(exit_logits.dtype)
-    weights = weights.to(dtype)
-    total = exit_logits[0].to(dtype) * weights[0]
-    for e in range(1, exit_logits.shape[0]):
-        total = total + exit_logits[e].to(dtype) * weights[e]
+    total = None
+    for own, weight in zip(exit_logits.unbind(), weights.to(dtype).unbind(), strict=True):
+        product = own.to(dtype) * weight
+        total = product if total is None else total + product
     return total
 
 
@@ -89,8 +89,10 @@ def ensemble_stats(
     logits = ensemble(exit_logits, weights)
     with torch.no_grad():
         dtype = accumulate_dtype(logits.dtype)
-        divisor = _scalar(normalizer, logits, dtype) * _scalar(temperature, logits, dtype)
-        stats = _statistics(logits.to(dtype) / divisor)
+        scaled = logits.to(dtype)
+        if not (_is_one(normalizer) and _is_one(temperature)):
+            scaled = scaled / (_scalar(normalizer, logits, dtype) * _scalar(temperature, logits, dtype))
+        stats = _statistics(scaled)
         return EnsembleStats(logits, stats.float(), logits.argmax(-1))
 
 
@@ -156,6 +158,10 @@ def _correct(scores: Tensor, target: Tensor) -> Tensor:
     return torch.stack([(rank < 1).sum(-1), (rank < min(5, classes)).sum(-1)], -1)
 
 
+def _is_one(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) and value == 1
+
+
 def _scalar(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     """A 0-d tensor of ``dtype`` beside ``like``."""
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=like.device)
@@ -195,10 +201,12 @@ def gate(
             leaves = torch.zeros_like(leaves)
         order = torch.argsort(leaves.to(torch.uint8), stable=True)
         count = (~leaves).sum()
-        gone = (torch.arange(order.shape[0], device=order.device) >= count).view(-1, *[1] * (features.dim() - 1))
+        # A row of zeros is what stands behind: read like the others, it costs half of clearing rows by a mask.
+        rows = order.shape[0]
+        place = torch.where(torch.arange(rows, device=order.device) < count, order, rows)
+        padded = torch.cat([features, features.new_zeros(1, *features.shape[1:])])
         # Channels_last stays so, which indexing alone would not give.
-        compacted = torch.empty_like(features, memory_format=suggest_memory_format(features))
-        compacted.copy_(features[order].masked_fill(gone, 0))
+        compacted = padded.index_select(0, place).contiguous(memory_format=suggest_memory_format(features))
         return GateResult(
             compacted, running[order], indices[order], state[order], stats[order], answer[order], weight_sum, count
         )
