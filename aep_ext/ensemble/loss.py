@@ -19,6 +19,9 @@ class JointCrossEntropy(nn.Module):
         label_smoothing: within 0..1.
         ignore_index: targets with this value do not count.
         reduction: "mean", "sum" or "none".
+        memory: "recompute" (holds nothing but the logits for the backward), "in_forward" (holds the gradient instead)
+            or "in_place" (the gradient replaces the logits); the last two want "mean" or "sum". See
+            :func:`aep_ext.ops.joint_cross_entropy`.
 
     The weights are buffers (float32), so they move with ``.to()`` and are part of the state dict.
 
@@ -33,12 +36,17 @@ class JointCrossEntropy(nn.Module):
 
     def __init__(self, exit_weights: ExitWeights | Sequence[float] | Tensor, *,
                  class_weight: Sequence[float] | Tensor | None = None, label_smoothing: float = 0.0,
-                 ignore_index: int = -100, reduction: str = "mean") -> None:
+                 ignore_index: int = -100, reduction: str = "mean", memory: str = "recompute") -> None:
         super().__init__()
         if not isinstance(exit_weights, ExitWeights):
             exit_weights = ExitWeights(exit_weights)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"JointCrossEntropy: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        if memory not in ("recompute", "in_forward", "in_place"):
+            raise ValueError("JointCrossEntropy: memory must be 'recompute', 'in_forward' or 'in_place', "
+                             f"got {memory!r}")
+        if memory != "recompute" and reduction == "none":
+            raise ValueError(f"JointCrossEntropy: memory={memory!r} needs reduction 'mean' or 'sum', got 'none'")
         if not 0.0 <= label_smoothing <= 1.0:
             raise ValueError(f"JointCrossEntropy: label_smoothing must be within 0..1, got {label_smoothing}")
         if class_weight is not None:
@@ -51,6 +59,7 @@ class JointCrossEntropy(nn.Module):
         self.label_smoothing = float(label_smoothing)
         self.ignore_index = int(ignore_index)
         self.reduction = reduction
+        self.memory = memory
 
     def losses(self, exit_logits: Tensor, target: Tensor) -> ops.JointLoss:
         """The joint loss and the unweighted loss of every exit, from one pass.
@@ -64,7 +73,7 @@ class JointCrossEntropy(nn.Module):
             shape (E,); with "none" the shapes are (N,) and (E, N).
         """
         return ops.joint_cross_entropy(exit_logits, target, self.exit_weights, self.class_weight,
-                                       self.label_smoothing, self.ignore_index, self.reduction)
+                                       self.label_smoothing, self.ignore_index, self.reduction, self.memory)
 
     def per_exit(self, exit_logits: Tensor, target: Tensor) -> Tensor:
         """The unweighted loss of every exit: (E,), or (E, N) with reduction "none"."""
@@ -79,4 +88,4 @@ class JointCrossEntropy(nn.Module):
         weights = "..." if self.exit_weights.is_meta else ", ".join(f"{v:.4g}" for v in self.exit_weights.tolist())
         return (f"exit_weights=[{weights}], class_weight={self.class_weight is not None}, "
                 f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
-                f"reduction={self.reduction!r}")
+                f"reduction={self.reduction!r}, memory={self.memory!r}")

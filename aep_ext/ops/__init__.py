@@ -10,6 +10,7 @@ from aep_ext.ops.combine import ensemble, ensemble_stats
 from aep_ext.ops.gating import gate
 from aep_ext.ops.head import multi_exit_linear_head
 from aep_ext.ops.loss import joint_cross_entropy
+from aep_ext.ops.pool import global_avg_pool
 from aep_ext.ops.subsets import subset_correct
 from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
 
@@ -20,6 +21,7 @@ __all__ = [
     "ensemble",
     "ensemble_stats",
     "gate",
+    "global_avg_pool",
     "joint_cross_entropy",
     "multi_exit_linear_head",
     "subset_correct",

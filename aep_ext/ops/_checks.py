@@ -7,14 +7,19 @@ compares the two. Every message has the form ``aep::<operator>: <rule>, got <val
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch._subclasses import FakeTensor
+
+from aep_ext.ops.types import EnsembleStats, GateResult
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
+MEMORY_MODES = ("recompute", "in_forward", "in_place")
+NEEDS_ONE_LOSS = "aep::joint_cross_entropy: memory='{}' needs reduction 'mean' or 'sum', got 'none'"
 POLICIES = ("confidence", "entropy", "margin", "patience", "vote")
 SUBJECTS = ("ensemble", "exit")
 MAX_SUBSET_EXITS = 16
@@ -123,6 +128,11 @@ def _feature_map(op: str, name: str, features: Tensor) -> None:
         raise ValueError(f"aep::{op}: {name} must have C, H and W of at least 1, got shape {_shape(features)}")
 
 
+def global_avg_pool(features: Tensor) -> None:
+    """Arguments of ``aep::global_avg_pool``."""
+    _feature_map("global_avg_pool", "features", features)
+
+
 def multi_exit_linear_head(
     features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None
 ) -> None:
@@ -181,6 +191,7 @@ def joint_cross_entropy(
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
+    memory: str = "recompute",
 ) -> None:
     """Arguments of ``aep::joint_cross_entropy``, the values of the labels apart (:func:`labels`)."""
     op = "joint_cross_entropy"
@@ -201,6 +212,37 @@ def joint_cross_entropy(
         raise ValueError(f"aep::{op}: label_smoothing must be within 0..1, got {label_smoothing:g}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"aep::{op}: reduction must be 'none', 'mean' or 'sum', got '{reduction}'")
+    if memory != "recompute" and reduction == "none":
+        raise ValueError(NEEDS_ONE_LOSS.format(memory))
+
+
+def memory_mode(memory: object) -> None:
+    """The name of a memory mode of ``joint_cross_entropy``."""
+    if memory not in MEMORY_MODES:
+        raise ValueError(
+            f"aep::joint_cross_entropy: memory must be 'recompute', 'in_forward' or 'in_place', got {memory!r}"
+        )
+
+
+def replaceable(exit_logits: Tensor, *others: Tensor | None) -> None:
+    """Memory that ``memory="in_place"`` may overwrite: no element shared with another one or with ``others``."""
+    op = "joint_cross_entropy"
+    reach = 0
+    if exit_logits.numel():
+        for stride, size in sorted(zip(exit_logits.stride(), exit_logits.shape, strict=True)):
+            if size > 1 and stride <= reach:
+                raise RuntimeError(
+                    f"aep::{op}: memory='in_place' needs exit_logits whose elements do not share memory (clone() them), "
+                    f"got shape {_shape(exit_logits)} with strides {list(exit_logits.stride())}"
+                )
+            reach += stride * (size - 1)
+    storage = exit_logits.untyped_storage()._cdata
+    for other in others:
+        if other is not None and other.untyped_storage()._cdata == storage:
+            raise RuntimeError(
+                f"aep::{op}: memory='in_place' overwrites exit_logits: no other argument may share their memory, got "
+                f"one of shape {_shape(other)} that does"
+            )
 
 
 def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> None:
@@ -257,3 +299,120 @@ def gate(
     _scalar(op, "weight", weight, device)
     _scalar(op, "threshold", threshold, device)
     _scalar(op, "temperature", temperature, device, positive=True)
+
+
+# ---- out tensors: checked as csrc/torch/results.h does
+
+
+def no_gradients(op: str, *tensors: Tensor | None) -> None:
+    """Operators that write into the caller's tensors record nothing, so nothing may require a gradient."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise ValueError(f"aep::{op}: arguments must not require a gradient where out is given, got requires_grad=True")
+
+
+def parts(op: str, out: object, names: Sequence[str], optional: str = "") -> None:
+    """``out`` is a tuple of tensors with these names; the one named ``optional`` may be None."""
+    if not isinstance(out, (tuple, list)) or len(out) != len(names):
+        found = f"{len(out)} entries" if isinstance(out, (tuple, list)) else type(out).__name__
+        raise TypeError(f"aep::{op}: out must be a tuple of {len(names)} tensors ({', '.join(names)}), got {found}")
+    for name, tensor in zip(names, out, strict=True):
+        if not (tensor is None and name == optional):
+            _tensor(op, f"out {name}", tensor)
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first element and behind its last."""
+    if tensor.numel() == 0 or tensor.is_meta or isinstance(tensor, FakeTensor) or torch.compiler.is_compiling():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _result(
+    op: str,
+    name: str,
+    out: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> None:
+    _tensor(op, name, out)
+    _dtype(op, name, out, dtype)
+    _has_shape(op, name, out, shape)
+    _same_device(op, name, out, device)
+    if not out.is_contiguous(memory_format=memory_format):
+        where = "" if memory_format == torch.contiguous_format else " in the memory format of the input"
+        raise ValueError(f"aep::{op}: {name} must be contiguous{where}, got strides {list(out.stride())}")
+
+
+def _apart(op: str, outputs: Mapping[str, Tensor | None], inputs: Mapping[str, object]) -> None:
+    """No output shares memory with an input or with another output."""
+    names = list(outputs)
+    for i, name in enumerate(names):
+        others = inputs | {other: outputs[other] for other in names[i + 1 :]}
+        for other, tensor in others.items():
+            if isinstance(tensor, Tensor) and outputs[name] is not None:
+                (a, a_end), (b, b_end) = _range(outputs[name]), _range(tensor)
+                if a < b_end and b < a_end:
+                    raise ValueError(f"aep::{op}: {name} must not share memory with {other}, got overlapping memory")
+
+
+def ensemble_out(exit_logits: Tensor, weights: Tensor, out: Tensor) -> None:
+    """``out`` of ``aep::ensemble``, whose other arguments were checked."""
+    _result("ensemble", "out", out, exit_logits.shape[1:], exit_logits.dtype, exit_logits.device)
+    _apart("ensemble", {"out": out}, {"exit_logits": exit_logits, "weights": weights})
+
+
+def ensemble_stats_out(
+    exit_logits: Tensor,
+    weights: Tensor,
+    normalizer: float | Tensor,
+    temperature: float | Tensor,
+    out: EnsembleStats,
+) -> None:
+    """``out`` of ``aep::ensemble_stats``, whose other arguments were checked."""
+    op, device = "ensemble_stats", exit_logits.device
+    rows = exit_logits.shape[1]
+    if out.logits is not None:
+        _result(op, "out logits", out.logits, exit_logits.shape[1:], exit_logits.dtype, device)
+    _result(op, "out stats", out.stats, [rows, 3], torch.float32, device)
+    _result(op, "out argmax", out.argmax, [rows], torch.int64, device)
+    inputs = {"exit_logits": exit_logits, "weights": weights, "normalizer": normalizer, "temperature": temperature}
+    _apart(op, {f"out {name}": tensor for name, tensor in out._asdict().items()}, inputs)
+
+
+def subset_correct_out(exit_logits: Tensor, weights: Tensor, target: Tensor, out: Tensor) -> None:
+    """``out`` of ``aep::subset_correct``, whose other arguments were checked."""
+    op = "subset_correct"
+    _result(op, "out", out, [(1 << int(exit_logits.shape[0])) - 1, 2], torch.int64, exit_logits.device)
+    _apart(op, {"out": out}, {"exit_logits": exit_logits, "weights": weights, "target": target})
+
+
+def gate_out(
+    features: Tensor,
+    running: Tensor,
+    indices: Tensor,
+    state: Tensor,
+    exit_logits: Tensor,
+    scalars: Mapping[str, object],
+    out: GateResult,
+) -> None:
+    """``out`` of ``aep::gate``, whose other arguments were checked."""
+    rows = exit_logits.shape[0]
+    device, integers = exit_logits.device, torch.int64
+    _result(
+        "gate", "out features", out.features, features.shape, features.dtype, device, suggest_memory_format(features)
+    )
+    for name, shape, dtype in (
+        ("running", running.shape, running.dtype),
+        ("indices", [rows], integers),
+        ("state", state.shape, integers),
+        ("stats", [rows, 3], torch.float32),
+        ("argmax", [rows], integers),
+        ("weight_sum", [], accumulate_dtype(exit_logits.dtype)),
+        ("count", [], integers),
+    ):
+        _result("gate", f"out {name}", getattr(out, name), shape, dtype, device)
+    inputs = {"features": features, "running": running, "indices": indices, "state": state, "exit_logits": exit_logits}
+    _apart("gate", {f"out {name}": tensor for name, tensor in out._asdict().items()}, inputs | dict(scalars))

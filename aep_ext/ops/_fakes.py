@@ -13,6 +13,12 @@ from torch._prims_common import suggest_memory_format
 
 from aep_ext.ops import _checks
 from aep_ext.ops._checks import accumulate_dtype
+from aep_ext.ops.types import EnsembleStats, GateResult
+
+
+def _global_avg_pool(features: Tensor) -> Tensor:
+    _checks.global_avg_pool(features)
+    return features.new_empty(features.shape[:2])
 
 
 def _multi_exit_linear_head(
@@ -21,12 +27,18 @@ def _multi_exit_linear_head(
     _checks.multi_exit_linear_head(features, weights, biases)
     rows = features[0].shape[0]
     logits = features[0].new_empty(len(features), rows, weights[0].shape[0])
-    return logits, features[0].new_empty(rows, sum(x.shape[1] for x in features))
+    # The pooled features of every exit, rounded up to whole units of 64 (csrc/torch/head.cpp).
+    return logits, features[0].new_empty(sum((rows * x.shape[1] + 63) // 64 * 64 for x in features))
 
 
 def _ensemble(exit_logits: Tensor, weights: Tensor) -> Tensor:
     _checks.ensemble(exit_logits, weights)
     return exit_logits.new_empty(exit_logits.shape[1:])
+
+
+def _ensemble_out(exit_logits: Tensor, weights: Tensor, *, out: Tensor) -> None:
+    _checks.ensemble(exit_logits, weights)
+    _checks.ensemble_out(exit_logits, weights, out)
 
 
 def _ensemble_backward_logits(grad: Tensor, weights: Tensor) -> Tensor:
@@ -56,6 +68,24 @@ def _ensemble_stats(
     )
 
 
+def _ensemble_stats_out(
+    exit_logits: Tensor,
+    weights: Tensor,
+    normalizer: float = 1.0,
+    temperature: float = 1.0,
+    normalizer_tensor: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+    *,
+    logits: Tensor | None,
+    stats: Tensor,
+    argmax: Tensor,
+) -> None:
+    normalizer = normalizer if normalizer_tensor is None else normalizer_tensor
+    temperature = temperature if temperature_tensor is None else temperature_tensor
+    _checks.ensemble_stats(exit_logits, weights, normalizer, temperature)
+    _checks.ensemble_stats_out(exit_logits, weights, normalizer, temperature, EnsembleStats(logits, stats, argmax))
+
+
 def _joint_cross_entropy(
     exit_logits: Tensor,
     target: Tensor,
@@ -64,7 +94,7 @@ def _joint_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _checks.joint_cross_entropy(
         exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction
     )
@@ -74,21 +104,62 @@ def _joint_cross_entropy(
     return (
         exit_logits.new_empty((rows,) if none else (), dtype=dtype),
         exit_logits.new_empty((exits, rows) if none else (exits,), dtype=dtype),
-        exit_logits.new_empty(exits, rows, dtype=dtype),
-        exit_logits.new_empty((), dtype=dtype),
+        exit_logits.new_empty(exits * rows + 1, dtype=dtype),
     )
 
 
 def _joint_cross_entropy_backward(
     exit_logits: Tensor,
     target: Tensor,
-    coefficients: Tensor,
-    log_sum_exp: Tensor,
+    exit_weights: Tensor,
+    kept: Tensor,
+    grad_loss: Tensor | None,
+    grad_exit_losses: Tensor | None,
     class_weight: Tensor | None,
     label_smoothing: float,
     ignore_index: int,
+    reduction: str,
 ) -> Tensor:
     return exit_logits.new_empty(exit_logits.shape)
+
+
+def _losses(exit_logits: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(exit_logits.dtype)
+    return exit_logits.new_empty((), dtype=dtype), exit_logits.new_empty(exit_logits.shape[0], dtype=dtype)
+
+
+def _joint_cross_entropy_with_grad(
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    _checks.joint_cross_entropy(
+        exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction, "in_forward"
+    )
+    return (*_losses(exit_logits), exit_logits.new_empty(exit_logits.shape))
+
+
+def _joint_cross_entropy_(
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    _checks.joint_cross_entropy(
+        exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction, "in_place"
+    )
+    return _losses(exit_logits)
+
+
+def _joint_cross_entropy_scale_(grad_logits: Tensor, scale: Tensor, divisor: float = 1.0) -> None:
+    return None
 
 
 def _subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
@@ -96,7 +167,12 @@ def _subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Ten
     return exit_logits.new_empty((1 << int(exit_logits.shape[0])) - 1, 2, dtype=torch.int64)
 
 
-def _gate(
+def _subset_correct_out(exit_logits: Tensor, weights: Tensor, target: Tensor, *, out: Tensor) -> None:
+    _checks.subset_correct(exit_logits, weights, target)
+    _checks.subset_correct_out(exit_logits, weights, target, out)
+
+
+def _gate_arguments(
     features: Tensor,
     running: Tensor,
     indices: Tensor,
@@ -105,28 +181,38 @@ def _gate(
     weight_sum: float,
     weight: float,
     threshold: float,
-    temperature: float,
-    weight_sum_tensor: Tensor | None,
-    weight_tensor: Tensor | None,
-    threshold_tensor: Tensor | None,
-    temperature_tensor: Tensor | None,
-    policy: str,
-    on: str,
-    enabled: bool,
-) -> tuple[Tensor, ...]:
+    temperature: float = 1.0,
+    policy: str = "confidence",
+    on: str = "ensemble",
+    enabled: bool = True,
+    weight_sum_tensor: Tensor | None = None,
+    weight_tensor: Tensor | None = None,
+    threshold_tensor: Tensor | None = None,
+    temperature_tensor: Tensor | None = None,
+) -> dict[str, float | Tensor]:
+    """Checks them; returns the scalars by name."""
+    scalars = {
+        "weight_sum": weight_sum if weight_sum_tensor is None else weight_sum_tensor,
+        "weight": weight if weight_tensor is None else weight_tensor,
+        "threshold": threshold if threshold_tensor is None else threshold_tensor,
+        "temperature": temperature if temperature_tensor is None else temperature_tensor,
+    }
     _checks.gate(
-        features,
-        running,
-        weight_sum if weight_sum_tensor is None else weight_sum_tensor,
-        indices,
-        state,
-        exit_logits,
-        weight if weight_tensor is None else weight_tensor,
-        threshold if threshold_tensor is None else threshold_tensor,
-        temperature if temperature_tensor is None else temperature_tensor,
-        policy,
-        on,
+        features, running, indices=indices, state=state, exit_logits=exit_logits, policy=policy, on=on, **scalars
     )
+    return scalars
+
+
+def _gate(
+    features: Tensor,
+    running: Tensor,
+    indices: Tensor,
+    state: Tensor,
+    exit_logits: Tensor,
+    *args: object,
+    **kwargs: object,
+) -> tuple[Tensor, ...]:
+    _gate_arguments(features, running, indices, state, exit_logits, *args, **kwargs)
     rows = indices.shape[0]
     return (
         torch.empty_like(features, memory_format=suggest_memory_format(features)),
@@ -140,9 +226,24 @@ def _gate(
     )
 
 
+def _gate_out(
+    features: Tensor,
+    running: Tensor,
+    indices: Tensor,
+    state: Tensor,
+    exit_logits: Tensor,
+    *args: object,
+    **kwargs: object,
+) -> None:
+    out = GateResult(*(kwargs.pop(f"{name}_out") for name in GateResult._fields))
+    scalars = _gate_arguments(features, running, indices, state, exit_logits, *args, **kwargs)
+    _checks.gate_out(features, running, indices, state, exit_logits, scalars, out)
+
+
 def register() -> None:
     """Registers the fake kernels; the extension must be loaded."""
     for fake in (
+        _global_avg_pool,
         _multi_exit_linear_head,
         _ensemble,
         _ensemble_backward_logits,
@@ -150,7 +251,12 @@ def register() -> None:
         _ensemble_stats,
         _joint_cross_entropy,
         _joint_cross_entropy_backward,
+        _joint_cross_entropy_with_grad,
+        _joint_cross_entropy_,
+        _joint_cross_entropy_scale_,
         _subset_correct,
         _gate,
     ):
         torch.library.register_fake(f"aep::{fake.__name__.removeprefix('_')}", fake)
+    for fake in (_ensemble_out, _ensemble_stats_out, _subset_correct_out, _gate_out):
+        torch.library.register_fake(f"aep::{fake.__name__.strip('_').removesuffix('_out')}.out", fake)

@@ -12,12 +12,16 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 _NO_PRODUCTS = (
+    "global_avg_pool",
     "ensemble",
     "ensemble_backward_logits",
     "ensemble_backward_weights",
     "ensemble_stats",
     "joint_cross_entropy",
     "joint_cross_entropy_backward",
+    "joint_cross_entropy_with_grad",
+    "joint_cross_entropy_",
+    "joint_cross_entropy_scale_",
     "subset_correct",
     "gate",
 )

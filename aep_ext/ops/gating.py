@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from aep_ext.ops import _checks, _native, reference
-from aep_ext.ops._dispatch import use_native
+from aep_ext.ops._dispatch import has_native
 from aep_ext.ops.types import GateResult
+
+_new = tuple.__new__  # a named tuple from a tuple, in half the time
 
 
 def gate(
@@ -23,6 +26,7 @@ def gate(
     policy: str = "confidence",
     on: str = "ensemble",
     enabled: bool = True,
+    out: GateResult | tuple[Tensor, ...] | None = None,
 ) -> GateResult:
     """Adds one exit to the running ensemble, decides which rows leave, and puts the rows that stay in front.
 
@@ -43,6 +47,10 @@ def gate(
         on: "ensemble" judges ``softmax(running' / (weight_sum' * temperature))``, "exit" judges
             ``softmax(exit_logits / temperature)``.
         enabled: False: nobody leaves, everything else (the state too) advances as usual.
+        out: the eight tensors of a :class:`GateResult`, for loops that must not allocate: they take the results (shapes
+            and dtypes as there; contiguous, ``features`` in the memory format of the argument) and are returned. Then
+            the rows of ``out.features`` behind those that stay are left as they were. The tensors may share memory
+            neither with an argument nor with each other, and nothing may require a gradient (in grad mode).
 
         ``weight_sum``, ``weight``, ``threshold`` and ``temperature`` are numbers, or 0-d floating tensors on the device
         of the features, whose values are not read back. They are converted to the accumulation dtype; statistics are
@@ -51,13 +59,13 @@ def gate(
     Returns:
         :class:`GateResult`: a stable partition, rows that stay first and rows that leave behind, each in their old
         order; all row-wise results are permuted together. ``count``, the number of rows that stay, remains on the
-        device. The features of rows that leave are dropped (zeros stand behind). A row whose judged distribution is NaN
-        never leaves, casts no vote and resets its patience to (-1, 0). Always new memory, never a view of an input. Not
-        differentiable.
+        device. The features of rows that leave are dropped (zeros stand behind, unless ``out`` is given). A row whose
+        judged distribution is NaN never leaves, casts no vote and resets its patience to (-1, 0). Always new memory,
+        never a view of an input. Not differentiable.
 
     Raises:
         TypeError: a dtype breaks the rules above.
-        ValueError: a shape, device, number or name does.
+        ValueError: a shape, device, number or name does, or ``out`` in another way.
 
     Equivalent to (policy "confidence", on "ensemble")::
 
@@ -69,25 +77,38 @@ def gate(
         features, running, indices, state = features[order], running[order], indices[order], state[order]
         features[count:] = 0
     """
-    if use_native(exit_logits, features, running, indices, state):
-        return GateResult(
-            *_native.gate(
-                features,
-                running,
-                weight_sum,
-                indices,
-                state,
-                exit_logits,
-                weight,
-                threshold,
-                temperature,
-                policy,
-                on,
-                enabled,
+    if out is not None:
+        _checks.parts("gate", out, GateResult._fields)
+    if (
+        has_native(exit_logits)
+        and isinstance(features, Tensor)
+        and isinstance(running, Tensor)
+        and isinstance(indices, Tensor)
+        and isinstance(state, Tensor)
+    ):
+        numbers, tensors = (weight_sum, weight, threshold, temperature), ()
+        if not all([number.__class__ is float for number in numbers]):
+            numbers, tensors = _native.scalars(
+                "gate", weight_sum=weight_sum, weight=weight, threshold=threshold, temperature=temperature
             )
-        )
+        rows = (features, running, indices, state, exit_logits)
+        if out is None:
+            if policy == "confidence" and on == "ensemble" and enabled and not tensors:
+                return _new(GateResult, _native.gate(*rows, *numbers))  # a default costs less than a string
+            return _new(GateResult, _native.gate(*rows, *numbers, policy, on, enabled, *tensors))
+        out = GateResult(*out)
+        written = {f"{name}_out": tensor for name, tensor in zip(GateResult._fields, out, strict=True)}
+        _native.gate_out(*rows, *numbers, policy, on, enabled, *tensors, **written)
+        return out
     _checks.gate(features, running, weight_sum, indices, state, exit_logits, weight, threshold, temperature, policy, on)
-    return reference.gate(
+    if out is not None:
+        out = GateResult(*out)
+        scalars = {"weight_sum": weight_sum, "weight": weight, "threshold": threshold, "temperature": temperature}
+        _checks.gate_out(features, running, indices, state, exit_logits, scalars, out)
+        _checks.no_gradients(
+            "gate", features, running, exit_logits, out.features, out.running, out.stats, out.weight_sum
+        )
+    result = reference.gate(
         features,
         running,
         weight_sum,
@@ -101,3 +122,11 @@ def gate(
         on=on,
         enabled=enabled,
     )
+    if out is None:
+        return result
+    behind = torch.arange(features.shape[0], device=features.device) >= result.count
+    behind = behind.view(-1, *[1] * (features.dim() - 1))
+    out.features.copy_(torch.where(behind, out.features, result.features))
+    for target, value in zip(out[1:], result[1:], strict=True):
+        target.copy_(value)
+    return out

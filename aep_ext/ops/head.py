@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from aep_ext.ops import _checks, _native, reference
-from aep_ext.ops._dispatch import use_native
+from aep_ext.ops._dispatch import has_native
 
 
 def multi_exit_linear_head(
@@ -39,7 +39,7 @@ def multi_exit_linear_head(
 
         torch.stack([F.linear(x.mean((2, 3)), w, b) for x, w, b in zip(features, weights, biases)])
     """
-    if len(features) > 0 and use_native(features[0]):
+    if len(features) > 0 and has_native(features[0]):
         if biases is None:
             biases = [None] * len(features)
         return _native.multi_exit_linear_head(features, weights, biases)[0]

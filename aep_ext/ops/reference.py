@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from aep_ext.ops import reference_loss
 from aep_ext.ops._checks import accumulate_dtype
 from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
 
@@ -34,6 +35,11 @@ def _autocast(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
+def global_avg_pool(features: Tensor) -> Tensor:
+    """Mean over the spatial positions: (N, C). torch sums bfloat16 and float16 in float32 too."""
+    return features.mean((2, 3))
+
+
 def multi_exit_linear_head(
     features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
 ) -> Tensor:
@@ -48,10 +54,10 @@ def multi_exit_linear_head(
 def _weighted(exit_logits: Tensor, weights: Tensor) -> Tensor:
     """Sum over exits in the accumulation dtype: rounded products added in ascending order."""
     dtype = accumulate_dtype(exit_logits.dtype)
-    weights = weights.to(dtype)
-    total = exit_logits[0].to(dtype) * weights[0]
-    for e in range(1, exit_logits.shape[0]):
-        total = total + exit_logits[e].to(dtype) * weights[e]
+    total = None
+    for own, weight in zip(exit_logits.unbind(), weights.to(dtype).unbind(), strict=True):
+        product = own.to(dtype) * weight
+        total = product if total is None else total + product
     return total
 
 
@@ -83,8 +89,10 @@ def ensemble_stats(
     logits = ensemble(exit_logits, weights)
     with torch.no_grad():
         dtype = accumulate_dtype(logits.dtype)
-        divisor = _scalar(normalizer, logits, dtype) * _scalar(temperature, logits, dtype)
-        stats = _statistics(logits.to(dtype) / divisor)
+        scaled = logits.to(dtype)
+        if not (_is_one(normalizer) and _is_one(temperature)):
+            scaled = scaled / (_scalar(normalizer, logits, dtype) * _scalar(temperature, logits, dtype))
+        stats = _statistics(scaled)
         return EnsembleStats(logits, stats.float(), logits.argmax(-1))
 
 
@@ -96,32 +104,21 @@ def joint_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    memory: str = "recompute",
 ) -> JointLoss:
     """Cross entropy of every exit and their weighted sum. A label out of range gives a NaN loss and no gradient."""
+    if memory != "recompute":
+        arguments = (exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
+        return JointLoss(*reference_loss.held(*arguments, in_place=memory == "in_place"))
     dtype = accumulate_dtype(exit_logits.dtype)
-    classes = exit_logits.shape[-1]
-    used = target != ignore_index
-    known = (target >= 0) & (target < classes)
-    # Rows that give no gradient are cleared first: NaN * 0 in the softmax's backward would be NaN.
-    log_p = torch.log_softmax(exit_logits.to(dtype).masked_fill(~(used & known)[:, None], 0.0), -1)
-    label = torch.where(known, target, 0)
-    row_weight = torch.ones_like(label, dtype=dtype) if class_weight is None else class_weight.to(dtype)[label]
-    losses = -log_p.gather(-1, label.expand(exit_logits.shape[:2]).unsqueeze(-1)).squeeze(-1) * row_weight
-    if label_smoothing > 0:
-        smooth = -(log_p if class_weight is None else log_p * class_weight.to(dtype)).sum(-1)
-        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * smooth
-    losses = losses.masked_fill(used & ~known, float("nan")).masked_fill(~used, 0.0)
+    rows = reference_loss.rows_of(target, exit_logits.shape[-1], class_weight, ignore_index, dtype)
+    log_p = reference_loss.log_probabilities(exit_logits, rows, dtype)
+    losses = reference_loss.row_losses(log_p, rows, class_weight, label_smoothing)
     if reduction == "mean":
-        total = row_weight.masked_fill(~used, 0.0).sum()
-        # As F.cross_entropy: without any weight NaN, even where label smoothing leaves a loss to divide.
-        exit_losses = losses.sum(-1) / total.masked_fill(total == 0, float("nan"))
+        exit_losses = losses.sum(-1) / reference_loss.divisor(rows)
     else:
         exit_losses = losses.sum(-1) if reduction == "sum" else losses
-    exit_weights = exit_weights.to(dtype)
-    loss = exit_losses[0] * exit_weights[0]
-    for e in range(1, exit_logits.shape[0]):
-        loss = loss + exit_losses[e] * exit_weights[e]
-    return JointLoss(loss, exit_losses)
+    return JointLoss(reference_loss.joint(exit_losses, exit_weights.to(dtype)), exit_losses)
 
 
 def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
@@ -159,6 +156,10 @@ def _correct(scores: Tensor, target: Tensor) -> Tensor:
     wrong = scores.amax(-1).isnan() | (target < 0) | (target >= classes)
     rank = rank.masked_fill(wrong, classes)
     return torch.stack([(rank < 1).sum(-1), (rank < min(5, classes)).sum(-1)], -1)
+
+
+def _is_one(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) and value == 1
 
 
 def _scalar(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -200,10 +201,12 @@ def gate(
             leaves = torch.zeros_like(leaves)
         order = torch.argsort(leaves.to(torch.uint8), stable=True)
         count = (~leaves).sum()
-        gone = (torch.arange(order.shape[0], device=order.device) >= count).view(-1, *[1] * (features.dim() - 1))
+        # A row of zeros is what stands behind: read like the others, it costs half of clearing rows by a mask.
+        rows = order.shape[0]
+        place = torch.where(torch.arange(rows, device=order.device) < count, order, rows)
+        padded = torch.cat([features, features.new_zeros(1, *features.shape[1:])])
         # Channels_last stays so, which indexing alone would not give.
-        compacted = torch.empty_like(features, memory_format=suggest_memory_format(features))
-        compacted.copy_(features[order].masked_fill(gone, 0))
+        compacted = padded.index_select(0, place).contiguous(memory_format=suggest_memory_format(features))
         return GateResult(
             compacted, running[order], indices[order], state[order], stats[order], answer[order], weight_sum, count
         )

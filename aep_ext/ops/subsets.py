@@ -5,16 +5,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from aep_ext.ops import _checks, _native, reference
-from aep_ext.ops._dispatch import use_native
+from aep_ext.ops._dispatch import has_native
 
 
-def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Top-1 and top-5 counts of the ensemble over every non-empty subset of the exits.
 
     Args:
         exit_logits: (E, N, K), 1 <= E <= 16, K at least 1, float32, float64, bfloat16 or float16, any strides.
         weights: (E,), floating point: the output weight b_e of every exit; not renormalised inside a subset.
         target: (N,) int64, class indices 0..K-1.
+        out: (2^E - 1, 2) int64, contiguous, on the same device: takes the counts (it is overwritten), and is returned.
+            It may not share memory with an argument.
 
     Returns:
         (2^E - 1, 2) int64. Row m - 1 is the subset that holds exit e (from 0) where bit ``1 << e`` of m is set;
@@ -27,7 +29,7 @@ def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tens
 
     Raises:
         TypeError: a dtype breaks the rules above.
-        ValueError: a shape, a device or the number of exits does.
+        ValueError: a shape, a device or the number of exits does, or ``out`` in another way.
         IndexError: on the CPU, a label is out of range. Elsewhere such a row is wrong at every k.
 
     Source: the pruning step of arXiv 2301.12168, section 3.4.
@@ -40,8 +42,15 @@ def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tens
             hits = order == target[:, None]
             counts[m - 1] = hits[:, :1].sum(), hits[:, :5].sum()
     """
-    if use_native(exit_logits, weights, target):
-        return _native.subset_correct(exit_logits, weights, target)
+    if has_native(exit_logits) and isinstance(weights, Tensor) and isinstance(target, Tensor):
+        if out is None:
+            return _native.subset_correct(exit_logits, weights, target)
+        if isinstance(out, Tensor):
+            _native.subset_correct_out(exit_logits, weights, target, out=out)
+            return out
     _checks.subset_correct(exit_logits, weights, target)
+    if out is not None:
+        _checks.subset_correct_out(exit_logits, weights, target, out)
     _checks.labels("subset_correct", target, exit_logits.shape[2])
-    return reference.subset_correct(exit_logits, weights, target)
+    counts = reference.subset_correct(exit_logits, weights, target)
+    return counts if out is None else out.copy_(counts)

@@ -1,7 +1,9 @@
 // Parameters of the aep kernels: one plain struct per operator, shared by the CPU and the CUDA kernels.
 //
 // Interface changes after the first version are announced here:
-//   (none)
+//   SmallLinearParams: new. GateParams::clear_behind: new, set it to true for what was.
+//   joint_cross_entropy's row losses may come without the log-sum-exp; its backward forms the rows' coefficients itself
+//   (LossCoefficients); JointCrossEntropyGradParams and LossGradScaleParams are new.
 //
 // Conventions, for every struct:
 //   * No torch types. Pointers are raw; on CUDA they are device pointers unless a comment says otherwise.
@@ -36,6 +38,17 @@ struct GlobalAvgPoolParams {
   int64_t N, C, H, W;
   int64_t stride_n, stride_c, stride_h, stride_w;
   int64_t out_stride_n, out_stride_c;
+};
+
+// output[n, k] = sum_c input[n, c] * weight[k, c] + bias[k], summed in acc, rounded once. CPU only, for few rows.
+struct SmallLinearParams {
+  const void* input;   // dtype (N, C), channel stride 1
+  const void* weight;  // dtype (K, C), channel stride 1
+  const void* bias;    // dtype (K), any stride; or null
+  void* output;        // dtype (N, K), class stride 1
+  DType dtype;
+  int64_t N, C, K;
+  int64_t stride_n, weight_stride_k, bias_stride, out_stride_n;
 };
 
 // output[n, k] = sum_e weights[e] * logits[e, n, k]
@@ -82,7 +95,7 @@ struct JointCrossEntropyParams {
   const int64_t* target;     // (N), any stride
   const void* class_weight;  // acc (K), or null for ones
   void* row_losses;          // acc (E, N)
-  void* log_sum_exp;         // acc (E, N); written for every row, ignored ones too
+  void* log_sum_exp;         // acc (E, N), or null; written for every row, ignored ones too
   DType dtype;
   int64_t E, N, K;
   int64_t stride_e, stride_n, stride_k;
@@ -113,25 +126,53 @@ struct JointCrossEntropyReduceParams {
   int64_t ignore_index;
 };
 
+// What one unit of each row's loss adds to the final scalar:
+//   c[e, n] = (exit_weights[e] * grad_loss[n] + grad_exit_losses[e, n]) / denominator * factor
+struct LossCoefficients {
+  const void* exit_weights;      // acc (E); null: the first term is absent
+  const void* grad_loss;         // acc, stride loss_stride_n (0: one value for all rows); null: 1
+  const void* grad_exit_losses;  // acc, strides exit_stride_e and exit_stride_n (0: one value an exit); null: 0
+  const void* denominator;       // acc, one value; null: 1
+  int64_t loss_stride_n;
+  int64_t exit_stride_e, exit_stride_n;
+  double factor;
+};
+
 // grad_logits[e, n, k] = c[e, n] * ((1 - s) * w[y] * (p_k - [k == y]) + s / K * (W * p_k - w[k])), p = exp(x -
 // log_sum_exp), W = sum w; exactly 0 in ignored rows, whatever the coefficient; on CUDA also 0 in rows whose label is
-// out of range. c[e, n] holds everything from above: a_e * grad_loss / denominator + grad_exit_loss[e] / denominator,
-// or whatever the reduction gives.
+// out of range.
 struct JointCrossEntropyBackwardParams {
   const void* logits;        // dtype (E, N, K), any strides
   const int64_t* target;     // (N), any stride
   const void* class_weight;  // acc (K), or null
   const void* log_sum_exp;   // acc (E, N), from the forward
-  const void* coefficients;  // acc (E, N), any strides (0 included)
-  void* grad_logits;         // dtype (E, N, K), class stride 1; may be `logits` itself with the same strides (in place)
+  LossCoefficients coefficients;
+  void* grad_logits;  // dtype (E, N, K), class stride 1; may be `logits` itself with the same strides (in place)
   DType dtype;
   int64_t E, N, K;
   int64_t stride_e, stride_n, stride_k;
   int64_t target_stride;
-  int64_t coef_stride_e, coef_stride_n;
   int64_t out_stride_e, out_stride_n;
   int64_t ignore_index;
   double label_smoothing;
+};
+
+// Row losses and gradient from one pass: JointCrossEntropyParams and, with its softmax, grad_logits as above.
+struct JointCrossEntropyGradParams {
+  JointCrossEntropyParams loss;
+  LossCoefficients coefficients;
+  void* grad_logits;  // dtype (E, N, K), any strides; may be `logits` itself with the same strides (in place)
+  int64_t out_stride_e, out_stride_n, out_stride_k;
+};
+
+// grad[e, n, k] *= scale / divisor, in acc and rounded once; nothing is touched where that factor is 1.
+struct LossGradScaleParams {
+  void* grad;         // dtype (E, N, K), any strides
+  const void* scale;  // acc, one value
+  double divisor;
+  DType dtype;
+  int64_t E, N, K;
+  int64_t stride_e, stride_n, stride_k;
 };
 
 // counts[m - 1] = {top-1, top-5} hits of the ensemble over the exits whose bit 1 << e is set in m, m = 1 .. 2^E - 1;
@@ -166,7 +207,7 @@ enum class GateOn : int32_t { ensemble = 0, exit = 1 };
 //   A row whose judged values hold a NaN (or whose statistics are NaN) never leaves: no vote, patience {-1, 0}.
 //   enabled == false: the state advances, nobody leaves.
 // Outputs are a stable partition: the rows that stay in order, then those that leave, in order. `features_out` holds
-// the rows that stay in front, and zeros behind. Outputs never overlap inputs.
+// the rows that stay in front, and zeros behind (or what was there: clear_behind). Outputs never overlap inputs.
 struct GateParams {
   const void* features;     // n dense rows of feature_row_bytes, feature_stride_bytes apart; no dtype needed
   const void* running;      // running_dtype (n, K), class stride 1
@@ -191,6 +232,7 @@ struct GateParams {
   GatePolicy policy;
   GateOn on;
   bool enabled;
+  bool clear_behind;  // false: the rows of features_out behind those that stay are not written
 };
 
 }  // namespace aep::kernels

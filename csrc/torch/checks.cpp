@@ -67,6 +67,14 @@ void on_device(const char* op, Name name, const Tensor& tensor, at::Device devic
                     tensor.device());
 }
 
+void is_feature_map(const char* op, Name name, const Tensor& x) {
+  floating(op, name, x);
+  TORCH_CHECK_VALUE(x.dim() == 4, "aep::", op, ": ", name, " must have 4 dimensions (N, C, H, W), got shape ",
+                    x.sizes());
+  TORCH_CHECK_VALUE(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, "aep::", op, ": ", name,
+                    " must have C, H and W of at least 1, got shape ", x.sizes());
+}
+
 void is_exit_logits(const char* op, const Tensor& exit_logits) {
   floating(op, {"exit_logits"}, exit_logits);
   TORCH_CHECK_VALUE(exit_logits.dim() == 3, "aep::", op, ": exit_logits must have 3 dimensions (E, N, K), got shape ",
@@ -103,6 +111,8 @@ void check_vector(const char* op, const char* name, const Tensor& vector, int64_
   on_device(op, {name}, vector, device);
 }
 
+void check_features(const char* op, const Tensor& features) { is_feature_map(op, {"features"}, features); }
+
 void check_head(at::TensorList features, at::TensorList weights, const Biases& biases) {
   constexpr const char* op = "multi_exit_linear_head";
   TORCH_CHECK_VALUE(!features.empty(), "aep::", op, ": features must hold at least 1 tensor, got 0");
@@ -112,13 +122,7 @@ void check_head(at::TensorList features, at::TensorList weights, const Biases& b
   TORCH_CHECK_VALUE(biases.size() == features.size(), "aep::", op, ": biases must hold ", exits, " tensors, got ",
                     biases.size());
   for (int64_t e = 0; e < exits; ++e) {
-    const Tensor& x = features[e];
-    const Name name{"features", e};
-    floating(op, name, x);
-    TORCH_CHECK_VALUE(x.dim() == 4, "aep::", op, ": ", name, " must have 4 dimensions (N, C, H, W), got shape ",
-                      x.sizes());
-    TORCH_CHECK_VALUE(x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, "aep::", op, ": ", name,
-                      " must have C, H and W of at least 1, got shape ", x.sizes());
+    is_feature_map(op, {"features", e}, features[e]);
   }
   const Tensor& first = features[0];
   TORCH_CHECK_VALUE(weights[0].dim() == 2 && weights[0].size(0) >= 1, "aep::", op,

@@ -16,6 +16,7 @@ using Biases = c10::List<std::optional<Tensor>>;
 // float64 for float64, float32 for everything narrower.
 inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
+void check_features(const char* op, const Tensor& features);
 void check_head(at::TensorList features, at::TensorList weights, const Biases& biases);
 void check_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights);
 void check_scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, double value,

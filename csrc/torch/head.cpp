@@ -1,7 +1,6 @@
 // multi_exit_linear_head: common part of the backends, autograd, autocast.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
@@ -14,51 +13,53 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using HeadResult = std::tuple<Tensor, Tensor>;
 
+namespace {
+
+// Where the next exit's pooled features begin. BLAS sums in an order that depends on a matrix's alignment: every exit
+// gets the same, or its logits would change their last bits with the other exits at hand, and so with pruning.
+constexpr int64_t kPooledUnit = 64;
+template <class Int>
+Int pooled_size(const Int& rows, const Int& channels) {
+  return (rows * channels + (kPooledUnit - 1)) / kPooledUnit * kPooledUnit;
+}
+
+}  // namespace
+
 HeadCall prepare_head(at::TensorList features, at::TensorList weights, const Biases& biases) {
   check_head(features, weights, biases);
   const auto exits = static_cast<int64_t>(features.size());
   const int64_t rows = features[0].size(0);
-  int64_t channels = 0;
-  for (const Tensor& x : features) {
-    channels += x.size(1);
-  }
+  const auto type = features[0].scalar_type();
   HeadCall call;
-  call.pooled = at::empty({rows, channels}, features[0].options());
-  call.logits = at::empty({exits, rows, weights[0].size(0)}, features[0].options());
-  call.pools.reserve(exits);
-  auto* out = static_cast<char*>(call.pooled.mutable_data_ptr());
+  int64_t total = 0;
+  bool gaps = false;
   for (const Tensor& x : features) {
-    kernels::GlobalAvgPoolParams p{};
-    p.input = x.const_data_ptr();
-    p.output = out;
-    p.dtype = kernel_type(x.scalar_type());
-    p.N = rows, p.C = x.size(1), p.H = x.size(2), p.W = x.size(3);
-    p.stride_n = x.stride(0), p.stride_c = x.stride(1), p.stride_h = x.stride(2), p.stride_w = x.stride(3);
-    p.out_stride_n = channels, p.out_stride_c = 1;
-    call.pools.push_back(p);
-    out += p.C * x.element_size();
+    call.offsets.push_back(total);
+    total += pooled_size(rows, x.size(1));
+    gaps |= rows * x.size(1) % kPooledUnit != 0;
+  }
+  call.pooled = fresh({total}, type, features[0]);
+  if (gaps) {
+    call.pooled.zero_();  // nothing undefined is returned
+  }
+  call.logits = fresh({exits, rows, weights[0].size(0)}, type, features[0]);
+  auto* out = static_cast<char*>(call.pooled.mutable_data_ptr());
+  for (int64_t e = 0; e < exits; ++e) {
+    const Tensor& x = features[e];
+    call.pools.push_back(
+        pool_params(x, out + call.offsets[e] * static_cast<int64_t>(x.element_size()), x.size(1)));
   }
   return call;
 }
 
-void finish_head(const HeadCall& call, at::TensorList weights, const Biases& biases) {
-  int64_t offset = 0;
-  for (size_t e = 0; e < weights.size(); ++e) {
-    const int64_t channels = weights[e].size(1);
-    Tensor pooled = call.pooled.narrow(1, offset, channels);
-    if (weights.size() > 1) {
-      // BLAS sums in an order that depends on a matrix's leading dimension and alignment: without a copy of its own an
-      // exit's logits would change their last bits with the other exits at hand, and so with pruning.
-      pooled = pooled.clone(at::MemoryFormat::Contiguous);
-    }
-    Tensor out = call.logits.select(0, static_cast<int64_t>(e));
-    const std::optional<Tensor> bias = biases[e];
-    if (bias.has_value()) {
-      at::addmm_out(out, *bias, pooled, weights[e].t());
-    } else {
-      at::mm_out(out, pooled, weights[e].t());
-    }
-    offset += channels;
+void finish_exit(const HeadCall& call, size_t exit, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const int64_t rows = call.logits.size(1), channels = weight.size(1);
+  const Tensor pooled = call.pooled.narrow(0, call.offsets[exit], rows * channels).view({rows, channels});
+  Tensor out = call.logits.select(0, static_cast<int64_t>(exit));
+  if (bias.has_value()) {
+    at::addmm_out(out, *bias, pooled, weight.t());
+  } else {
+    at::mm_out(out, pooled, weight.t());
   }
 }
 
@@ -126,7 +127,8 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
           result[e] = each.unsqueeze(-1).unsqueeze(-1).expand_symint(shape);
         }
         if (ctx->needs_input_grad(exits + e)) {
-          result[exits + e] = grad.t().mm(pooled.narrow_symint(1, offset, shape[1]));
+          const Tensor own = pooled.narrow_symint(0, offset, shape[0] * shape[1]);
+          result[exits + e] = grad.t().mm(own.view_symint({shape[0], shape[1]}));
         }
         if (has_bias.get(e)) {
           if (ctx->needs_input_grad(next_bias)) {
@@ -134,7 +136,7 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
           }
           ++next_bias;
         }
-        offset += shape[1];
+        offset += pooled_size(shape[0], shape[1]);
       }
     }
     variable_list sources(saved.begin(), saved.begin() + static_cast<int64_t>(exits));
@@ -145,6 +147,23 @@ class HeadFunction : public torch::autograd::Function<HeadFunction> {
 };
 
 HeadResult head_autograd(at::TensorList features, at::TensorList weights, const Biases& biases) {
+  bool graph = false;
+  const auto look_at = [&](const Tensor& tensor) {
+    no_tangents("multi_exit_linear_head", {&tensor});
+    graph |= tensor.defined() && tensor.requires_grad();
+  };
+  for (const Tensor& tensor : features) look_at(tensor);
+  for (const Tensor& tensor : weights) look_at(tensor);
+  for (size_t e = 0; e < biases.size(); ++e) {
+    const std::optional<Tensor> bias = biases[e];
+    if (bias.has_value()) look_at(*bias);
+  }
+  // Lists of unequal length cannot be told apart behind this point; the backend's checks name them.
+  const bool matched = features.size() == weights.size() && features.size() == biases.size() && !features.empty();
+  if (!matched || !graph || !at::GradMode::is_enabled()) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return dispatch_head(features, weights, biases);
+  }
   std::vector<Tensor> tensors(features.begin(), features.end());
   tensors.insert(tensors.end(), weights.begin(), weights.end());
   for (size_t e = 0; e < biases.size(); ++e) {
@@ -152,15 +171,6 @@ HeadResult head_autograd(at::TensorList features, at::TensorList weights, const 
     if (bias.has_value()) {
       tensors.push_back(*bias);
     }
-  }
-  for (const Tensor& tensor : tensors) {
-    no_tangents("multi_exit_linear_head", {&tensor});
-  }
-  // Lists of unequal length cannot be told apart behind this point; the backend's checks name them.
-  const bool matched = features.size() == weights.size() && features.size() == biases.size() && !features.empty();
-  if (!matched || !needs_graph(at::TensorList(tensors))) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return dispatch_head(features, weights, biases);
   }
   const auto outputs = HeadFunction::apply(at::TensorList(tensors), &biases);
   return {outputs[0], outputs[1]};

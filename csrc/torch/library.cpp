@@ -6,35 +6,65 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(aep, m) {
-  // (E, N, K) logits; (N, sum of C) pooled features, kept for the backward.
+  // `out` overloads write what they are given and return nothing: functionalization and torch.compile can follow that.
+
+  m.def("global_avg_pool(Tensor features) -> Tensor");
+
+  // (E, N, K) logits; the pooled features of all exits one behind the other, kept for the backward (pooled_size()).
   m.def(
       "multi_exit_linear_head(Tensor[] features, Tensor[] weights, Tensor?[] biases) "
       "-> (Tensor logits, Tensor pooled)");
 
   m.def("ensemble(Tensor exit_logits, Tensor weights) -> Tensor");
+  m.def("ensemble.out(Tensor exit_logits, Tensor weights, *, Tensor(a!) out) -> ()");
   m.def("ensemble_backward_logits(Tensor grad, Tensor weights) -> Tensor");
   m.def("ensemble_backward_weights(Tensor grad, Tensor exit_logits) -> Tensor");
   m.def(
       "ensemble_stats(Tensor exit_logits, Tensor weights, float normalizer=1.0, float temperature=1.0, "
       "Tensor? normalizer_tensor=None, Tensor? temperature_tensor=None) "
       "-> (Tensor logits, Tensor stats, Tensor argmax)");
+  // Without `logits`: statistics alone.
+  m.def(
+      "ensemble_stats.out(Tensor exit_logits, Tensor weights, float normalizer=1.0, float temperature=1.0, "
+      "Tensor? normalizer_tensor=None, Tensor? temperature_tensor=None, *, Tensor(a!)? logits, Tensor(b!) stats, "
+      "Tensor(c!) argmax) -> ()");
 
-  // log_sum_exp (E, N) and denominator (0-d) are kept for the backward.
+  // kept (E * N + 1), for the backward: the rows' log-sum-exp, then the divisor of the mean.
   m.def(
       "joint_cross_entropy(Tensor exit_logits, Tensor target, Tensor exit_weights, Tensor? class_weight=None, "
       "float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "
-      "-> (Tensor loss, Tensor exit_losses, Tensor log_sum_exp, Tensor denominator)");
-  // coefficients (E, N): what each row's loss contributes to the final scalar.
+      "-> (Tensor loss, Tensor exit_losses, Tensor kept)");
   m.def(
-      "joint_cross_entropy_backward(Tensor exit_logits, Tensor target, Tensor coefficients, Tensor log_sum_exp, "
-      "Tensor? class_weight, float label_smoothing, int ignore_index) -> Tensor");
+      "joint_cross_entropy_backward(Tensor exit_logits, Tensor target, Tensor exit_weights, Tensor kept, "
+      "Tensor? grad_loss, Tensor? grad_exit_losses, Tensor? class_weight, float label_smoothing, int ignore_index, "
+      "str reduction) -> Tensor");
+  // The other memory modes: the gradient as a result, and in the place of the logits. Both hold it times
+  // held_factor (csrc/torch/loss_held.cpp), which joint_cross_entropy_scale_ divides by.
+  m.def(
+      "joint_cross_entropy_with_grad(Tensor exit_logits, Tensor target, Tensor exit_weights, "
+      "Tensor? class_weight=None, float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "
+      "-> (Tensor loss, Tensor exit_losses, Tensor grad_logits)");
+  m.def(
+      "joint_cross_entropy_(Tensor(a!) exit_logits, Tensor target, Tensor exit_weights, Tensor? class_weight=None, "
+      "float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "
+      "-> (Tensor loss, Tensor exit_losses)");
+  m.def("joint_cross_entropy_scale_(Tensor(a!) grad_logits, Tensor scale, float divisor=1.0) -> ()");
 
   m.def("subset_correct(Tensor exit_logits, Tensor weights, Tensor target) -> Tensor");
+  m.def("subset_correct.out(Tensor exit_logits, Tensor weights, Tensor target, *, Tensor(a!) out) -> ()");
 
+  // What is seldom given stands last: defaults cost less than arguments.
   m.def(
-      "gate(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, "
-      "float weight_sum, float weight, float threshold, float temperature, Tensor? weight_sum_tensor, "
-      "Tensor? weight_tensor, Tensor? threshold_tensor, Tensor? temperature_tensor, str policy, str on, bool enabled) "
-      "-> (Tensor features, Tensor running, Tensor indices, Tensor state, Tensor stats, Tensor argmax, "
-      "Tensor weight_sum, Tensor count)");
+      "gate(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, float weight_sum, "
+      "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
+      "bool enabled=True, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, Tensor? threshold_tensor=None, "
+      "Tensor? temperature_tensor=None) -> (Tensor features, Tensor running, Tensor indices, Tensor state, "
+      "Tensor stats, Tensor argmax, Tensor weight_sum, Tensor count)");
+  m.def(
+      "gate.out(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, float weight_sum, "
+      "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
+      "bool enabled=True, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, Tensor? threshold_tensor=None, "
+      "Tensor? temperature_tensor=None, *, Tensor(a!) features_out, Tensor(b!) running_out, Tensor(c!) indices_out, "
+      "Tensor(d!) state_out, Tensor(e!) stats_out, Tensor(f!) argmax_out, Tensor(g!) weight_sum_out, "
+      "Tensor(h!) count_out) -> ()");
 }

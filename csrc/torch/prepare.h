@@ -4,12 +4,14 @@
 #pragma once
 
 #include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
 
 #include <array>
 #include <vector>
 
 #include "checks.h"
 #include "kernels/params.h"
+#include "results.h"
 
 namespace aep {
 
@@ -25,7 +27,8 @@ inline kernels::DType kernel_type(at::ScalarType type) {
 
 // A small operand in the accumulation dtype, dense.
 inline Tensor accumulated(const Tensor& tensor, at::ScalarType storage) {
-  return tensor.to(accumulate_type(storage)).contiguous();
+  const auto type = accumulate_type(storage);
+  return tensor.scalar_type() == type && tensor.is_contiguous() ? tensor : tensor.to(type).contiguous();
 }
 
 // A scalar operand; `keep` holds the tensor that the result points to.
@@ -38,19 +41,30 @@ inline kernels::Scalar kernel_scalar(const std::optional<Tensor>& tensor, double
   return {keep.const_data_ptr(), 0.0};
 }
 
+struct PoolCall {
+  Tensor output;
+  kernels::GlobalAvgPoolParams params{};
+};
+PoolCall prepare_pool(const Tensor& features);
+// Checked features into `output`, whose rows lie `out_stride_n` elements apart.
+kernels::GlobalAvgPoolParams pool_params(const Tensor& features, void* output, int64_t out_stride_n);
+
 struct HeadCall {
   Tensor logits, pooled;
-  std::vector<kernels::GlobalAvgPoolParams> pools;
+  c10::SmallVector<kernels::GlobalAvgPoolParams, 8> pools;
+  c10::SmallVector<int64_t, 8> offsets;  // of the exits' pooled features
 };
 HeadCall prepare_head(at::TensorList features, at::TensorList weights, const Biases& biases);
-// After the pools: the products into the slices of `logits`, by ATen.
-void finish_head(const HeadCall& call, at::TensorList weights, const Biases& biases);
+// After the pools: the product into the exit's slice of `logits`, by ATen.
+void finish_exit(const HeadCall& call, size_t exit, const Tensor& weight, const std::optional<Tensor>& bias);
 
+// `out` below: null for new tensors, else what the caller gave.
 struct EnsembleCall {
   Tensor output, exit_logits, weights;
   kernels::EnsembleParams params{};
 };
-EnsembleCall prepare_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights);
+EnsembleCall prepare_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights,
+                              const Tensor* out = nullptr);
 
 struct EnsembleBackwardCall {
   Tensor output, operand, grad, partials;
@@ -65,12 +79,16 @@ struct EnsembleStatsCall {
   std::array<Tensor, 2> keep;
   kernels::EnsembleStatsParams params{};
 };
+struct StatsOut {
+  const Tensor *logits, *stats, *argmax;  // logits null: statistics alone
+};
 EnsembleStatsCall prepare_ensemble_stats(const Tensor& exit_logits, const Tensor& weights, double normalizer,
                                          double temperature, const std::optional<Tensor>& normalizer_tensor,
-                                         const std::optional<Tensor>& temperature_tensor);
+                                         const std::optional<Tensor>& temperature_tensor,
+                                         const StatsOut* out = nullptr);
 
 struct LossCall {
-  Tensor loss, exit_losses, log_sum_exp, denominator, row_losses, class_weight, exit_weights;
+  Tensor loss, exit_losses, kept, row_losses, class_weight, exit_weights;
   kernels::JointCrossEntropyParams params{};
   kernels::JointCrossEntropyReduceParams reduce{};
 };
@@ -79,18 +97,38 @@ LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Ten
                       std::string_view reduction);
 
 struct LossBackwardCall {
-  Tensor grad_logits, coefficients, log_sum_exp, class_weight;
+  Tensor grad_logits, exit_weights, kept, grad_loss, grad_exit_losses, class_weight;
   kernels::JointCrossEntropyBackwardParams params{};
 };
-LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
-                                       const Tensor& log_sum_exp, const std::optional<Tensor>& class_weight,
-                                       double label_smoothing, int64_t ignore_index);
+LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                       const Tensor& kept, const std::optional<Tensor>& grad_loss,
+                                       const std::optional<Tensor>& grad_exit_losses,
+                                       const std::optional<Tensor>& class_weight, double label_smoothing,
+                                       int64_t ignore_index, std::string_view reduction);
+
+// Loss and gradient together; the gradient in a tensor of its own, or in the place of the logits.
+struct LossGradCall {
+  LossCall loss;
+  Tensor grad_logits;
+  kernels::JointCrossEntropyGradParams params{};
+};
+LossGradCall prepare_loss_grad(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                               const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index,
+                               std::string_view reduction, bool in_place);
+
+struct LossGradScaleCall {
+  Tensor scale;
+  kernels::LossGradScaleParams params{};
+};
+LossGradScaleCall prepare_loss_grad_scale(const Tensor& grad_logits, const Tensor& scale, double divisor);
 
 struct SubsetCall {
   Tensor counts, weights;
   kernels::SubsetCorrectParams params{};
 };
-SubsetCall prepare_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target);
+// The counts are not zeroed yet: labels are checked first.
+SubsetCall prepare_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target,
+                           const Tensor* out = nullptr);
 
 struct GateScalars {
   double weight_sum, weight, threshold, temperature;
@@ -101,8 +139,11 @@ struct GateCall {
   std::array<Tensor, 9> keep;                                                  // dense inputs, scalars
   kernels::GateParams params{};                                                // scratch is the backend's
 };
+struct GateOut {
+  const Tensor &features, &running, &indices, &state, &stats, &argmax, &weight_sum, &count;
+};
 GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
                       const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
-                      std::string_view on, bool enabled);
+                      std::string_view on, bool enabled, const GateOut* out = nullptr);
 
 }  // namespace aep

@@ -11,6 +11,7 @@ struct Case {
   GateOn on;
   double threshold;
   bool enabled;
+  bool clear_behind = true;
 };
 
 void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int64_t K, int64_t feature_bytes) {
@@ -30,6 +31,7 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
       features_out(bytes(n * feature_bytes));
   for (size_t i = 0; i < features.size(); ++i)
     features.as<unsigned char>()[i] = static_cast<unsigned char>(random.below(255) + 1);
+  if (features_out.size() > 0) memset(features_out.data(), 0xa5, features_out.size());
   Guarded indices(bytes(n * 8)), indices_out(bytes(n * 8)), state(bytes(n * S * 8)), state_out(bytes(n * S * 8));
   Guarded stats_out(bytes(n * 12)), argmax_out(bytes(n * 8)), count_out(8), scratch(cpu::gate_scratch_bytes(n));
   for (int64_t i = 0; i < n; ++i) indices.as<int64_t>()[i] = 1000 + 3 * i;
@@ -53,7 +55,7 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
   p.feature_out_stride_bytes = feature_bytes;
   p.weight = {&weight_buffer, 0}, p.weight_sum = {nullptr, weight_sum}, p.temperature = {nullptr, temperature},
   p.threshold = {nullptr, threshold};
-  p.policy = c.policy, p.on = c.on, p.enabled = c.enabled;
+  p.policy = c.policy, p.on = c.on, p.enabled = c.enabled, p.clear_behind = c.clear_behind;
   t.gate_judge(p, n / 2, n);
   t.gate_judge(p, 0, n / 2);
   const int64_t count = cpu::gate_partition(p);
@@ -142,7 +144,8 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
             name_of(d), long(from), q, got, stats[at][static_cast<size_t>(q)]);
     }
     for (int64_t i = 0; i < feature_bytes; ++i) {
-      const unsigned char want = to < count ? features.as<unsigned char>()[from * (feature_bytes + 5) + i] : 0;
+      const unsigned char want = to < count ? features.as<unsigned char>()[from * (feature_bytes + 5) + i]
+                                           : c.clear_behind ? 0 : 0xa5;
       CHECK(features_out.as<unsigned char>()[to * feature_bytes + i] == want);
     }
   }
@@ -157,7 +160,8 @@ int main() {
       {GatePolicy::patience, GateOn::ensemble, 2, true},      {GatePolicy::patience, GateOn::exit, 1.5, true},
       {GatePolicy::vote, GateOn::ensemble, 3, true},          {GatePolicy::vote, GateOn::exit, 2, true},
       {GatePolicy::confidence, GateOn::ensemble, 0.0, false}, {GatePolicy::vote, GateOn::ensemble, 1, false},
-      {GatePolicy::confidence, GateOn::ensemble, 0.0, true},  {GatePolicy::entropy, GateOn::exit, INFINITY, true}};
+      {GatePolicy::confidence, GateOn::ensemble, 0.0, true},  {GatePolicy::entropy, GateOn::exit, INFINITY, true},
+      {GatePolicy::confidence, GateOn::ensemble, 0.6, true, false}};
   for (const KernelTable* t : tables()) {
     for (DType d : kAllTypes) {
       for (const Case& c : cases) {

@@ -32,7 +32,10 @@ void run(const KernelTable& t, DType d, const Case& c, int layout, bool special)
                                   : n == 1 && K > 1 ? 1
                                                     : random.below(K),
                              target.as<int64_t>()[2 * n + 1] = 1 << 30;
-  Values w(acc, K), loss(acc, E * N), lse(acc, E * N), coefficients(acc, N), grad(d, E * N * K);
+  Values w(acc, K), loss(acc, E * N), lse(acc, E * N), coefficients(acc, N), exits(acc, E), grad(d, E * N * K);
+  Values one(acc, 1);
+  one.set(0, 2);
+  for (int64_t e = 0; e < E; ++e) exits.set(e, 1 + 0.5 * static_cast<double>(e));
   for (int64_t k = 0; k < K; ++k) w.set(k, 0.2 + random.uniform());
   if (K > 3) w.set(3, 0);
   coefficients.fill_normal(random);
@@ -47,9 +50,11 @@ void run(const KernelTable& t, DType d, const Case& c, int layout, bool special)
 
   JointCrossEntropyBackwardParams b{};
   b.logits = p.logits, b.target = p.target, b.class_weight = p.class_weight, b.log_sum_exp = lse.data();
-  b.coefficients = coefficients.data(), b.grad_logits = grad.data(), b.dtype = d, b.E = E, b.N = N, b.K = K;
+  b.coefficients.exit_weights = exits.data(), b.coefficients.grad_loss = coefficients.data();
+  b.coefficients.loss_stride_n = 1, b.coefficients.denominator = one.data(), b.coefficients.factor = 4;
+  b.grad_logits = grad.data(), b.dtype = d, b.E = E, b.N = N, b.K = K;
   b.stride_e = p.stride_e, b.stride_n = p.stride_n, b.stride_k = p.stride_k, b.target_stride = 2;
-  b.coef_stride_e = 0, b.coef_stride_n = 1, b.out_stride_e = N * K, b.out_stride_n = K;
+  b.out_stride_e = N * K, b.out_stride_n = K;
   b.ignore_index = kIgnore, b.label_smoothing = c.smoothing;
   t.joint_cross_entropy_backward(b, half, E * N);
   t.joint_cross_entropy_backward(b, 0, half);
@@ -78,17 +83,51 @@ void run(const KernelTable& t, DType d, const Case& c, int layout, bool special)
           long(K), long(i), loss.get(i), want);
     for (int64_t k = 0; k < K; ++k) {
       const double probability = exp(x.row_get(i, k) - log_sum_exp), share = s / static_cast<double>(K);
-      const double g = coefficients.get(n) * ((1 - s) * w_y * (probability - (k == y)) +
+      const double g = 2 * exits.get(i / N) * coefficients.get(n) * ((1 - s) * w_y * (probability - (k == y)) +
                                               share * (total * probability - (c.weighted ? w.get(k) : 1)));
-      CHECK(near(grad.get(i * K + k), g, tolerance + 2 * epsilon(d)), "%s %s K %ld row %ld class %ld: %g, want %g",
+      CHECK(near(grad.get(i * K + k), g, 2 * tolerance + 2 * epsilon(d)), "%s %s K %ld row %ld class %ld: %g, want %g",
             t.name, name_of(d), long(K), long(i), long(k), grad.get(i * K + k), g);
     }
   }
-  // In place: the same bits.
-  if (layout == Logits::dense) {
-    b.grad_logits = const_cast<void*>(b.logits);
-    t.joint_cross_entropy_backward(b, 0, E * N);
-    for (int64_t i = 0; i < E * N * K; ++i) CHECK(same(x.values.get(i), grad.get(i)));
+  // Loss and gradient in one pass, the coefficient being the exit's weight alone, then scaled afterwards; in a place of
+  // its own with other strides, and in place of the logits.
+  Logits own(d, E, N, K, layout == Logits::dense ? 1 : 0);
+  Values again(acc, E * N);
+  b.coefficients.grad_loss = nullptr;
+  t.joint_cross_entropy_backward(b, 0, E * N);
+  JointCrossEntropyGradParams q{};
+  q.loss = p, q.loss.row_losses = again.data(), q.coefficients = b.coefficients;
+  q.grad_logits = const_cast<void*>(own.data());
+  q.out_stride_e = own.stride_e, q.out_stride_n = own.stride_n, q.out_stride_k = own.stride_k;
+  t.joint_cross_entropy_grad(q, half, E * N);
+  t.joint_cross_entropy_grad(q, 0, half);
+  q.grad_logits = const_cast<void*>(p.logits), q.loss.log_sum_exp = nullptr;
+  q.out_stride_e = p.stride_e, q.out_stride_n = p.stride_n, q.out_stride_k = p.stride_k;
+  t.joint_cross_entropy_grad(q, 0, E * N);
+  for (int64_t i = 0; i < E * N; ++i) {
+    CHECK(same(again.get(i), loss.get(i)), "%s %s row %ld: %g, want %g", t.name, name_of(d), long(i), again.get(i),
+          loss.get(i));
+    for (int64_t k = 0; k < K; ++k) {
+      const double want = grad.get(i * K + k);
+      CHECK(near(own.row_get(i, k), want, 2 * tolerance + 4 * epsilon(d)), "%s %s K %ld row %ld class %ld: %g, want %g",
+            t.name, name_of(d), long(K), long(i), long(k), own.row_get(i, k), want);
+      CHECK(same(own.row_get(i, k), x.row_get(i, k)), "in place, %s %s K %ld", t.name, name_of(d), long(K));
+    }
+  }
+  Values factor(acc, 1);
+  LossGradScaleParams g{};
+  g.grad = const_cast<void*>(own.data()), g.scale = factor.data(), g.dtype = d, g.E = E, g.N = N, g.K = K;
+  g.stride_e = own.stride_e, g.stride_n = own.stride_n, g.stride_k = own.stride_k;
+  factor.set(0, 3), g.divisor = 3;  // nothing to do
+  t.loss_grad_scale(g, 0, E * N);
+  for (int64_t i = 0; i < E * N; ++i) {
+    for (int64_t k = 0; k < K; ++k) CHECK(same(own.row_get(i, k), x.row_get(i, k)));
+  }
+  g.divisor = 6;
+  t.loss_grad_scale(g, half, E * N);
+  t.loss_grad_scale(g, 0, half);
+  for (int64_t i = 0; i < E * N; ++i) {
+    for (int64_t k = 0; k < K; ++k) CHECK(near(own.row_get(i, k), x.row_get(i, k) / 2, epsilon(d)));
   }
 }
 

@@ -186,7 +186,7 @@ struct Logits {
 
 inline std::vector<const KernelTable*> tables() {
   std::vector<const KernelTable*> list;
-  for (const char* name : {"scalar", "avx2", "avx512"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
     if (const KernelTable* table = cpu::find_table(name)) list.push_back(table);
   }
   return list;

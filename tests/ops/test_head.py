@@ -127,7 +127,7 @@ def test_feature_maps_are_not_kept(native):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         ops.multi_exit_linear_head(features, weights, biases)
-    assert all(len(shape) == 2 for shape in saved) and len(saved) == 5
+    assert all(len(shape) <= 2 for shape in saved) and len(saved) == 5
 
 
 def test_double_backward_says_so(native, device):

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aep_ext import ops
 
 OPERATORS = [
+    "global_avg_pool",
     "multi_exit_linear_head",
     "ensemble",
     "ensemble_backward_logits",
@@ -21,6 +22,9 @@ OPERATORS = [
     "ensemble_stats",
     "joint_cross_entropy",
     "joint_cross_entropy_backward",
+    "joint_cross_entropy_with_grad",
+    "joint_cross_entropy_",
+    "joint_cross_entropy_scale_",
     "subset_correct",
     "gate",
 ]
@@ -33,7 +37,10 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
         return torch.randn(shape, device=device, dtype=dtype).requires_grad_(grad)
 
     target = torch.tensor([0, 3, -100, 2, 1], device=device)
-    if name == "multi_exit_linear_head":
+    if name == "global_avg_pool":
+        yield (rand(5, 3, 4, 2),)
+        yield (rand(2, 6, 3, 3, dtype=torch.float64).detach().contiguous(memory_format=torch.channels_last),)
+    elif name == "multi_exit_linear_head":
         maps = [rand(5, 3, 4, 4), rand(5, 6, 2, 3)]
         yield maps, [rand(4, 3), rand(4, 6)], [rand(4), None]
         last = [x.detach().contiguous(memory_format=torch.channels_last).requires_grad_(grad) for x in maps]
@@ -53,8 +60,17 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
         for reduction in ("none", "sum", "mean"):
             yield rand(3, 5, 4), target, rand(3), torch.rand(4, device=device), 0.1, -100, reduction
     elif name == "joint_cross_entropy_backward":
-        yield rand(3, 5, 4), target, rand(3, 5), rand(3, 5), None, 0.1, -100
-        yield rand(3, 5, 4), target, rand(3, 1).expand(3, 5), rand(3, 5), torch.rand(4, device=device), 0.0, -100
+        yield rand(3, 5, 4), target, rand(3), rand(16), rand(), None, None, 0.1, -100, "mean"
+        class_weight = torch.rand(4, device=device)
+        yield rand(3, 5, 4), target, rand(3), rand(16), rand(), rand(3), class_weight, 0.0, -100, "sum"
+        yield rand(3, 5, 4), target, rand(3), rand(16), None, rand(3, 1).expand(3, 5), class_weight, 0.0, -100, "none"
+    elif name in ("joint_cross_entropy_with_grad", "joint_cross_entropy_"):
+        for reduction in ("sum", "mean"):
+            x = rand(3, 5, 4)
+            # The second is no leaf: it may be overwritten although it requires a gradient.
+            yield x * 1 if name.endswith("_") else x, target, rand(3), torch.rand(4, device=device), 0.1, -100, reduction
+    elif name == "joint_cross_entropy_scale_":
+        yield rand(3, 5, 4).detach(), rand().detach(), 2.0
     elif name == "subset_correct":
         yield rand(3, 5, 4), rand(3), target.clamp(0)
     else:
@@ -73,13 +89,13 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
                 0.5,
                 0.5,
                 1.0,
-                scalar,
-                None,
-                scalar,
-                None,
                 policy,
                 "ensemble",
                 True,
+                scalar,
+                None,
+                scalar,
+                None,
             )
 
 
@@ -88,10 +104,34 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
 def test_opcheck(name, grad, device, native):
     operator = getattr(torch.ops.aep, name).default
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if "backward" in name and grad:
-        checks.pop()  # it differentiates, and a backward cannot be differentiated: the next test
+    if grad and ("backward" in name or name.endswith("cross_entropy_")):
+        # It differentiates. A backward cannot be differentiated: the next test. What a compiler makes of overwritten
+        # logits is not asked for: the public function refuses.
+        checks.pop()
     for args in samples(name, device, grad):
         torch.library.opcheck(operator, args, test_utils=checks)
+
+
+def out_samples(name: str, device: str) -> Iterator[tuple[tuple, dict[str, Tensor | None]]]:
+    """Arguments and out tensors of ``aep::name.out``."""
+    for args in samples(name, device, False):
+        results = getattr(torch.ops.aep, name).default(*args)
+        if name in ("ensemble", "subset_correct"):
+            yield args, {"out": torch.zeros_like(results)}
+        elif name == "ensemble_stats":
+            out = dict(zip(("logits", "stats", "argmax"), map(torch.zeros_like, results), strict=True))
+            yield args, out
+            yield args, out | {"logits": None}
+        else:
+            names = [f"{field}_out" for field in ops.GateResult._fields]
+            yield args, dict(zip(names, map(torch.zeros_like, results), strict=True))
+
+
+@pytest.mark.parametrize("name", ["ensemble", "ensemble_stats", "subset_correct", "gate"])
+def test_opcheck_of_out(name, device, native):
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    for args, out in out_samples(name, device):
+        torch.library.opcheck(getattr(torch.ops.aep, name).out, args, out, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATORS if "backward" in name])
@@ -117,6 +157,7 @@ def calls(device: str) -> dict[str, tuple[Callable[..., object], Callable[[int],
 
     weights = torch.tensor([0.2, 0.3, 0.5], **kind)
     return {
+        "pool": (ops.global_avg_pool, lambda n: (torch.randn(n, 3, 4, 2, **kind),)),
         "head": (
             head,
             lambda n: (
@@ -134,6 +175,10 @@ def calls(device: str) -> dict[str, tuple[Callable[..., object], Callable[[int],
         ),
         "loss": (
             lambda x, a, y: ops.joint_cross_entropy(x, y, a, label_smoothing=0.1).loss,
+            lambda n: (torch.randn(3, n, 4, **kind), weights.clone(), torch.randint(4, (n,), **kind)),
+        ),
+        "loss in forward": (
+            lambda x, a, y: ops.joint_cross_entropy(x, y, a, label_smoothing=0.1, memory="in_forward").loss,
             lambda n: (torch.randn(3, n, 4, **kind), weights.clone(), torch.randint(4, (n,), **kind)),
         ),
         "loss per row": (
@@ -222,7 +267,7 @@ def test_fake_tensors_give_shapes(name, path, on_reference):
         assert actual.shape == wanted.shape and actual.dtype == wanted.dtype
 
 
-@pytest.mark.parametrize("name", ["head", "ensemble", "loss"])
+@pytest.mark.parametrize("name", ["pool", "head", "ensemble", "loss", "loss in forward"])
 def test_functional_transforms_say_that_they_cannot(name, native):
     """torch.func cannot see into a C++ backward, and torch refuses rather than compute nonsense."""
     function, make = calls("cpu")[name]
@@ -231,7 +276,7 @@ def test_functional_transforms_say_that_they_cannot(name, native):
         torch.func.grad(lambda x: flat(function(x, *args[1:]))[0].sum())(args[0])
 
 
-@pytest.mark.parametrize("name", ["head", "ensemble", "stats", "loss"])
+@pytest.mark.parametrize("name", ["pool", "head", "ensemble", "stats", "loss", "loss in forward"])
 def test_forward_mode_is_refused(name, native):
     """A tangent is never dropped without a word: zero would be a wrong derivative."""
     function, make = calls("cpu")[name]

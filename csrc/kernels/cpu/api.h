@@ -13,8 +13,8 @@
 
 namespace aep::kernels::cpu {
 
-// Instruction sets: "scalar", "avx2", "avx512".
-// In use: chosen once, on first use: the best that is built and supported, or AEP_ISA=scalar|avx2|avx512 where that is
+// Instruction sets: "scalar"; "avx2" and "avx512" on x86-64, "neon" on AArch64.
+// In use: chosen once, on first use: the best that is built and supported, or the one that AEP_ISA names where that is
 // possible.
 const char* isa_in_use();
 // One line if AEP_ISA asked for what cannot be had, else "".
@@ -25,6 +25,9 @@ const char* isa_supported();
 
 // Items are (n, c) pairs, flattened: item = n * C + c, 0 <= begin <= end <= N * C.
 void global_avg_pool(const GlobalAvgPoolParams& p, int64_t begin, int64_t end);
+
+// Rows 0 .. N.
+void small_linear(const SmallLinearParams& p, int64_t begin, int64_t end);
 
 // Rows 0 .. N.
 void ensemble(const EnsembleParams& p, int64_t begin, int64_t end);
@@ -44,6 +47,12 @@ int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t
 
 // Rows 0 .. E * N, row = e * N + n.
 void joint_cross_entropy(const JointCrossEntropyParams& p, int64_t begin, int64_t end);
+// Loss and gradient in one pass, rows as above; joint_cross_entropy_denominator() first, where the coefficients point
+// to it.
+void joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, int64_t begin, int64_t end);
+void joint_cross_entropy_denominator(const JointCrossEntropyReduceParams& p);
+// Rows as above.
+void loss_grad_scale(const LossGradScaleParams& p, int64_t begin, int64_t end);
 // Once all rows are done, on one thread.
 void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p);
 // Rows 0 .. E * N, row = e * N + n.

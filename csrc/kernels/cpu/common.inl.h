@@ -55,12 +55,14 @@ inline void for_vectors(int64_t count, F&& f) {
   if (k < count) f(k, Part{static_cast<int>(count - k)});
 }
 
-// Scratch memory of one call.
-template <class T>
+// Scratch memory of one call. Up to kOwn values lie in the object itself: at batch 1 an allocation shows.
+template <class T, int kOwn = 1>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(allocate(count))) {}
-  ~Scratch() { free_scratch(data_); }
+  explicit Scratch(int64_t count) : data_(count <= kOwn ? own_ : static_cast<T*>(allocate(count))) {}
+  ~Scratch() {
+    if (data_ != own_) free_scratch(data_);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
@@ -71,6 +73,7 @@ class Scratch {
     if (static_cast<uint64_t>(count) > SIZE_MAX / 2 / sizeof(T)) throw_bad_alloc();
     return allocate_scratch(static_cast<size_t>(count) * sizeof(T));
   }
+  alignas(64) T own_[kOwn];
   T* data_;
 };
 

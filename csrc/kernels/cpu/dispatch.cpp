@@ -36,6 +36,15 @@ bool cpu_has_avx512() {
 #endif
 }
 
+// Advanced SIMD is part of the baseline that everything here is compiled for.
+bool cpu_has_neon() {
+#if defined(__aarch64__) || defined(_M_ARM64)
+  return true;
+#else
+  return false;
+#endif
+}
+
 const KernelTable* avx2_table() {
 #ifdef AEP_HAVE_AVX2
   return &kAvx2Table;
@@ -52,10 +61,19 @@ const KernelTable* avx512_table() {
 #endif
 }
 
+const KernelTable* neon_table() {
+#ifdef AEP_HAVE_NEON
+  return &kNeonTable;
+#else
+  return nullptr;
+#endif
+}
+
 struct Choice {
-  Isa known[3] = {{"scalar", &kScalarTable, true},
+  Isa known[4] = {{"scalar", &kScalarTable, true},
                   {"avx2", avx2_table(), cpu_has_avx2()},
-                  {"avx512", avx512_table(), cpu_has_avx512()}};
+                  {"avx512", avx512_table(), cpu_has_avx512()},
+                  {"neon", neon_table(), cpu_has_neon()}};
   const KernelTable* active = &kScalarTable;
   std::string notice, built, supported;
 
@@ -106,6 +124,9 @@ const char* isa_supported() { return choice().supported.c_str(); }
 void global_avg_pool(const GlobalAvgPoolParams& p, int64_t begin, int64_t end) {
   active_table().global_avg_pool(p, begin, end);
 }
+void small_linear(const SmallLinearParams& p, int64_t begin, int64_t end) {
+  active_table().small_linear(p, begin, end);
+}
 void ensemble(const EnsembleParams& p, int64_t begin, int64_t end) { active_table().ensemble(p, begin, end); }
 void ensemble_stats(const EnsembleStatsParams& p, int64_t begin, int64_t end) {
   active_table().ensemble_stats(p, begin, end);
@@ -121,6 +142,12 @@ void joint_cross_entropy(const JointCrossEntropyParams& p, int64_t begin, int64_
 }
 void joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, int64_t begin, int64_t end) {
   active_table().joint_cross_entropy_backward(p, begin, end);
+}
+void joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, int64_t begin, int64_t end) {
+  active_table().joint_cross_entropy_grad(p, begin, end);
+}
+void loss_grad_scale(const LossGradScaleParams& p, int64_t begin, int64_t end) {
+  active_table().loss_grad_scale(p, begin, end);
 }
 void subset_correct(const SubsetCorrectParams& p, int64_t begin, int64_t end, int64_t* counts) {
   active_table().subset_correct(p, begin, end, counts);

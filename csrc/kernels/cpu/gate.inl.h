@@ -1,8 +1,7 @@
 // The gate: judge every row, then copy every row to the place that the partition gave it.
 //
 // Outputs are a partition, so a row's place is known only when all are judged. The running sum is computed twice
-// instead of being kept
-// in between: reading two rows again costs no more than writing one and reading it back.
+// instead of being kept in between: reading two rows again costs no more than writing one and reading it back.
 
 namespace aep::kernels::cpu::AEP_ISA_NAMESPACE {
 namespace {
@@ -57,9 +56,9 @@ void gate_judge_as(const GateParams& p, int64_t begin, int64_t end) {
   using A = Acc<S>;
   if (begin >= end) return;
   const A weight = read<A>(p.weight), temperature = read<A>(p.temperature), threshold = read<A>(p.threshold);
-  const A divisor = p.on == GateOn::ensemble ? (read<A>(p.weight_sum) + weight) * temperature : temperature;
+  const Divisor<A> divisor(p.on == GateOn::ensemble ? (read<A>(p.weight_sum) + weight) * temperature : temperature);
   GateRow* places = static_cast<GateRow*>(p.scratch);
-  Scratch<R> running(p.K);
+  Scratch<R, 1024> running(p.K);
   for (int64_t n = begin; n < end; ++n) {
     const S* logits = static_cast<const S*>(p.exit_logits) + n * p.logits_stride_n;
     TopTwo<A> top;
@@ -115,10 +114,10 @@ void gate_scatter_as(const GateParams& p, int64_t begin, int64_t end) {
     }
     if (bytes == 0) continue;
     char* out = static_cast<char*>(p.features_out) + to * p.feature_out_stride_bytes;
-    if (row.leaves) {
-      memset(out, 0, bytes);  // leavers are placed behind the stayers: these are the rows that must be zero
-    } else {
+    if (!row.leaves) {
       memcpy(out, static_cast<const char*>(p.features) + n * p.feature_stride_bytes, bytes);
+    } else if (p.clear_behind) {
+      memset(out, 0, bytes);  // leavers are placed behind the stayers: these are the rows that must be zero
     }
   }
 }

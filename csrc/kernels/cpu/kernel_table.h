@@ -16,12 +16,15 @@ namespace aep::kernels::cpu {
 struct KernelTable {
   const char* name;
   void (*global_avg_pool)(const GlobalAvgPoolParams&, int64_t, int64_t);
+  void (*small_linear)(const SmallLinearParams&, int64_t, int64_t);
   void (*ensemble)(const EnsembleParams&, int64_t, int64_t);
   void (*ensemble_stats)(const EnsembleStatsParams&, int64_t, int64_t);
   void (*ensemble_backward_logits)(const EnsembleBackwardParams&, int64_t, int64_t);
   void (*ensemble_backward_weights)(const EnsembleBackwardParams&, int64_t, int64_t);
   void (*joint_cross_entropy)(const JointCrossEntropyParams&, int64_t, int64_t);
   void (*joint_cross_entropy_backward)(const JointCrossEntropyBackwardParams&, int64_t, int64_t);
+  void (*joint_cross_entropy_grad)(const JointCrossEntropyGradParams&, int64_t, int64_t);
+  void (*loss_grad_scale)(const LossGradScaleParams&, int64_t, int64_t);
   void (*subset_correct)(const SubsetCorrectParams&, int64_t, int64_t, int64_t*);
   void (*gate_judge)(const GateParams&, int64_t, int64_t);
   void (*gate_scatter)(const GateParams&, int64_t, int64_t);
@@ -37,6 +40,9 @@ extern const KernelTable kAvx2Table;
 #endif
 #ifdef AEP_HAVE_AVX512
 extern const KernelTable kAvx512Table;
+#endif
+#ifdef AEP_HAVE_NEON
+extern const KernelTable kNeonTable;
 #endif
 
 // One row's place in GateParams::scratch.

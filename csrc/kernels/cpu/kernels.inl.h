@@ -8,6 +8,7 @@
 #include "gate.inl.h"
 #include "global_avg_pool.inl.h"
 #include "joint_cross_entropy.inl.h"
+#include "small_linear.inl.h"
 #include "subset_correct.inl.h"
 
 namespace aep::kernels::cpu {
@@ -40,12 +41,15 @@ void convert(const void* in, DType from, void* out, DType to, int64_t count) {
 extern const KernelTable AEP_ISA_TABLE = {
     AEP_ISA_NAME,
     AEP_ISA_NAMESPACE::global_avg_pool,
+    AEP_ISA_NAMESPACE::small_linear,
     AEP_ISA_NAMESPACE::ensemble,
     AEP_ISA_NAMESPACE::ensemble_stats,
     AEP_ISA_NAMESPACE::ensemble_backward_logits,
     AEP_ISA_NAMESPACE::ensemble_backward_weights,
     AEP_ISA_NAMESPACE::joint_cross_entropy,
     AEP_ISA_NAMESPACE::joint_cross_entropy_backward,
+    AEP_ISA_NAMESPACE::joint_cross_entropy_grad,
+    AEP_ISA_NAMESPACE::loss_grad_scale,
     AEP_ISA_NAMESPACE::subset_correct,
     AEP_ISA_NAMESPACE::gate_judge,
     AEP_ISA_NAMESPACE::gate_scatter,

@@ -23,16 +23,13 @@ struct TopTwo {
     second = V::max(V::max(second, o.second), V::min(first, o.first));
     first = V::max(first, o.first);
   }
+  // The second largest is the largest itself where several lanes hold it; else that lane gives way (-inf) to the rest.
   void reduce(A& top, A& next) const {
-    A lanes1[V::n], lanes2[V::n];
-    store(lanes1, first, Full{});
-    store(lanes2, second, Full{});
-    top = next = -kInfinity<A>;
-    for (int i = 0; i < V::n; ++i) {
-      next = larger(next, smaller(top, lanes1[i]));
-      top = larger(top, lanes1[i]);
-      next = larger(next, lanes2[i]);
-    }
+    top = V::top(first);
+    const auto at_top = V::eq(first, V::set(top));
+    const unsigned where = V::bits(at_top);
+    const A rest = V::top(V::max(V::add_if(at_top, first, V::set(-kInfinity<A>)), second));
+    next = where & (where - 1) ? top : rest;
   }
 };
 
@@ -77,11 +74,17 @@ int64_t argmax_of(const S* row, int64_t K) {
   return first_equal(row, K, top);
 }
 
+// What the exp pass over a row finds. With d = z - max z <= 0: p = e^d / sum, entropy = log sum - (sum of e^d d) / sum.
 template <class A>
-inline RowStats make_stats(A sum, A weighted, A next_exp, int64_t argmax) {
-  // With d = z - max z <= 0: p = e^d / sum, entropy = log sum - (sum of e^d d) / sum.
-  return {static_cast<float>(A(1) / sum), static_cast<float>(log_of(sum) - weighted / sum),
-          static_cast<float>((A(1) - next_exp) / sum), argmax};
+struct RowSums {
+  A sum, weighted;  // of e^d, of e^d d
+  A next;           // d of the second largest
+};
+
+template <class A>
+inline RowStats make_stats(const RowSums<A>& s, int64_t argmax) {
+  return {static_cast<float>(A(1) / s.sum), static_cast<float>(log_of(s.sum) - s.weighted / s.sum),
+          static_cast<float>((A(1) - exponential_of(s.next)) / s.sum), argmax};
 }
 
 template <class S>
@@ -114,18 +117,30 @@ RowStats stats_by_division(const S* row, int64_t K, Acc<S> divisor) {
     weighted += e * d;
   }
   if (nan || !(top - top == 0)) return {kNaN<float>, kNaN<float>, kNaN<float>, argmax};
-  return make_stats(sum, weighted, exponential_of(next - top), argmax);
+  return make_stats(RowSums<A>{sum, weighted, next - top}, argmax);
 }
 
-// `top` and `next` are the row's largest two values (anything if the row holds a NaN).
+// What divides the logits, with what is the same for every row.
+template <class A>
+struct Divisor {
+  A value, inverse;
+  bool plain;  // positive, with a finite reciprocal
+  explicit Divisor(A divisor)
+      : value(divisor),
+        inverse(A(1) / divisor),
+        plain(divisor > 0 && inverse > 0 && inverse < kInfinity<A>) {}
+};
+
+// The exp pass. `top` and `next` are the row's largest two values (anything if the row holds a NaN). False where the
+// row needs unusual_stats() instead.
 template <class S>
-RowStats row_stats(const S* row, int64_t K, Acc<S> top, Acc<S> next, Acc<S> divisor) {
+inline bool row_sums(const S* row, int64_t K, Acc<S> top, Acc<S> next, const Divisor<Acc<S>>& divisor,
+                     RowSums<Acc<S>>& sums) {
   using A = Acc<S>;
   using V = Vec<A>;
-  const A inverse = A(1) / divisor;
-  const A judged_top = top / divisor;  // must be finite, as z itself: below only differences are formed
-  if (!(divisor > 0 && inverse > 0 && inverse < kInfinity<A> && judged_top - judged_top == 0))
-    return stats_by_division(row, K, divisor);
+  const A inverse = divisor.inverse;
+  const A judged_top = top / divisor.value;  // must be finite, as z itself: below only differences are formed
+  if (!(divisor.plain && judged_top - judged_top == 0)) return false;
   const V peak = V::set(top), scale = V::set(inverse), floor = V::set(A(-10000));
   V sum0 = V::set(0), sum1 = V::set(0), weighted0 = V::set(0), weighted1 = V::set(0);
   const auto step = [&](V x, V& sum, V& weighted) {
@@ -141,9 +156,40 @@ RowStats row_stats(const S* row, int64_t K, Acc<S> top, Acc<S> next, Acc<S> divi
   }
   for_vectors<V::n>(K - k,
                     [&](int64_t i, auto part) { step(load(row + k + i, part, -kInfinity<A>), sum0, weighted0); });
-  const A sum = V::sum(V::add(sum0, sum1)), weighted = V::sum(V::add(weighted0, weighted1));
-  if (!(sum - sum == 0)) return nan_stats(row, K, top);
-  return make_stats(sum, weighted, exponential_of((next - top) * inverse), first_equal(row, K, top));
+  sums.sum = V::sum(V::add(sum0, sum1));
+  sums.weighted = V::sum(V::add(weighted0, weighted1));
+  sums.next = (next - top) * inverse;
+  return sums.sum - sums.sum == 0;
+}
+
+template <class S>
+RowStats unusual_stats(const S* row, int64_t K, Acc<S> top, const Divisor<Acc<S>>& divisor) {
+  const Acc<S> judged_top = top / divisor.value;
+  if (!(divisor.plain && judged_top - judged_top == 0)) return stats_by_division(row, K, divisor.value);
+  return nan_stats(row, K, top);
+}
+
+template <class S>
+RowStats row_stats(const S* row, int64_t K, Acc<S> top, Acc<S> next, const Divisor<Acc<S>>& divisor) {
+  RowSums<Acc<S>> sums;
+  if (!row_sums(row, K, top, next, divisor, sums)) return unusual_stats(row, K, top, divisor);
+  return make_stats(sums, first_equal(row, K, top));
+}
+
+// make_stats() for up to a vector's worth of rows at once, the same to the bit. stats: (count, 3).
+template <class A>
+void make_stats_of_rows(const A* sum, const A* weighted, const A* next, int count, float* stats) {
+  using V = Vec<A>;
+  const V all = load(sum, Full{}, A(0)), one = V::set(1);
+  A confidence[V::n], share[V::n], margin[V::n];
+  store(confidence, V::div(one, all), Full{});
+  store(share, V::div(load(weighted, Full{}, A(0)), all), Full{});
+  store(margin, V::div(V::sub(one, exponential(load(next, Full{}, A(0)))), all), Full{});
+  for (int i = 0; i < count; ++i) {
+    stats[i * 3 + 0] = static_cast<float>(confidence[i]);
+    stats[i * 3 + 1] = static_cast<float>(log_of(sum[i]) - share[i]);
+    stats[i * 3 + 2] = static_cast<float>(margin[i]);
+  }
 }
 
 }  // namespace

@@ -17,14 +17,27 @@ A read(Scalar s) {
   return s.ptr ? *static_cast<const A*>(s.ptr) : static_cast<A>(s.value);
 }
 
+// What the mean divides by.
+template <class A>
+A denominator_of(const JointCrossEntropyReduceParams& p) {
+  if (p.reduction != Reduction::mean) return A(1);
+  const A* class_weight = static_cast<const A*>(p.class_weight);
+  double total = 0;
+  for (int64_t n = 0; n < p.N; ++n) {
+    const int64_t y = p.target[n * p.target_stride];
+    if (y != p.ignore_index) total += class_weight ? static_cast<double>(class_weight[y]) : 1.0;
+  }
+  // As F.cross_entropy: without any weight NaN, even where label smoothing leaves a loss to divide.
+  return total == 0 ? static_cast<A>(__builtin_nan("")) : static_cast<A>(total);
+}
+
 template <class A>
 void reduce_losses(const JointCrossEntropyReduceParams& p) {
   const A* rows = static_cast<const A*>(p.row_losses);
   const A* exit_weights = static_cast<const A*>(p.exit_weights);
-  const A* class_weight = static_cast<const A*>(p.class_weight);
   A* loss = static_cast<A*>(p.loss);
   A* exit_losses = static_cast<A*>(p.exit_losses);
-  A denominator = 1;
+  const A denominator = denominator_of<A>(p);
   if (p.reduction == Reduction::none) {
     for (int64_t n = 0; n < p.N; ++n) {
       A sum = exit_weights[0] * rows[n];
@@ -32,15 +45,6 @@ void reduce_losses(const JointCrossEntropyReduceParams& p) {
       loss[n] = sum;
     }
   } else {
-    if (p.reduction == Reduction::mean) {
-      double total = 0;
-      for (int64_t n = 0; n < p.N; ++n) {
-        const int64_t y = p.target[n * p.target_stride];
-        if (y != p.ignore_index) total += class_weight ? static_cast<double>(class_weight[y]) : 1.0;
-      }
-      // As F.cross_entropy: without any weight NaN, even where label smoothing leaves a loss to divide.
-      denominator = total == 0 ? static_cast<A>(__builtin_nan("")) : static_cast<A>(total);
-    }
     A sum = 0;
     for (int64_t e = 0; e < p.E; ++e) {
       double total = 0;
@@ -84,6 +88,14 @@ int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t
 
 void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p) {
   p.dtype == DType::f64 ? reduce_losses<double>(p) : reduce_losses<float>(p);
+}
+
+void joint_cross_entropy_denominator(const JointCrossEntropyReduceParams& p) {
+  if (p.dtype == DType::f64) {
+    *static_cast<double*>(p.denominator) = denominator_of<double>(p);
+  } else {
+    *static_cast<float*>(p.denominator) = denominator_of<float>(p);
+  }
 }
 
 size_t gate_scratch_bytes(int64_t n) { return static_cast<size_t>(n) * sizeof(GateRow); }

@@ -46,6 +46,19 @@ struct Vec<float> {
   static Vec add_if(Mask m, Vec a, Vec b) { return {_mm512_mask_add_ps(a.v, m, a.v, b.v)}; }
   static float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
   static float top(Vec a) { return _mm512_reduce_max_ps(a.v); }
+  // Each step halves the number of vectors: pairs within 128 bits first, then the 128-bit quarters.
+  static __m512 pairs(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+  static __m512 fours(Vec a, Vec b, Vec c, Vec d) {
+    const __m512d ab = _mm512_castps_pd(pairs(a.v, b.v)), cd = _mm512_castps_pd(pairs(c.v, d.v));
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  }
+  static __m512 quarters(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  static Vec sums(const Vec (&a)[n]) {
+    return {quarters(quarters(fours(a[0], a[1], a[2], a[3]), fours(a[4], a[5], a[6], a[7])),
+                     quarters(fours(a[8], a[9], a[10], a[11]), fours(a[12], a[13], a[14], a[15])))};
+  }
   static float lane(Vec a, int i) {
     float t[n];
     _mm512_storeu_ps(t, a.v);
@@ -80,6 +93,15 @@ struct Vec<double> {
   static Vec add_if(Mask m, Vec a, Vec b) { return {_mm512_mask_add_pd(a.v, m, a.v, b.v)}; }
   static double sum(Vec a) { return _mm512_reduce_add_pd(a.v); }
   static double top(Vec a) { return _mm512_reduce_max_pd(a.v); }
+  static __m512d pairs(Vec a, Vec b) {
+    return _mm512_add_pd(_mm512_unpacklo_pd(a.v, b.v), _mm512_unpackhi_pd(a.v, b.v));
+  }
+  static __m512d quarters(__m512d a, __m512d b) {
+    return _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x88), _mm512_shuffle_f64x2(a, b, 0xdd));
+  }
+  static Vec sums(const Vec (&a)[n]) {
+    return {quarters(quarters(pairs(a[0], a[1]), pairs(a[2], a[3])), quarters(pairs(a[4], a[5]), pairs(a[6], a[7])))};
+  }
   static double lane(Vec a, int i) {
     double t[n];
     _mm512_storeu_pd(t, a.v);

@@ -1,7 +1,8 @@
 // The small vector type with one lane: the meaning of every operation, and the fallback for any CPU.
 //
-// Contract of Vec<T> (T = float, double), the same in vec_avx2.h and vec_avx512.h:
+// Contract of Vec<T> (T = float, double), the same in vec_avx2.h, vec_avx512.h and vec_neon.h:
 //   max(a, b), min(a, b) give b when either is NaN (as x86 does); comparisons with NaN are false, but unordered().
+//   sums(a) has the sum of a[i]'s lanes in lane i, added in the same order for every i.
 //   bits(mask) has bit i set for lane i. load/store with a Part touch `count` lanes only, the others become `fill`.
 //   scale2(x, n) = x * 2^n with gradual underflow, for whole n within +-1100 (double) or +-160 (float).
 #pragma once
@@ -40,7 +41,7 @@ struct ScalarVec {
   static Self fma(Self a, Self b, Self c) { return set(a.v * b.v + c.v); }  // two roundings here, one with FMA hardware
   static Self max(Self a, Self b) { return set(a.v > b.v ? a.v : b.v); }
   static Self min(Self a, Self b) { return set(a.v < b.v ? a.v : b.v); }
-  static Self abs(Self a) { return set(a.v < 0 ? -a.v : a.v); }
+  static Self abs(Self a) { return set(a.v > 0 ? a.v : T(0) - a.v); }  // -0 becomes 0
   static Mask gt(Self a, Self b) { return a.v > b.v; }
   static Mask ge(Self a, Self b) { return a.v >= b.v; }
   static Mask lt(Self a, Self b) { return a.v < b.v; }
@@ -51,6 +52,7 @@ struct ScalarVec {
   static Self add_if(Mask m, Self a, Self b) { return m ? set(a.v + b.v) : a; }
   static T sum(Self a) { return a.v; }
   static T top(Self a) { return a.v; }
+  static Self sums(const Self (&a)[n]) { return a[0]; }
   static T lane(Self a, int) { return a.v; }
   static Self round(Self a) {
     return set(a.v - a.v == 0 ? static_cast<T>(static_cast<int>(a.v + (a.v < 0 ? T(-0.5) : T(0.5)))) : a.v);

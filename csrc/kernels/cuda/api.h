@@ -32,6 +32,10 @@ cudaError_t launch_find_bad_label(const int64_t* target, int64_t stride, int64_t
 cudaError_t launch_joint_cross_entropy(const JointCrossEntropyParams& p, cudaStream_t stream);
 cudaError_t launch_joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p, cudaStream_t stream);
 cudaError_t launch_joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, cudaStream_t stream);
+// Loss and gradient together; the denominator first, where the coefficients point to it.
+cudaError_t launch_joint_cross_entropy_denominator(const JointCrossEntropyReduceParams& p, cudaStream_t stream);
+cudaError_t launch_joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, cudaStream_t stream);
+cudaError_t launch_loss_grad_scale(const LossGradScaleParams& p, cudaStream_t stream);
 
 // Adds to p.counts (integer atomics). A label out of range is wrong at every k.
 cudaError_t launch_subset_correct(const SubsetCorrectParams& p, cudaStream_t stream);

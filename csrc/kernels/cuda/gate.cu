@@ -152,7 +152,8 @@ __global__ void scatter_kernel(GateParams p) {
       p.argmax_out[to] = row.answer;
       for (int i = 0; i < 3; ++i) p.stats_out[to * 3 + i] = row.stats[i];
     }
-    // Leavers are placed behind the stayers: theirs are the rows that must be zero.
+    // Leavers are placed behind the stayers: theirs are the rows that are zero, or left alone.
+    if (row.leaves && !p.clear_behind) continue;
     char* out = static_cast<char*>(p.features_out) + to * p.feature_out_stride_bytes;
     const char* in = static_cast<const char*>(p.features) + n * p.feature_stride_bytes;
     if (alignment % 16 == 0) {

@@ -19,11 +19,46 @@ __device__ LogSum<A> merge_sums(LogSum<A> a, LogSum<A> b) {
   return {top, a.sum + b.sum, a.nan || b.nan};
 }
 
+// c[e, n] of LossCoefficients.
+template <class A>
+__device__ A coefficient_of(const LossCoefficients& c, int64_t e, int64_t n) {
+  A sum = 0;
+  if (c.exit_weights) {
+    sum = static_cast<const A*>(c.exit_weights)[e];
+    if (c.grad_loss) sum = sum * static_cast<const A*>(c.grad_loss)[n * c.loss_stride_n];
+  }
+  if (c.grad_exit_losses) {
+    sum = sum + static_cast<const A*>(c.grad_exit_losses)[e * c.exit_stride_e + n * c.exit_stride_n];
+  }
+  if (c.denominator) sum = sum / *static_cast<const A*>(c.denominator);
+  return sum * static_cast<A>(c.factor);
+}
+
+// A row's gradient, from what turns its logits into probabilities: e^(x - shift) * whole. Each element is read and
+// written by the same thread, so `out` may be `x`.
 template <class S>
-__global__ void forward_kernel(JointCrossEntropyParams p) {
+__device__ void write_gradient(const S* x, int64_t stride_k, S* out, int64_t out_stride_k, int64_t K, int64_t y,
+                               const Acc<S>* class_weight, Acc<S> smoothing, Acc<S> total, Acc<S> c, Acc<S> shift,
+                               Acc<S> whole) {
+  using A = Acc<S>;
+  const A share = smoothing / static_cast<A>(K);
+  const A own = (A(1) - smoothing) * (class_weight ? class_weight[y] : A(1));  // the target's part of the loss
+  const A scale = smoothing > 0 ? own + share * total : own;
+  for (int64_t k = threadIdx.x; k < K; k += blockDim.x) {
+    A grad = scale * (exponential(value_of(x[k * stride_k]) - shift) * whole);
+    if (smoothing > 0) grad -= share * (class_weight ? class_weight[k] : A(1));
+    if (k == y) grad -= own;
+    put(out + k * out_stride_k, c * grad);
+  }
+}
+
+// Losses, and the gradient too if kGrad: the row is read twice, and is in a cache the second time.
+template <class S, bool kGrad>
+__global__ void forward_kernel(JointCrossEntropyGradParams q) {
   using A = Acc<S>;
   __shared__ LogSum<A> shared[kMaxThreads];
   __shared__ A shared_sum[kMaxThreads];
+  const JointCrossEntropyParams& p = q.loss;
   const A* class_weight = static_cast<const A*>(p.class_weight);
   const A smoothing = static_cast<A>(p.label_smoothing);
   for (int64_t i = blockIdx.x; i < p.E * p.N; i += gridDim.x) {
@@ -65,7 +100,18 @@ __global__ void forward_kernel(JointCrossEntropyParams p) {
           loss = (A(1) - smoothing) * loss + smoothing / static_cast<A>(p.K) * (weight_sum * log_sum - rest);
       }
       static_cast<A*>(p.row_losses)[i] = loss;
-      static_cast<A*>(p.log_sum_exp)[i] = row.top + log_sum;
+      if (p.log_sum_exp) static_cast<A*>(p.log_sum_exp)[i] = row.top + log_sum;
+    }
+    if (kGrad) {
+      __syncthreads();  // the first thread has read the target's logit, which may now be overwritten
+      S* out = static_cast<S*>(q.grad_logits) + e * q.out_stride_e + n * q.out_stride_n;
+      if (ignored || !valid) {
+        for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) put(out + k * q.out_stride_k, A(0));
+      } else {
+        const A whole = proper ? A(1) / row.sum : not_a_number<A>();
+        write_gradient(x, p.stride_k, out, q.out_stride_k, p.K, y, class_weight, smoothing, weight_sum,
+                       coefficient_of<A>(q.coefficients, e, n), row.top, whole);
+      }
     }
   }
 }
@@ -73,7 +119,38 @@ __global__ void forward_kernel(JointCrossEntropyParams p) {
 template <class S>
 cudaError_t launch_forward(const JointCrossEntropyParams& p, cudaStream_t stream) {
   if (p.E * p.N == 0) return cudaSuccess;
-  forward_kernel<S><<<blocks_for(p.E * p.N), threads_for(p.K), 0, stream>>>(p);
+  JointCrossEntropyGradParams q{};
+  q.loss = p;
+  forward_kernel<S, false><<<blocks_for(p.E * p.N), threads_for(p.K), 0, stream>>>(q);
+  return cudaGetLastError();
+}
+
+template <class S>
+cudaError_t launch_grad(const JointCrossEntropyGradParams& q, cudaStream_t stream) {
+  const JointCrossEntropyParams& p = q.loss;
+  if (p.E * p.N == 0) return cudaSuccess;
+  forward_kernel<S, true><<<blocks_for(p.E * p.N), threads_for(p.K), 0, stream>>>(q);
+  return cudaGetLastError();
+}
+
+template <class S>
+__global__ void scale_kernel(LossGradScaleParams p) {
+  using A = Acc<S>;
+  // Read on the device: nobody waits, and where nothing is to be done the launch is all it costs.
+  const A factor = *static_cast<const A*>(p.scale) / static_cast<A>(p.divisor);
+  if (factor == A(1)) return;
+  for (int64_t i = blockIdx.x; i < p.E * p.N; i += gridDim.x) {
+    S* row = static_cast<S*>(p.grad) + (i / p.N) * p.stride_e + (i % p.N) * p.stride_n;
+    for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) {
+      put(row + k * p.stride_k, factor * value_of(row[k * p.stride_k]));
+    }
+  }
+}
+
+template <class S>
+cudaError_t launch_scale(const LossGradScaleParams& p, cudaStream_t stream) {
+  if (p.E * p.N == 0) return cudaSuccess;
+  scale_kernel<S><<<blocks_for(p.E * p.N), threads_for(p.K), 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -82,7 +159,7 @@ __global__ void backward_kernel(JointCrossEntropyBackwardParams p) {
   using A = Acc<S>;
   __shared__ A shared_sum[kMaxThreads];
   const A* class_weight = static_cast<const A*>(p.class_weight);
-  const A smoothing = static_cast<A>(p.label_smoothing), share = smoothing / static_cast<A>(p.K);
+  const A smoothing = static_cast<A>(p.label_smoothing);
   A total = static_cast<A>(p.K);
   if (p.label_smoothing > 0 && class_weight) {
     total = 0;
@@ -97,17 +174,8 @@ __global__ void backward_kernel(JointCrossEntropyBackwardParams p) {
       for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) put(out + k, A(0));
       continue;
     }
-    const A c = static_cast<const A*>(p.coefficients)[e * p.coef_stride_e + n * p.coef_stride_n];
-    const A lse = static_cast<const A*>(p.log_sum_exp)[i];
-    const A own = (A(1) - smoothing) * (class_weight ? class_weight[y] : A(1));  // the target's part of the loss
-    const A scale = p.label_smoothing > 0 ? own + share * total : own;
-    for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) {
-      // Read and written by the same thread: `out` may be `x`.
-      A grad = scale * exponential(value_of(x[k * p.stride_k]) - lse);
-      if (p.label_smoothing > 0) grad -= share * (class_weight ? class_weight[k] : A(1));
-      if (k == y) grad -= own;
-      put(out + k, c * grad);
-    }
+    write_gradient(x, p.stride_k, out, 1, p.K, y, class_weight, smoothing, total, coefficient_of<A>(p.coefficients, e, n),
+                   static_cast<const A*>(p.log_sum_exp)[i], A(1));
   }
 }
 
@@ -131,24 +199,35 @@ __global__ void losses_per_sample_kernel(JointCrossEntropyReduceParams p) {
   if (first == 0 && p.denominator) *static_cast<A*>(p.denominator) = A(1);
 }
 
+// What the mean divides by, in every thread of the one block.
+template <class A>
+__device__ A denominator_of(const JointCrossEntropyReduceParams& p, double* shared) {
+  if (p.reduction != Reduction::mean) return A(1);
+  const A* class_weight = static_cast<const A*>(p.class_weight);
+  double total = 0;
+  for (int64_t n = threadIdx.x; n < p.N; n += blockDim.x) {
+    const int64_t y = p.target[n * p.target_stride];
+    if (y == p.ignore_index) continue;
+    // A label out of range has no weight to read; its row's NaN decides the loss.
+    total += class_weight && y >= 0 && y < p.K ? static_cast<double>(class_weight[y]) : 1.0;
+  }
+  total = block_sum(total, shared);
+  return total == 0 ? not_a_number<A>() : static_cast<A>(total);
+}
+
+template <class A>
+__global__ void denominator_kernel(JointCrossEntropyReduceParams p) {
+  __shared__ double shared[kMaxThreads];
+  const A denominator = denominator_of<A>(p, shared);
+  if (threadIdx.x == 0) *static_cast<A*>(p.denominator) = denominator;
+}
+
 // One block: the divisor, then exit after exit.
 template <class A>
 __global__ void total_loss_kernel(JointCrossEntropyReduceParams p) {
   __shared__ double shared[kMaxThreads];
   const A* rows = static_cast<const A*>(p.row_losses);
-  const A* class_weight = static_cast<const A*>(p.class_weight);
-  A denominator = 1;
-  if (p.reduction == Reduction::mean) {
-    double total = 0;
-    for (int64_t n = threadIdx.x; n < p.N; n += blockDim.x) {
-      const int64_t y = p.target[n * p.target_stride];
-      if (y == p.ignore_index) continue;
-      // A label out of range has no weight to read; its row's NaN decides the loss.
-      total += class_weight && y >= 0 && y < p.K ? static_cast<double>(class_weight[y]) : 1.0;
-    }
-    total = block_sum(total, shared);
-    denominator = total == 0 ? not_a_number<A>() : static_cast<A>(total);
-  }
+  const A denominator = denominator_of<A>(p, shared);
   A loss = 0;
   for (int64_t e = 0; e < p.E; ++e) {
     double total = 0;
@@ -196,6 +275,20 @@ cudaError_t launch_joint_cross_entropy(const JointCrossEntropyParams& p, cudaStr
 }
 cudaError_t launch_joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, cudaStream_t stream) {
   AEP_CUDA_BY_DTYPE(p.dtype, launch_backward, p, stream);
+}
+cudaError_t launch_joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, cudaStream_t stream) {
+  AEP_CUDA_BY_DTYPE(p.loss.dtype, launch_grad, p, stream);
+}
+cudaError_t launch_loss_grad_scale(const LossGradScaleParams& p, cudaStream_t stream) {
+  AEP_CUDA_BY_DTYPE(p.dtype, launch_scale, p, stream);
+}
+cudaError_t launch_joint_cross_entropy_denominator(const JointCrossEntropyReduceParams& p, cudaStream_t stream) {
+  if (p.dtype == DType::f64) {
+    denominator_kernel<double><<<1, kMaxThreads, 0, stream>>>(p);
+  } else {
+    denominator_kernel<float><<<1, kMaxThreads, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
 }
 cudaError_t launch_joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p, cudaStream_t stream) {
   return p.dtype == DType::f64 ? launch_reduce<double>(p, stream) : launch_reduce<float>(p, stream);

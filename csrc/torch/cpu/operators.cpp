@@ -1,14 +1,15 @@
 // The operators on the CPU: each prepares its call, shares the work out over threads, and returns.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <vector>
 
 #include "../prepare.h"
+#include "huge_pages.h"
 #include "kernels/cpu/api.h"
 
 namespace aep {
@@ -20,54 +21,130 @@ using OptionalTensor = std::optional<Tensor>;
 
 // Elements a thread should at least get: a parallel region costs about a microsecond, and far more on busy cores.
 constexpr int64_t kGrain = 32768;
+// Samples that a thread of subset_correct should at least get: a call of the kernel has a fixed cost of its own.
+constexpr int64_t kSubsetGrain = 64;
 
-// Items per thread when one item touches `elements` numbers.
-int64_t grain(int64_t elements) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements)); }
+// Calls f(begin, end) for parts of `items`, of which each touches `elements` numbers; work for one thread goes to f
+// directly, since even entering a parallel region shows at batch 1.
+template <class F>
+void share(int64_t items, int64_t elements, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
+  if (items <= grain) {
+    f(0, items);
+  } else {
+    at::parallel_for(0, items, grain, f);
+  }
+}
+
+Tensor global_avg_pool(const Tensor& features) {
+  PoolCall call = prepare_pool(features);
+  const auto& p = call.params;
+  share(p.N * p.C, p.H * p.W, [&](int64_t begin, int64_t end) { cpu::global_avg_pool(p, begin, end); });
+  return std::move(call.output);
+}
+
+// The pools of all exits in one parallel region. Threads share the elements of the maps; a channel belongs to the thread
+// that has its first element.
+void pool_exits(const HeadCall& call) {
+  int64_t total = 0;
+  for (const auto& p : call.pools) total += p.N * p.C * p.H * p.W;
+  share(total, 1, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (const auto& p : call.pools) {
+      const int64_t size = p.H * p.W, items = p.N * p.C;
+      const auto item = [&](int64_t element) {
+        return std::clamp<int64_t>((element - first + size - 1) / size, 0, items);
+      };
+      if (end > first && begin < first + items * size) cpu::global_avg_pool(p, item(begin), item(end));
+      first += items * size;
+    }
+  });
+}
+
+// Up to this many multiply-adds of an exit the product is our own: a call of BLAS and the views it needs cost 5 us, as
+// much as 150,000 multiply-adds of our kernel (measured on one core with AVX-512). Above, it is ATen's.
+constexpr int64_t kSmallProduct = 1 << 18;
+
+bool small_product(const HeadCall& call, size_t e, const Tensor& weight, const OptionalTensor& bias) {
+  const auto& pool = call.pools[e];
+  const int64_t classes = weight.size(0);
+  if (pool.N * pool.C * classes > kSmallProduct || (weight.stride(1) != 1 && pool.C > 1)) return false;
+  kernels::SmallLinearParams p{};
+  p.input = pool.output;
+  p.weight = weight.const_data_ptr();
+  p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  p.output = static_cast<char*>(call.logits.mutable_data_ptr()) +
+             static_cast<int64_t>(e) * pool.N * classes * static_cast<int64_t>(call.logits.element_size());
+  p.dtype = pool.dtype;
+  p.N = pool.N, p.C = pool.C, p.K = classes;
+  p.stride_n = pool.C, p.weight_stride_k = weight.stride(0), p.out_stride_n = classes;
+  p.bias_stride = bias.has_value() ? bias->stride(0) : 0;
+  cpu::small_linear(p, 0, p.N);
+  return true;
+}
 
 std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::TensorList weights,
                                                   const Biases& biases) {
-  const HeadCall call = prepare_head(features, weights, biases);
-  for (const auto& p : call.pools) {
-    at::parallel_for(0, p.N * p.C, grain(p.H * p.W),
-                     [&](int64_t begin, int64_t end) { cpu::global_avg_pool(p, begin, end); });
+  HeadCall call = prepare_head(features, weights, biases);
+  pool_exits(call);
+  for (size_t e = 0; e < weights.size(); ++e) {
+    const OptionalTensor bias = biases[e];
+    if (!small_product(call, e, weights[e], bias)) finish_exit(call, e, weights[e], bias);
   }
-  finish_head(call, weights, biases);
-  return {call.logits, call.pooled};
+  return {std::move(call.logits), std::move(call.pooled)};
+}
+
+void run(const kernels::EnsembleParams& p) {
+  share(p.N, p.E * p.K, [&](int64_t begin, int64_t end) { cpu::ensemble(p, begin, end); });
 }
 
 Tensor ensemble(const Tensor& exit_logits, const Tensor& weights) {
-  const EnsembleCall call = prepare_ensemble("ensemble", exit_logits, weights);
-  const auto& p = call.params;
-  at::parallel_for(0, p.N, grain(p.E * p.K), [&](int64_t begin, int64_t end) { cpu::ensemble(p, begin, end); });
-  return call.output;
+  EnsembleCall call = prepare_ensemble("ensemble", exit_logits, weights);
+  run(call.params);
+  return std::move(call.output);
+}
+
+void ensemble_out(const Tensor& exit_logits, const Tensor& weights, const Tensor& out) {
+  run(prepare_ensemble("ensemble", exit_logits, weights, &out).params);
 }
 
 Tensor ensemble_backward_logits(const Tensor& grad, const Tensor& weights) {
   const EnsembleBackwardCall call = prepare_ensemble_backward_logits(grad, weights);
   const auto& p = call.params;
-  at::parallel_for(0, p.N, grain(p.E * p.K),
-                   [&](int64_t begin, int64_t end) { cpu::ensemble_backward_logits(p, begin, end); });
+  share(p.N, p.E * p.K, [&](int64_t begin, int64_t end) { cpu::ensemble_backward_logits(p, begin, end); });
   return call.output;
 }
 
 Tensor ensemble_backward_weights(const Tensor& grad, const Tensor& exit_logits) {
   const EnsembleBackwardCall call = prepare_ensemble_backward_weights(grad, exit_logits);
   const auto& p = call.params;
-  at::parallel_for(0, cpu::ensemble_backward_chunks(p.N), grain(kernels::kEnsembleChunkRows * p.E * p.K),
-                   [&](int64_t begin, int64_t end) { cpu::ensemble_backward_weights(p, begin, end); });
+  share(cpu::ensemble_backward_chunks(p.N), kernels::kEnsembleChunkRows * p.E * p.K,
+        [&](int64_t begin, int64_t end) { cpu::ensemble_backward_weights(p, begin, end); });
   cpu::ensemble_backward_weights_finish(p);
   return call.output;
+}
+
+void run(const kernels::EnsembleStatsParams& p) {
+  share(p.ensemble.N, (p.ensemble.E + 2) * p.ensemble.K,
+        [&](int64_t begin, int64_t end) { cpu::ensemble_stats(p, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> ensemble_stats(const Tensor& exit_logits, const Tensor& weights, double normalizer,
                                                   double temperature, const OptionalTensor& normalizer_tensor,
                                                   const OptionalTensor& temperature_tensor) {
-  const EnsembleStatsCall call =
+  EnsembleStatsCall call =
       prepare_ensemble_stats(exit_logits, weights, normalizer, temperature, normalizer_tensor, temperature_tensor);
-  const auto& p = call.params;
-  at::parallel_for(0, p.ensemble.N, grain((p.ensemble.E + 2) * p.ensemble.K),
-                   [&](int64_t begin, int64_t end) { cpu::ensemble_stats(p, begin, end); });
-  return {call.ensemble.output, call.stats, call.argmax};
+  run(call.params);
+  return {std::move(call.ensemble.output), std::move(call.stats), std::move(call.argmax)};
+}
+
+void ensemble_stats_out(const Tensor& exit_logits, const Tensor& weights, double normalizer, double temperature,
+                        const OptionalTensor& normalizer_tensor, const OptionalTensor& temperature_tensor,
+                        const OptionalTensor& logits, const Tensor& stats, const Tensor& argmax) {
+  const StatsOut out{logits.has_value() ? &*logits : nullptr, &stats, &argmax};
+  const EnsembleStatsCall call = prepare_ensemble_stats(exit_logits, weights, normalizer, temperature,
+                                                        normalizer_tensor, temperature_tensor, &out);
+  run(call.params);
 }
 
 // Raises for the first label that is neither a class nor (if given) ignored, before anything is written.
@@ -79,67 +156,138 @@ void check_labels(const char* op, const Tensor& target, int64_t classes, const i
                     " at position ", position);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
-                                                               const Tensor& exit_weights,
-                                                               const OptionalTensor& class_weight,
-                                                               double label_smoothing, int64_t ignore_index,
-                                                               std::string_view reduction) {
+std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
+                                                       const Tensor& exit_weights, const OptionalTensor& class_weight,
+                                                       double label_smoothing, int64_t ignore_index,
+                                                       std::string_view reduction) {
   const LossCall call =
       prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
   const auto& p = call.params;
   check_labels("joint_cross_entropy", target, p.K, &ignore_index);
-  at::parallel_for(0, p.E * p.N, grain(p.K),
-                   [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy(p, begin, end); });
+  share(p.E * p.N, p.K, [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy(p, begin, end); });
   cpu::joint_cross_entropy_reduce(call.reduce);
-  return {call.loss, call.exit_losses, call.log_sum_exp, call.denominator};
+  return {call.loss, call.exit_losses, call.kept};
 }
 
-Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
-                                    const Tensor& log_sum_exp, const OptionalTensor& class_weight,
-                                    double label_smoothing, int64_t ignore_index) {
-  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, coefficients, log_sum_exp, class_weight,
-                                                      label_smoothing, ignore_index);
+Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                    const Tensor& kept, const OptionalTensor& grad_loss,
+                                    const OptionalTensor& grad_exit_losses, const OptionalTensor& class_weight,
+                                    double label_smoothing, int64_t ignore_index, std::string_view reduction) {
+  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, exit_weights, kept, grad_loss,
+                                                      grad_exit_losses, class_weight, label_smoothing, ignore_index,
+                                                      reduction);
   const auto& p = call.params;
   check_labels("joint_cross_entropy_backward", target, p.K, &ignore_index);
-  at::parallel_for(0, p.E * p.N, grain(p.K),
-                   [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy_backward(p, begin, end); });
+  advise_huge_pages(call.grad_logits);
+  share(p.E * p.N, p.K, [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy_backward(p, begin, end); });
   return call.grad_logits;
 }
 
-Tensor subset_correct(const Tensor& exit_logits, const Tensor& weights, const Tensor& target) {
-  const SubsetCall call = prepare_subsets(exit_logits, weights, target);
+LossGradCall loss_and_gradient(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                               const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
+                               std::string_view reduction, bool in_place) {
+  LossGradCall call = prepare_loss_grad(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index,
+                                        reduction, in_place);
+  const auto& p = call.params;
+  check_labels("joint_cross_entropy", target, p.loss.K, &ignore_index);  // before the logits are overwritten
+  if (!in_place) {
+    advise_huge_pages(call.grad_logits);
+  }
+  cpu::joint_cross_entropy_denominator(call.loss.reduce);
+  share(p.loss.E * p.loss.N, p.loss.K,
+        [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy_grad(p, begin, end); });
+  cpu::joint_cross_entropy_reduce(call.loss.reduce);
+  return call;
+}
+
+std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy_with_grad(const Tensor& exit_logits, const Tensor& target,
+                                                                 const Tensor& exit_weights,
+                                                                 const OptionalTensor& class_weight,
+                                                                 double label_smoothing, int64_t ignore_index,
+                                                                 std::string_view reduction) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
+                                              ignore_index, reduction, false);
+  return {call.loss.loss, call.loss.exit_losses, call.grad_logits};
+}
+
+std::tuple<Tensor, Tensor> joint_cross_entropy_(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                                const OptionalTensor& class_weight, double label_smoothing,
+                                                int64_t ignore_index, std::string_view reduction) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
+                                              ignore_index, reduction, true);
+  return {call.loss.loss, call.loss.exit_losses};
+}
+
+void joint_cross_entropy_scale_(Tensor& grad_logits, const Tensor& scale, double divisor) {
+  const LossGradScaleCall call = prepare_loss_grad_scale(grad_logits, scale, divisor);
+  const auto& p = call.params;
+  share(p.E * p.N, p.K, [&](int64_t begin, int64_t end) { cpu::loss_grad_scale(p, begin, end); });
+}
+
+void run(const SubsetCall& call, const Tensor& target) {
   const auto& p = call.params;
   check_labels("subset_correct", target, p.K, nullptr);
+  const int64_t numbers = call.counts.numel();
+  std::fill_n(p.counts, numbers, 0);
   // Every thread counts for itself; whole numbers add up to the same in any order.
   std::mutex mutex;
-  const int64_t subsets = call.counts.size(0);
-  at::parallel_for(0, p.N, std::max<int64_t>(64, grain(subsets * p.K)), [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> counts(2 * subsets, 0);
+  share(p.N, std::min(numbers / 2 * p.K, kGrain / kSubsetGrain), [&](int64_t begin, int64_t end) {
+    if (begin == 0 && end == p.N) return cpu::subset_correct(p, begin, end, p.counts);
+    std::vector<int64_t> counts(numbers, 0);
     cpu::subset_correct(p, begin, end, counts.data());
     const std::lock_guard<std::mutex> lock(mutex);
     std::transform(counts.begin(), counts.end(), p.counts, p.counts, std::plus<int64_t>());
   });
-  return call.counts;
+}
+
+Tensor subset_correct(const Tensor& exit_logits, const Tensor& weights, const Tensor& target) {
+  SubsetCall call = prepare_subsets(exit_logits, weights, target);
+  run(call, target);
+  return std::move(call.counts);
+}
+
+void subset_correct_out(const Tensor& exit_logits, const Tensor& weights, const Tensor& target, const Tensor& out) {
+  run(prepare_subsets(exit_logits, weights, target, &out), target);
+}
+
+void run(kernels::GateParams& p) {
+  const size_t bytes = cpu::gate_scratch_bytes(p.n);
+  alignas(8) char few[4096];
+  const std::unique_ptr<char[]> many(bytes > sizeof(few) ? new char[bytes] : nullptr);
+  p.scratch = many ? many.get() : few;
+  share(p.n, 2 * p.K, [&](int64_t begin, int64_t end) { cpu::gate_judge(p, begin, end); });
+  cpu::gate_partition(p);
+  share(p.n, p.feature_row_bytes / 4 + 2 * p.K,
+        [&](int64_t begin, int64_t end) { cpu::gate_scatter(p, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
     const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
     const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-    const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
-    const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor, std::string_view policy,
-    std::string_view on, bool enabled) {
+    std::string_view policy, std::string_view on, bool enabled, const OptionalTensor& weight_sum_tensor,
+    const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
+    const OptionalTensor& temperature_tensor) {
   const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
                             weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
   GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled);
-  auto& p = call.params;
-  const Tensor scratch =
-      at::empty({static_cast<int64_t>(cpu::gate_scratch_bytes(p.n))}, features.options().dtype(at::kByte));
-  p.scratch = scratch.mutable_data_ptr();
-  at::parallel_for(0, p.n, grain(2 * p.K), [&](int64_t begin, int64_t end) { cpu::gate_judge(p, begin, end); });
-  cpu::gate_partition(p);
-  at::parallel_for(0, p.n, grain(p.feature_row_bytes / 4 + 2 * p.K),
-                   [&](int64_t begin, int64_t end) { cpu::gate_scatter(p, begin, end); });
-  return {call.features, call.running, call.indices, call.state, call.stats, call.argmax, call.weight_sum, call.count};
+  run(call.params);
+  return {std::move(call.features), std::move(call.running), std::move(call.indices),    std::move(call.state),
+          std::move(call.stats),    std::move(call.argmax),  std::move(call.weight_sum), std::move(call.count)};
+}
+
+void gate_out(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
+              const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
+              std::string_view policy, std::string_view on, bool enabled, const OptionalTensor& weight_sum_tensor,
+              const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
+              const OptionalTensor& temperature_tensor, const Tensor& features_out, const Tensor& running_out,
+              const Tensor& indices_out, const Tensor& state_out, const Tensor& stats_out, const Tensor& argmax_out,
+              const Tensor& weight_sum_out, const Tensor& count_out) {
+  const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
+                            weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
+  const GateOut out{features_out, running_out, indices_out,    state_out,
+                    stats_out,    argmax_out,  weight_sum_out, count_out};
+  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, &out);
+  run(call.params);
 }
 
 }  // namespace
@@ -147,13 +295,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
 }  // namespace aep
 
 TORCH_LIBRARY_IMPL(aep, CPU, m) {
+  m.impl("global_avg_pool", &aep::global_avg_pool);
   m.impl("multi_exit_linear_head", &aep::multi_exit_linear_head);
   m.impl("ensemble", &aep::ensemble);
+  m.impl("ensemble.out", &aep::ensemble_out);
   m.impl("ensemble_backward_logits", &aep::ensemble_backward_logits);
   m.impl("ensemble_backward_weights", &aep::ensemble_backward_weights);
   m.impl("ensemble_stats", &aep::ensemble_stats);
+  m.impl("ensemble_stats.out", &aep::ensemble_stats_out);
   m.impl("joint_cross_entropy", &aep::joint_cross_entropy);
   m.impl("joint_cross_entropy_backward", &aep::joint_cross_entropy_backward);
+  m.impl("joint_cross_entropy_with_grad", &aep::joint_cross_entropy_with_grad);
+  m.impl("joint_cross_entropy_", &aep::joint_cross_entropy_);
+  m.impl("joint_cross_entropy_scale_", &aep::joint_cross_entropy_scale_);
   m.impl("subset_correct", &aep::subset_correct);
+  m.impl("subset_correct.out", &aep::subset_correct_out);
   m.impl("gate", &aep::gate);
+  m.impl("gate.out", &aep::gate_out);
 }

@@ -1,7 +1,6 @@
 // The operators on CUDA: each prepares its call and launches on the current stream of the tensors' device. Nothing
 // waits for the device: labels are not checked here (a label out of range gives a NaN loss and no gradient, and is
 // never counted as correct).
-#include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -24,6 +23,13 @@ struct OnDevice {
   explicit OnDevice(const Tensor& tensor) : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream()) {}
 };
 
+Tensor global_avg_pool(const Tensor& features) {
+  const PoolCall call = prepare_pool(features);
+  const OnDevice device(features);
+  C10_CUDA_CHECK(cuda::launch_global_avg_pool(call.params, device.stream));
+  return call.output;
+}
+
 std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::TensorList weights,
                                                   const Biases& biases) {
   const HeadCall call = prepare_head(features, weights, biases);
@@ -31,15 +37,25 @@ std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::T
   for (const auto& p : call.pools) {
     C10_CUDA_CHECK(cuda::launch_global_avg_pool(p, device.stream));
   }
-  finish_head(call, weights, biases);
+  for (size_t e = 0; e < weights.size(); ++e) {
+    finish_exit(call, e, weights[e], biases[e]);
+  }
   return {call.logits, call.pooled};
+}
+
+void run(const EnsembleCall& call) {
+  const OnDevice device(call.exit_logits);
+  C10_CUDA_CHECK(cuda::launch_ensemble(call.params, device.stream));
 }
 
 Tensor ensemble(const Tensor& exit_logits, const Tensor& weights) {
   const EnsembleCall call = prepare_ensemble("ensemble", exit_logits, weights);
-  const OnDevice device(exit_logits);
-  C10_CUDA_CHECK(cuda::launch_ensemble(call.params, device.stream));
+  run(call);
   return call.output;
+}
+
+void ensemble_out(const Tensor& exit_logits, const Tensor& weights, const Tensor& out) {
+  run(prepare_ensemble("ensemble", exit_logits, weights, &out));
 }
 
 Tensor ensemble_backward_logits(const Tensor& grad, const Tensor& weights) {
@@ -66,51 +82,126 @@ std::tuple<Tensor, Tensor, Tensor> ensemble_stats(const Tensor& exit_logits, con
   return {call.ensemble.output, call.stats, call.argmax};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
-                                                               const Tensor& exit_weights,
-                                                               const OptionalTensor& class_weight,
-                                                               double label_smoothing, int64_t ignore_index,
-                                                               std::string_view reduction) {
+void ensemble_stats_out(const Tensor& exit_logits, const Tensor& weights, double normalizer, double temperature,
+                        const OptionalTensor& normalizer_tensor, const OptionalTensor& temperature_tensor,
+                        const OptionalTensor& logits, const Tensor& stats, const Tensor& argmax) {
+  const StatsOut out{logits.has_value() ? &*logits : nullptr, &stats, &argmax};
+  const EnsembleStatsCall call = prepare_ensemble_stats(exit_logits, weights, normalizer, temperature,
+                                                        normalizer_tensor, temperature_tensor, &out);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_ensemble_stats(call.params, device.stream));
+}
+
+std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
+                                                       const Tensor& exit_weights, const OptionalTensor& class_weight,
+                                                       double label_smoothing, int64_t ignore_index,
+                                                       std::string_view reduction) {
   const LossCall call =
       prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
   const OnDevice device(exit_logits);
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy(call.params, device.stream));
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(call.reduce, device.stream));
-  return {call.loss, call.exit_losses, call.log_sum_exp, call.denominator};
+  return {call.loss, call.exit_losses, call.kept};
 }
 
-Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& coefficients,
-                                    const Tensor& log_sum_exp, const OptionalTensor& class_weight,
-                                    double label_smoothing, int64_t ignore_index) {
-  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, coefficients, log_sum_exp, class_weight,
-                                                      label_smoothing, ignore_index);
+Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                    const Tensor& kept, const OptionalTensor& grad_loss,
+                                    const OptionalTensor& grad_exit_losses, const OptionalTensor& class_weight,
+                                    double label_smoothing, int64_t ignore_index, std::string_view reduction) {
+  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, exit_weights, kept, grad_loss,
+                                                      grad_exit_losses, class_weight, label_smoothing, ignore_index,
+                                                      reduction);
   const OnDevice device(exit_logits);
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_backward(call.params, device.stream));
   return call.grad_logits;
 }
 
+LossGradCall loss_and_gradient(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                               const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
+                               std::string_view reduction, bool in_place) {
+  LossGradCall call = prepare_loss_grad(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index,
+                                        reduction, in_place);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_denominator(call.loss.reduce, device.stream));
+  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_grad(call.params, device.stream));
+  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(call.loss.reduce, device.stream));
+  return call;
+}
+
+std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy_with_grad(const Tensor& exit_logits, const Tensor& target,
+                                                                 const Tensor& exit_weights,
+                                                                 const OptionalTensor& class_weight,
+                                                                 double label_smoothing, int64_t ignore_index,
+                                                                 std::string_view reduction) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
+                                              ignore_index, reduction, false);
+  return {call.loss.loss, call.loss.exit_losses, call.grad_logits};
+}
+
+std::tuple<Tensor, Tensor> joint_cross_entropy_(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                                const OptionalTensor& class_weight, double label_smoothing,
+                                                int64_t ignore_index, std::string_view reduction) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
+                                              ignore_index, reduction, true);
+  return {call.loss.loss, call.loss.exit_losses};
+}
+
+void joint_cross_entropy_scale_(Tensor& grad_logits, const Tensor& scale, double divisor) {
+  const LossGradScaleCall call = prepare_loss_grad_scale(grad_logits, scale, divisor);
+  const OnDevice device(grad_logits);
+  C10_CUDA_CHECK(cuda::launch_loss_grad_scale(call.params, device.stream));
+}
+
+void run(const SubsetCall& call) {
+  const OnDevice device(call.counts);
+  call.counts.zero_();
+  C10_CUDA_CHECK(cuda::launch_subset_correct(call.params, device.stream));
+}
+
 Tensor subset_correct(const Tensor& exit_logits, const Tensor& weights, const Tensor& target) {
   const SubsetCall call = prepare_subsets(exit_logits, weights, target);
-  const OnDevice device(exit_logits);
-  C10_CUDA_CHECK(cuda::launch_subset_correct(call.params, device.stream));
+  run(call);
   return call.counts;
+}
+
+void subset_correct_out(const Tensor& exit_logits, const Tensor& weights, const Tensor& target, const Tensor& out) {
+  run(prepare_subsets(exit_logits, weights, target, &out));
+}
+
+void run(GateCall& call) {
+  const OnDevice device(call.features);
+  const auto bytes = static_cast<int64_t>(cuda::gate_scratch_bytes(call.params.n));
+  const Tensor scratch = fresh({bytes}, at::kByte, call.features);
+  call.params.scratch = scratch.mutable_data_ptr();
+  C10_CUDA_CHECK(cuda::launch_gate(call.params, device.stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
     const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
     const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-    const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
-    const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor, std::string_view policy,
-    std::string_view on, bool enabled) {
+    std::string_view policy, std::string_view on, bool enabled, const OptionalTensor& weight_sum_tensor,
+    const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
+    const OptionalTensor& temperature_tensor) {
   const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
                             weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
   GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled);
-  const OnDevice device(exit_logits);
-  const auto bytes = static_cast<int64_t>(cuda::gate_scratch_bytes(call.params.n));
-  const Tensor scratch = at::empty({bytes}, features.options().dtype(at::kByte));
-  call.params.scratch = scratch.mutable_data_ptr();
-  C10_CUDA_CHECK(cuda::launch_gate(call.params, device.stream));
+  run(call);
   return {call.features, call.running, call.indices, call.state, call.stats, call.argmax, call.weight_sum, call.count};
+}
+
+void gate_out(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
+              const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
+              std::string_view policy, std::string_view on, bool enabled, const OptionalTensor& weight_sum_tensor,
+              const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
+              const OptionalTensor& temperature_tensor, const Tensor& features_out, const Tensor& running_out,
+              const Tensor& indices_out, const Tensor& state_out, const Tensor& stats_out, const Tensor& argmax_out,
+              const Tensor& weight_sum_out, const Tensor& count_out) {
+  const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
+                            weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
+  const GateOut out{features_out, running_out, indices_out,    state_out,
+                    stats_out,    argmax_out,  weight_sum_out, count_out};
+  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, &out);
+  run(call);
 }
 
 }  // namespace
@@ -118,13 +209,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
 }  // namespace aep
 
 TORCH_LIBRARY_IMPL(aep, CUDA, m) {
+  m.impl("global_avg_pool", &aep::global_avg_pool);
   m.impl("multi_exit_linear_head", &aep::multi_exit_linear_head);
   m.impl("ensemble", &aep::ensemble);
+  m.impl("ensemble.out", &aep::ensemble_out);
   m.impl("ensemble_backward_logits", &aep::ensemble_backward_logits);
   m.impl("ensemble_backward_weights", &aep::ensemble_backward_weights);
   m.impl("ensemble_stats", &aep::ensemble_stats);
+  m.impl("ensemble_stats.out", &aep::ensemble_stats_out);
   m.impl("joint_cross_entropy", &aep::joint_cross_entropy);
   m.impl("joint_cross_entropy_backward", &aep::joint_cross_entropy_backward);
+  m.impl("joint_cross_entropy_with_grad", &aep::joint_cross_entropy_with_grad);
+  m.impl("joint_cross_entropy_", &aep::joint_cross_entropy_);
+  m.impl("joint_cross_entropy_scale_", &aep::joint_cross_entropy_scale_);
   m.impl("subset_correct", &aep::subset_correct);
+  m.impl("subset_correct.out", &aep::subset_correct_out);
   m.impl("gate", &aep::gate);
+  m.impl("gate.out", &aep::gate_out);
 }

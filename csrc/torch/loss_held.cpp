@@ -1,0 +1,333 @@
+// The memory modes of joint_cross_entropy that form the gradient in the forward: held in a tensor of its own
+// (joint_cross_entropy_with_grad) or written over the logits (joint_cross_entropy_). The backward only scales it.
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "autograd.h"
+#include "prepare.h"
+
+namespace aep {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+
+namespace {
+
+constexpr const char* kOp = "joint_cross_entropy";
+
+// What the gradient is multiplied by while it is held. The mean divides by the number of rows: in float16 most of the
+// gradient would be lost below its smallest number before a GradScaler's factor reaches it. A power of two rounds
+// nothing, and 1024 times a gradient (which no row's exit weight is exceeded by) stays in range.
+double held_factor(at::ScalarType type, std::string_view reduction) {
+  return type == at::kHalf && reduction == "mean" ? 1024 : 1;
+}
+
+// Whether every element has a place of its own. Sufficient: each stride reaches past all that the smaller ones span.
+bool without_overlap(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) == 0) {
+      return true;
+    }
+    if (tensor.size(d) > 1) {
+      dims.emplace_back(tensor.stride(d), tensor.size(d));
+    }
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= reach) {
+      return false;
+    }
+    reach += stride * (size - 1);
+  }
+  return true;
+}
+
+void check_replaceable(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                       const OptionalTensor& class_weight) {
+  TORCH_CHECK(without_overlap(exit_logits), "aep::", kOp,
+              ": memory='in_place' needs exit_logits whose elements do not share memory (clone() them), got shape ",
+              exit_logits.sizes(), " with strides ", exit_logits.strides());
+  for (const Tensor* other : {&target, &exit_weights, class_weight.has_value() ? &*class_weight : nullptr}) {
+    TORCH_CHECK(!other || !other->storage().is_alias_of(exit_logits.storage()), "aep::", kOp,
+                ": memory='in_place' overwrites exit_logits: no other argument may share their memory, got one of shape ",
+                other->sizes(), " that does");
+  }
+}
+
+}  // namespace
+
+LossGradCall prepare_loss_grad(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                               const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
+                               std::string_view reduction, bool in_place) {
+  LossGradCall call;
+  call.loss = prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
+  TORCH_CHECK_VALUE(reduction != "none", "aep::", kOp, ": memory='", in_place ? "in_place" : "in_forward",
+                    "' needs reduction 'mean' or 'sum', got 'none'");
+  if (in_place) {
+    check_replaceable(exit_logits, target, exit_weights, class_weight);
+    call.grad_logits = exit_logits;
+  } else {
+    call.grad_logits = at::empty(exit_logits.sizes(), exit_logits.options());
+  }
+  auto& p = call.params;
+  p.loss = call.loss.params;
+  p.loss.log_sum_exp = nullptr;
+  p.coefficients.exit_weights = call.loss.reduce.exit_weights;
+  p.coefficients.denominator = call.loss.reduce.denominator;
+  p.coefficients.factor = held_factor(exit_logits.scalar_type(), reduction);
+  p.grad_logits = call.grad_logits.mutable_data_ptr();
+  p.out_stride_e = call.grad_logits.stride(0), p.out_stride_n = call.grad_logits.stride(1);
+  p.out_stride_k = call.grad_logits.stride(2);
+  return call;
+}
+
+LossGradScaleCall prepare_loss_grad_scale(const Tensor& grad_logits, const Tensor& scale, double divisor) {
+  constexpr const char* op = "joint_cross_entropy_scale_";
+  const auto type = grad_logits.scalar_type();
+  check_floating(op, "grad_logits", grad_logits);
+  TORCH_CHECK_VALUE(grad_logits.dim() == 3, "aep::", op, ": grad_logits must have 3 dimensions (E, N, K), got shape ",
+                    grad_logits.sizes());
+  TORCH_CHECK(without_overlap(grad_logits), "aep::", op, ": grad_logits must not share memory among elements, got "
+              "strides ", grad_logits.strides());
+  check_dtype(op, "scale", scale, accumulate_type(type));
+  check_shape(op, "scale", scale, {});
+  check_device(op, "scale", scale, grad_logits.device());
+  LossGradScaleCall call;
+  call.scale = scale;
+  auto& p = call.params;
+  p.grad = grad_logits.mutable_data_ptr();
+  p.scale = scale.const_data_ptr();
+  p.divisor = divisor;
+  p.dtype = kernel_type(type);
+  p.E = grad_logits.size(0), p.N = grad_logits.size(1), p.K = grad_logits.size(2);
+  p.stride_e = grad_logits.stride(0), p.stride_n = grad_logits.stride(1), p.stride_k = grad_logits.stride(2);
+  return call;
+}
+
+namespace {
+
+struct LossOptions {
+  const OptionalTensor* class_weight;
+  double label_smoothing;
+  int64_t ignore_index;
+  std::string_view reduction;
+  bool in_place;
+};
+
+std::tuple<Tensor, Tensor, Tensor> dispatch_with_grad(const Tensor& exit_logits, const Tensor& target,
+                                                      const Tensor& exit_weights, const LossOptions& o) {
+  static auto op =
+      find_operator<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                                       const OptionalTensor&, double, int64_t, std::string_view)>(
+          "aep::joint_cross_entropy_with_grad");
+  return op.call(exit_logits, target, exit_weights, *o.class_weight, o.label_smoothing, o.ignore_index, o.reduction);
+}
+
+std::tuple<Tensor, Tensor> dispatch_in_place(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                             const LossOptions& o) {
+  static auto op = find_operator<std::tuple<Tensor, Tensor>(Tensor&, const Tensor&, const Tensor&,
+                                                            const OptionalTensor&, double, int64_t, std::string_view)>(
+      "aep::joint_cross_entropy_");
+  return op.call(exit_logits, target, exit_weights, *o.class_weight, o.label_smoothing, o.ignore_index, o.reduction);
+}
+
+void dispatch_scale(Tensor& grad_logits, const Tensor& scale, double divisor) {
+  static auto op = find_operator<void(Tensor&, const Tensor&, double)>("aep::joint_cross_entropy_scale_");
+  op.call(grad_logits, scale, divisor);
+}
+
+// A tensor with memory behind it, not one that a compiler traces.
+bool is_concrete(const Tensor& tensor) {
+  return !tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
+}
+
+// Tensors that share the memory of a saved one while it is in use here: the saved one and what was unpacked from it.
+constexpr size_t kOwnHolders = 2;
+
+// The held gradient times the incoming one. Where the graph is not kept and nobody else holds the tensor (as a caller
+// of the operator itself may), it is of no further use: it is scaled where it lies, which costs nothing where the
+// factor is 1, and handed on.
+Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, bool in_place) {
+  if (!is_concrete(held) || !is_concrete(grad_loss)) {
+    const Tensor scale = factor == 1 ? grad_loss : grad_loss.div(factor);
+    return held.to(grad_loss.scalar_type()).mul(scale).to(held.scalar_type());
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const bool free = !torch::autograd::get_current_graph_task_keep_graph() &&
+                    (in_place || held.storage().use_count() <= kOwnHolders);
+  Tensor result = free ? std::move(held) : held.clone();
+  dispatch_scale(result, grad_loss, factor);
+  return result;
+}
+
+class HeldFunction : public torch::autograd::Function<HeldFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& exit_logits, const Tensor& target,
+                               const Tensor& exit_weights, const LossOptions* options) {
+    Tensor loss, exit_losses, held;
+    if (options->in_place) {
+      at::AutoDispatchBelowAutograd guard;  // the version counter is the business of the key between
+      held = exit_logits.detach();
+      std::tie(loss, exit_losses) = dispatch_in_place(held, target, exit_weights, *options);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView guard;
+      std::tie(loss, exit_losses, held) = dispatch_with_grad(exit_logits, target, exit_weights, *options);
+    }
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({held, exit_weights.requires_grad() ? exit_losses : Tensor()});
+    ctx->saved_data["factor"] = held_factor(exit_logits.scalar_type(), options->reduction);
+    ctx->saved_data["in_place"] = options->in_place;
+    ctx->saved_data["weights"] = exit_weights.scalar_type();
+    if (options->in_place) {
+      ctx->mark_non_differentiable({exit_losses});
+      return {loss, exit_losses};
+    }
+    ctx->mark_non_differentiable({exit_losses, held});
+    return {loss, exit_losses, held};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(4);
+    const Tensor& grad_loss = grads[0];
+    if (!grad_loss.defined()) {
+      return result;
+    }
+    auto saved = ctx->get_saved_variables();
+    if (ctx->needs_input_grad(2)) {
+      result[2] = saved[1].mul(grad_loss).to(ctx->saved_data["weights"].toScalarType());
+    }
+    if (ctx->needs_input_grad(0)) {
+      result[0] = scaled(std::move(saved[0]), grad_loss, ctx->saved_data["factor"].toDouble(),
+                         ctx->saved_data["in_place"].toBool());
+    }
+    if (at::GradMode::is_enabled()) {
+      once(result);
+    }
+    return result;
+  }
+
+ private:
+  // The graph of a second derivative must lead to what the loss came from, and there say that it cannot: the results
+  // alone would pass for constants.
+  static void once(variable_list& result) {
+    const auto node = torch::autograd::get_current_node();
+    std::vector<Tensor> sources;
+    for (const auto& edge : node->next_edges()) {
+      if (edge.is_valid()) {
+        sources.push_back(at::empty({0}));
+        torch::autograd::impl::set_gradient_edge(sources.back(), edge);
+      }
+    }
+    differentiable_once(kOp, sources, result);
+  }
+};
+
+// Overwritten logits are no function of what they were computed from: their part of the graph ends in an error.
+class Overwritten : public torch::autograd::Function<Overwritten> {
+ public:
+  static Tensor forward(AutogradContext* ctx, const Tensor& exit_logits) {
+    ctx->mark_dirty({exit_logits});
+    return exit_logits;
+  }
+
+  static variable_list backward(AutogradContext*, variable_list) {
+    TORCH_CHECK(false, "aep::", kOp, ": memory='in_place' has overwritten exit_logits with their gradient, "
+                "got a use of them after the loss");
+  }
+};
+
+void check_arguments(const Tensor& exit_logits, const Tensor& exit_weights, const OptionalTensor& class_weight) {
+  TORCH_CHECK_VALUE(!class_weight.has_value() || !needs_graph({&*class_weight}), "aep::", kOp,
+                    ": class_weight must not require a gradient, got requires_grad=True");
+  no_tangents(kOp, {&exit_logits, &exit_weights});
+  if (class_weight.has_value()) {
+    no_tangents(kOp, {&*class_weight});
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> with_grad_autograd(const Tensor& exit_logits, const Tensor& target,
+                                                      const Tensor& exit_weights, const OptionalTensor& class_weight,
+                                                      double label_smoothing, int64_t ignore_index,
+                                                      std::string_view reduction) {
+  check_arguments(exit_logits, exit_weights, class_weight);
+  const LossOptions options{&class_weight, label_smoothing, ignore_index, reduction, false};
+  if (needs_graph({&exit_logits, &exit_weights})) {
+    const auto outputs = HeldFunction::apply(exit_logits, target, exit_weights, &options);
+    return {outputs[0], outputs[1], outputs[2]};
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return dispatch_with_grad(exit_logits, target, exit_weights, options);
+}
+
+std::tuple<Tensor, Tensor> in_place_autograd(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                             const OptionalTensor& class_weight, double label_smoothing,
+                                             int64_t ignore_index, std::string_view reduction) {
+  check_arguments(exit_logits, exit_weights, class_weight);
+  const LossOptions options{&class_weight, label_smoothing, ignore_index, reduction, true};
+  if (needs_graph({&exit_logits, &exit_weights})) {
+    torch::autograd::check_inplace(exit_logits, true);  // leaves and their views, in torch's own words
+    const auto outputs = HeldFunction::apply(exit_logits, target, exit_weights, &options);
+    if (exit_logits.requires_grad()) {
+      // Only the graph changes here: the version stays the one that the held gradient was saved with.
+      auto counter = exit_logits.unsafeGetTensorImpl()->version_counter();
+      const auto version = counter.current_version();
+      Overwritten::apply(exit_logits);
+      counter.set_version(version);
+    }
+    return {outputs[0], outputs[1]};
+  }
+  at::AutoDispatchBelowAutograd guard;
+  return dispatch_in_place(exit_logits, target, exit_weights, options);
+}
+
+// Between autograd and the backends: whoever has saved the logits must learn that they changed.
+std::tuple<Tensor, Tensor> in_place_version(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                            const OptionalTensor& class_weight, double label_smoothing,
+                                            int64_t ignore_index, std::string_view reduction) {
+  const LossOptions options{&class_weight, label_smoothing, ignore_index, reduction, true};
+  const auto result = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return dispatch_in_place(exit_logits, target, exit_weights, options);
+  }();
+  torch::autograd::impl::bump_version(exit_logits);
+  return result;
+}
+
+void scale_version(Tensor& grad_logits, const Tensor& scale, double divisor) {
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    dispatch_scale(grad_logits, scale, divisor);
+  }
+  torch::autograd::impl::bump_version(grad_logits);
+}
+
+void scale_autograd(Tensor& grad_logits, const Tensor& scale, double divisor) {
+  TORCH_CHECK(!needs_graph({&grad_logits, &scale}),
+              "aep::joint_cross_entropy_scale_: not differentiable, got an argument with requires_grad=True");
+  no_tangents("joint_cross_entropy_scale_", {&grad_logits, &scale});
+  at::AutoDispatchBelowAutograd guard;
+  dispatch_scale(grad_logits, scale, divisor);
+}
+
+}  // namespace
+
+}  // namespace aep
+
+TORCH_LIBRARY_IMPL(aep, Autograd, m) {
+  m.impl("joint_cross_entropy_with_grad", &aep::with_grad_autograd);
+  m.impl("joint_cross_entropy_", &aep::in_place_autograd);
+  m.impl("joint_cross_entropy_scale_", &aep::scale_autograd);
+}
+
+TORCH_LIBRARY_IMPL(aep, ADInplaceOrView, m) {
+  m.impl("joint_cross_entropy_", &aep::in_place_version);
+  m.impl("joint_cross_entropy_scale_", &aep::scale_version);
+}
