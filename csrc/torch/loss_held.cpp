@@ -149,9 +149,6 @@ bool is_concrete(const Tensor& tensor) {
   return !tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
 }
 
-// Tensors that share the memory of a saved one while it is in use here: the saved one and what was unpacked from it.
-constexpr size_t kOwnHolders = 2;
-
 // The held gradient times the incoming one. Where the graph is not kept and nobody else holds the tensor (as a caller
 // of the operator itself may), it is of no further use: it is scaled where it lies, which costs nothing where the
 // factor is 1, and handed on.
@@ -162,7 +159,7 @@ Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, bool in_place
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   const bool free = !torch::autograd::get_current_graph_task_keep_graph() &&
-                    (in_place || held.storage().use_count() <= kOwnHolders);
+                    (in_place || held.storage().use_count() == 1);
   Tensor result = free ? std::move(held) : held.clone();
   dispatch_scale(result, grad_loss, factor);
   return result;
@@ -261,7 +258,8 @@ std::tuple<Tensor, Tensor, Tensor> with_grad_autograd(const Tensor& exit_logits,
   const LossOptions options{&class_weight, label_smoothing, ignore_index, reduction, false};
   if (needs_graph({&exit_logits, &exit_weights})) {
     const auto outputs = HeldFunction::apply(exit_logits, target, exit_weights, &options);
-    return {outputs[0], outputs[1], outputs[2]};
+    // The caller's is a tensor of its own on the same memory: when it is gone, the memory counts one holder.
+    return {outputs[0], outputs[1], is_concrete(outputs[2]) ? outputs[2].detach() : outputs[2]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return dispatch_with_grad(exit_logits, target, exit_weights, options);
