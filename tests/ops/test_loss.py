@@ -163,9 +163,7 @@ def test_rows_without_any_class_weight_give_nan(path, smoothing, device, on_refe
     class_weight = torch.tensor([1.0, 0.0, 0.0, 1.0], device=device)
     logits.requires_grad_()
     args = (logits, target, exit_weights, class_weight, smoothing)
-    result = (
-        ops.joint_cross_entropy(*args) if path == "as loaded" else on_reference(ops.joint_cross_entropy, *args)
-    )
+    result = ops.joint_cross_entropy(*args) if path == "as loaded" else on_reference(ops.joint_cross_entropy, *args)
     expected = torch.stack([F.cross_entropy(x, target, class_weight, label_smoothing=smoothing) for x in logits])
     assert expected.isnan().all() and result.exit_losses.isnan().all() and result.loss.isnan()
     (grad,) = torch.autograd.grad(result.loss, logits)
@@ -181,9 +179,7 @@ def test_ignored_rows_have_no_gradient_even_when_they_are_nan(path, value, devic
     target[2] = -100
     logits.requires_grad_()
     args = (logits, target, exit_weights)
-    result = (
-        ops.joint_cross_entropy(*args) if path == "as loaded" else on_reference(ops.joint_cross_entropy, *args)
-    )
+    result = ops.joint_cross_entropy(*args) if path == "as loaded" else on_reference(ops.joint_cross_entropy, *args)
     result.loss.backward()
     assert result.loss.isfinite() and logits.grad.isfinite().all() and not logits.grad[:, 2].any()
 
