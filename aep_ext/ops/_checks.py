@@ -232,8 +232,8 @@ def replaceable(exit_logits: Tensor, *others: Tensor | None) -> None:
         for stride, size in sorted(zip(exit_logits.stride(), exit_logits.shape, strict=True)):
             if size > 1 and stride <= reach:
                 raise RuntimeError(
-                    f"aep::{op}: memory='in_place' needs exit_logits whose elements do not share memory (clone() them), "
-                    f"got shape {_shape(exit_logits)} with strides {list(exit_logits.stride())}"
+                    f"aep::{op}: memory='in_place' needs exit_logits whose elements do not share memory (clone() "
+                    f"them), got shape {_shape(exit_logits)} with strides {list(exit_logits.stride())}"
                 )
             reach += stride * (size - 1)
     storage = exit_logits.untyped_storage()._cdata

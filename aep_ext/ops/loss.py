@@ -48,8 +48,8 @@ def joint_cross_entropy(
         :class:`JointLoss` in float32 (float64 for float64 logits). ``loss``: 0-d, or (N,) for "none";
         ``exit_losses``: (E,), or (E, N) for "none", without the exit weights.
 
-    Differentiable, once, in ``exit_logits`` and ``exit_weights``, through both results. Under autocast the arithmetic is float32, as
-    for ``cross_entropy``, without a copy of the logits in float32.
+    Differentiable, once, in ``exit_logits`` and ``exit_weights``, through both results. Under autocast the arithmetic
+    is float32, as for ``cross_entropy``, without a copy of the logits in float32.
 
     Raises:
         TypeError: a dtype breaks the rules above.
@@ -76,7 +76,8 @@ def joint_cross_entropy(
             memory = "recompute"
         elif memory == "in_place" and torch.compiler.is_compiling():
             raise RuntimeError(
-                "aep::joint_cross_entropy: memory must be 'recompute' or 'in_forward' under torch.compile, got 'in_place'"
+                "aep::joint_cross_entropy: memory must be 'recompute' or 'in_forward' under torch.compile, "
+                "got 'in_place'"
             )
     arguments = (exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
     if use_native(exit_logits, target, exit_weights, exit_logits if class_weight is None else class_weight):

@@ -183,7 +183,8 @@ def held(
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:
     """Joint loss and exit losses; the gradient is formed now and, if ``in_place``, written over ``exit_logits``."""
-    handle = _Handle.apply(exit_logits)
+    # A compiled backward cannot be differentiated again, and says so by itself.
+    handle = exit_logits.new_empty(0) if torch.compiler.is_compiling() else _Handle.apply(exit_logits)
     if in_place:
         logits = _Same.apply(exit_logits)
         _Overwritten.apply(exit_logits)  # raises torch's own errors, for a leaf say, before anything is written

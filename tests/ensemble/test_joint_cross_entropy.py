@@ -43,6 +43,18 @@ def test_trains_through_the_loss(case):
     torch.testing.assert_close(logits.grad, again.grad)
 
 
+@pytest.mark.parametrize("memory", ["recompute", "in_forward", "in_place"])
+def test_memory_modes_train_alike(case, memory):
+    logits, target = case
+    leaf = logits.clone().requires_grad_()
+    criterion = JointCrossEntropy([0.7, 0.2, 0.1], memory=memory)
+    criterion(leaf * 1, target).backward()
+    again = logits.clone().requires_grad_()
+    JointCrossEntropy([0.7, 0.2, 0.1])(again, target).backward()
+    torch.testing.assert_close(leaf.grad, again.grad)
+    assert f"memory='{memory}'" in repr(criterion)
+
+
 def test_weights_are_buffers(case):
     criterion = JointCrossEntropy(ExitWeights.mixed(3), class_weight=[1, 2, 3, 4, 5])
     assert set(criterion.state_dict()) == {"exit_weights", "class_weight"}
@@ -61,6 +73,8 @@ def test_weights_are_buffers(case):
 @pytest.mark.parametrize(("arguments", "options", "message"), [
     (([1.0, -1.0],), {}, "positive and finite"),
     (([1.0],), {"reduction": "max"}, "'mean', 'sum' or 'none', got 'max'"),
+    (([1.0],), {"memory": "cheap"}, "'recompute', 'in_forward' or 'in_place', got 'cheap'"),
+    (([1.0],), {"memory": "in_place", "reduction": "none"}, "needs reduction 'mean' or 'sum', got 'none'"),
     (([1.0],), {"label_smoothing": 1.5}, "within 0..1, got 1.5"),
     (([1.0],), {"class_weight": [[1.0]]}, r"one dimension, got shape \[1, 1\]"),
 ])

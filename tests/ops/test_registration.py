@@ -68,7 +68,15 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
         for reduction in ("sum", "mean"):
             x = rand(3, 5, 4)
             # The second is no leaf: it may be overwritten although it requires a gradient.
-            yield x * 1 if name.endswith("_") else x, target, rand(3), torch.rand(4, device=device), 0.1, -100, reduction
+            yield (
+                x * 1 if name.endswith("_") else x,
+                target,
+                rand(3),
+                torch.rand(4, device=device),
+                0.1,
+                -100,
+                reduction,
+            )
     elif name == "joint_cross_entropy_scale_":
         yield rand(3, 5, 4).detach(), rand().detach(), 2.0
     elif name == "subset_correct":
