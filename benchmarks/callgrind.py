@@ -231,20 +231,6 @@ def machine() -> dict[str, str]:
     return found
 
 
-def save(path: Path, result: dict[str, Any]) -> None:
-    """Writes JSON: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def show(result: dict[str, Any]) -> str:
     """The counts as text."""
     lines = []
@@ -303,7 +289,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(show(result))
     if arguments.output:
-        save(arguments.output, result)
+        from aep_ext.report.files import write_json
+
+        write_json(arguments.output, result)
     return 0
 
 

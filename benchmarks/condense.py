@@ -18,11 +18,15 @@ does.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # run as a script
+    sys.path.insert(0, str(ROOT))
+
+from aep_ext.report.files import write_text  # noqa: E402
 
 FORMAT = 1
 _PREFIXES = (("paired_ratio_", "paired_ratio"), ("ratio_", "ratio"), ("iqr_", "iqr"))
@@ -136,19 +140,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def save(path: str | Path, result: dict[str, Any]) -> None:
     """Writes a result file: it is there whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(dumps(result))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, dumps(result))
 
 
 def main(argv: list[str] | None = None) -> int:
