@@ -64,11 +64,11 @@ void losses(const char* name, const char* backward_name, const char* both_name, 
   const size_t rows = static_cast<size_t>(E * N);
   const std::vector<float> logits = numbers(rows * static_cast<size_t>(K), 2), weights(static_cast<size_t>(E), 0.25f);
   const std::vector<int64_t> target = labels(N, K);
-  std::vector<float> row_losses(rows), log_sum_exp(rows), exit_losses(static_cast<size_t>(E)), grad(logits.size());
+  std::vector<float> row_losses(rows), row_max(rows), row_sum(rows), exit_losses(static_cast<size_t>(E)), grad(logits.size());
   float loss = 0, denominator = 0;
   JointCrossEntropyParams p{};
   p.logits = logits.data(), p.target = target.data(), p.row_losses = row_losses.data();
-  p.log_sum_exp = log_sum_exp.data(), p.dtype = DType::f32, p.E = E, p.N = N, p.K = K;
+  p.row_max = row_max.data(), p.row_sum = row_sum.data(), p.dtype = DType::f32, p.E = E, p.N = N, p.K = K;
   p.stride_e = N * K, p.stride_n = K, p.stride_k = 1, p.target_stride = 1, p.ignore_index = -100;
   JointCrossEntropyReduceParams r{};
   r.row_losses = row_losses.data(), r.exit_weights = weights.data(), r.target = target.data(), r.loss = &loss;
@@ -79,7 +79,7 @@ void losses(const char* name, const char* backward_name, const char* both_name, 
     cpu::joint_cross_entropy_reduce(r);
   });
   JointCrossEntropyBackwardParams b{};
-  b.logits = logits.data(), b.target = target.data(), b.log_sum_exp = log_sum_exp.data();
+  b.logits = logits.data(), b.target = target.data(), b.row_max = row_max.data(), b.row_sum = row_sum.data();
   b.coefficients = {weights.data(), nullptr, nullptr, &denominator, 0, 0, 0, 1};
   b.grad_logits = grad.data(), b.dtype = DType::f32, b.E = E, b.N = N, b.K = K;
   b.stride_e = N * K, b.stride_n = K, b.stride_k = 1, b.target_stride = 1;

@@ -104,7 +104,7 @@ def _joint_cross_entropy(
     return (
         exit_logits.new_empty((rows,) if none else (), dtype=dtype),
         exit_logits.new_empty((exits, rows) if none else (exits,), dtype=dtype),
-        exit_logits.new_empty(exits * rows + 1, dtype=dtype),
+        exit_logits.new_empty(2 * exits * rows + 1, dtype=dtype),
     )
 
 

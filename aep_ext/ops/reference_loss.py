@@ -55,10 +55,13 @@ def joint(exit_losses: Tensor, exit_weights: Tensor) -> Tensor:
     return loss
 
 
-def held_factor(dtype: torch.dtype, reduction: str) -> float:
+def held_factor(exit_logits: Tensor, reduction: str) -> float:
     """What the gradient is multiplied by while it is held: in float16 the mean's would be lost below its smallest
-    number before a GradScaler's factor reaches it. A power of two, which rounds nothing."""
-    return 1024.0 if dtype == torch.float16 and reduction == "mean" else 1.0
+    number before a GradScaler's factor reaches it. The division by the number of rows is taken back, up to 1024, by a
+    power of two, which rounds nothing."""
+    if exit_logits.dtype != torch.float16 or reduction != "mean":
+        return 1.0
+    return float(min(1024, 1 << max(0, int(exit_logits.shape[1]).bit_length() - 1)))
 
 
 def _gradient(
@@ -140,7 +143,7 @@ class _Held(torch.autograd.Function):
         weights = exit_weights.to(dtype)
         rows = rows_of(target, exit_logits.shape[-1], class_weight, ignore_index, dtype)
         total = divisor(rows) if reduction == "mean" else weights.new_ones(())
-        factor = held_factor(exit_logits.dtype, reduction)
+        factor = held_factor(exit_logits, reduction)
         losses, grads = [], []
         for e in range(exit_logits.shape[0]):
             log_p = log_probabilities(exit_logits[e], rows, dtype)

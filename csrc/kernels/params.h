@@ -95,7 +95,10 @@ struct JointCrossEntropyParams {
   const int64_t* target;     // (N), any stride
   const void* class_weight;  // acc (K), or null for ones
   void* row_losses;          // acc (E, N)
-  void* log_sum_exp;         // acc (E, N), or null; written for every row, ignored ones too
+  // For the backward, or both null; written for every row, ignored ones too. Apart, since their sum max + log(sum) would
+  // round the logarithm away where the logits are large.
+  void* row_max;  // acc (E, N): the largest logit
+  void* row_sum;  // acc (E, N): the sum of exp(x - row_max); NaN where the softmax is
   DType dtype;
   int64_t E, N, K;
   int64_t stride_e, stride_n, stride_k;
@@ -139,13 +142,14 @@ struct LossCoefficients {
 };
 
 // grad_logits[e, n, k] = c[e, n] * ((1 - s) * w[y] * (p_k - [k == y]) + s / K * (W * p_k - w[k])), p = exp(x -
-// log_sum_exp), W = sum w; exactly 0 in ignored rows, whatever the coefficient; on CUDA also 0 in rows whose label is
+// row_max) / row_sum, W = sum w; exactly 0 in ignored rows, whatever the coefficient; on CUDA also 0 in rows whose label is
 // out of range.
 struct JointCrossEntropyBackwardParams {
   const void* logits;        // dtype (E, N, K), any strides
   const int64_t* target;     // (N), any stride
   const void* class_weight;  // acc (K), or null
-  const void* log_sum_exp;   // acc (E, N), from the forward
+  const void* row_max;       // acc (E, N), from the forward
+  const void* row_sum;       // acc (E, N), from the forward
   LossCoefficients coefficients;
   void* grad_logits;  // dtype (E, N, K), class stride 1; may be `logits` itself with the same strides (in place)
   DType dtype;

@@ -29,7 +29,7 @@ TORCH_LIBRARY(aep, m) {
       "Tensor? normalizer_tensor=None, Tensor? temperature_tensor=None, *, Tensor(a!)? logits, Tensor(b!) stats, "
       "Tensor(c!) argmax) -> ()");
 
-  // kept (E * N + 1), for the backward: the rows' log-sum-exp, then the divisor of the mean.
+  // kept (2 * E * N + 1), for the backward: the rows' maxima, their sums of exponentials, the divisor of the mean.
   m.def(
       "joint_cross_entropy(Tensor exit_logits, Tensor target, Tensor exit_weights, Tensor? class_weight=None, "
       "float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "

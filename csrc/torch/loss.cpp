@@ -1,5 +1,5 @@
-// joint_cross_entropy: common part of the backends, autograd of the memory mode that recomputes. Autocast leaves it alone: losses are formed in float32
-// whatever the dtype of the logits, which a cast of the logits would only copy.
+// joint_cross_entropy: common part of the backends, autograd of the memory mode that recomputes. Autocast leaves it
+// alone: losses are formed in float32 whatever the dtype of the logits, which a cast of the logits would only copy.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -15,9 +15,9 @@ using LossResult = std::tuple<Tensor, Tensor, Tensor>;
 
 namespace {
 
-// Where `kept` holds the divisor: behind the log-sum-exp of all rows.
-void* divisor_in(const Tensor& kept, int64_t rows) {
-  return static_cast<char*>(kept.mutable_data_ptr()) + rows * static_cast<int64_t>(kept.element_size());
+// `kept`: the maxima of all rows, then their sums of exponentials, then the divisor of the mean.
+void* element_of(const Tensor& kept, int64_t position) {
+  return static_cast<char*>(kept.mutable_data_ptr()) + position * static_cast<int64_t>(kept.element_size());
 }
 
 }  // namespace
@@ -39,7 +39,7 @@ LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Ten
   call.loss = none ? at::empty({p.N}, wide) : at::empty({}, wide);
   call.exit_losses = none ? at::empty({p.E, p.N}, wide) : at::empty({p.E}, wide);
   call.row_losses = none ? call.exit_losses : at::empty({p.E, p.N}, wide);
-  call.kept = at::empty({p.E * p.N + 1}, wide);
+  call.kept = at::empty({2 * p.E * p.N + 1}, wide);
   p.logits = exit_logits.const_data_ptr();
   p.target = target.const_data_ptr<int64_t>();
   if (class_weight.has_value()) {
@@ -47,7 +47,8 @@ LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Ten
     p.class_weight = call.class_weight.const_data_ptr();
   }
   p.row_losses = call.row_losses.mutable_data_ptr();
-  p.log_sum_exp = call.kept.mutable_data_ptr();
+  p.row_max = element_of(call.kept, 0);
+  p.row_sum = element_of(call.kept, p.E * p.N);
   p.dtype = kernel_type(type);
   p.stride_e = exit_logits.stride(0), p.stride_n = exit_logits.stride(1), p.stride_k = exit_logits.stride(2);
   p.target_stride = target.stride(0);
@@ -64,7 +65,7 @@ LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Ten
   r.class_weight = p.class_weight;
   r.loss = call.loss.mutable_data_ptr();
   r.exit_losses = none ? nullptr : call.exit_losses.mutable_data_ptr();
-  r.denominator = divisor_in(call.kept, p.E * p.N);
+  r.denominator = element_of(call.kept, 2 * p.E * p.N);
   r.dtype = p.dtype;
   r.E = p.E, r.N = p.N, r.K = p.K;
   r.target_stride = p.target_stride;
@@ -91,10 +92,10 @@ LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& 
     check_shape(op, name, tensor, shape);
     check_device(op, name, tensor, exit_logits.device());
   };
-  check("kept", kept, {p.E * p.N + 1});
+  check("kept", kept, {2 * p.E * p.N + 1});
   call.kept = kept.contiguous();
   c.factor = 1;
-  c.denominator = reduction == "mean" ? divisor_in(call.kept, p.E * p.N) : nullptr;
+  c.denominator = reduction == "mean" ? element_of(call.kept, 2 * p.E * p.N) : nullptr;
   if (grad_loss.has_value()) {
     none ? check("grad_loss", *grad_loss, {p.N}) : check("grad_loss", *grad_loss, {});
     call.exit_weights = accumulated(exit_weights, type);
@@ -118,7 +119,8 @@ LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& 
     call.class_weight = accumulated(*class_weight, type);
     p.class_weight = call.class_weight.const_data_ptr();
   }
-  p.log_sum_exp = call.kept.const_data_ptr();
+  p.row_max = element_of(call.kept, 0);
+  p.row_sum = element_of(call.kept, p.E * p.N);
   p.grad_logits = call.grad_logits.mutable_data_ptr();
   p.dtype = kernel_type(type);
   p.stride_e = exit_logits.stride(0), p.stride_n = exit_logits.stride(1), p.stride_k = exit_logits.stride(2);

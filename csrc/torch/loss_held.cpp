@@ -22,10 +22,18 @@ namespace {
 constexpr const char* kOp = "joint_cross_entropy";
 
 // What the gradient is multiplied by while it is held. The mean divides by the number of rows: in float16 most of the
-// gradient would be lost below its smallest number before a GradScaler's factor reaches it. A power of two rounds
-// nothing, and 1024 times a gradient (which no row's exit weight is exceeded by) stays in range.
-double held_factor(at::ScalarType type, std::string_view reduction) {
-  return type == at::kHalf && reduction == "mean" ? 1024 : 1;
+// gradient would be lost below its smallest number before a GradScaler's factor reaches it. So that division is taken
+// back, up to 1024, by a power of two, which rounds nothing.
+double held_factor(const Tensor& exit_logits, std::string_view reduction) {
+  if (exit_logits.scalar_type() != at::kHalf || reduction != "mean") {
+    return 1;
+  }
+  const int64_t rows = exit_logits.sym_size(1).guard_int(__FILE__, __LINE__);
+  double factor = 1;
+  while (factor < 1024 && 2 * factor <= static_cast<double>(rows)) {
+    factor *= 2;
+  }
+  return factor;
 }
 
 // Whether every element has a place of its own. Sufficient: each stride reaches past all that the smaller ones span.
@@ -79,10 +87,10 @@ LossGradCall prepare_loss_grad(const Tensor& exit_logits, const Tensor& target, 
   }
   auto& p = call.params;
   p.loss = call.loss.params;
-  p.loss.log_sum_exp = nullptr;
+  p.loss.row_max = p.loss.row_sum = nullptr;
   p.coefficients.exit_weights = call.loss.reduce.exit_weights;
   p.coefficients.denominator = call.loss.reduce.denominator;
-  p.coefficients.factor = held_factor(exit_logits.scalar_type(), reduction);
+  p.coefficients.factor = held_factor(exit_logits, reduction);
   p.grad_logits = call.grad_logits.mutable_data_ptr();
   p.out_stride_e = call.grad_logits.stride(0), p.out_stride_n = call.grad_logits.stride(1);
   p.out_stride_k = call.grad_logits.stride(2);
@@ -159,9 +167,12 @@ Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, bool in_place
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   const bool free = !torch::autograd::get_current_graph_task_keep_graph() &&
-                    (in_place || held.storage().use_count() == 1);
+                    (in_place || (held.use_count() == 1 && held.storage().use_count() == 1));
   Tensor result = free ? std::move(held) : held.clone();
   dispatch_scale(result, grad_loss, factor);
+  if (free) {  // whoever else has saved this memory must learn that it changed
+    torch::autograd::impl::bump_version(result);
+  }
   return result;
 }
 
@@ -180,7 +191,7 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
     }
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({held, exit_weights.requires_grad() ? exit_losses : Tensor()});
-    ctx->saved_data["factor"] = held_factor(exit_logits.scalar_type(), options->reduction);
+    ctx->saved_data["factor"] = held_factor(exit_logits, options->reduction);
     ctx->saved_data["in_place"] = options->in_place;
     ctx->saved_data["weights"] = exit_weights.scalar_type();
     if (options->in_place) {

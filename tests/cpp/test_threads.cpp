@@ -37,7 +37,8 @@ int main() {
   for (int64_t grain : {N, int64_t(13), int64_t(1)}) {
     static std::vector<float> first_out, first_stats, first_loss, first_gw;
     static std::vector<int64_t> first_counts;
-    std::vector<float> out(N * K), stats(N * 3), loss(E * N), lse(E * N), grad(E * N * K), coefficients(E * N, 1.0f);
+    std::vector<float> out(N * K), stats(N * 3), loss(E * N), tops(E * N), sums(E * N);
+    std::vector<float> grad(E * N * K), coefficients(E * N, 1.0f);
     std::vector<int64_t> argmax(N);
     EnsembleStatsParams q{};
     q.ensemble = {x.data(), w.data(), out.data(), DType::f32, E, N, K, x.stride_e, x.stride_n, x.stride_k, K};
@@ -45,8 +46,8 @@ int main() {
     parallel(N, grain, [&](int64_t b, int64_t e, int) { cpu::ensemble_stats(q, b, e); });
 
     JointCrossEntropyParams p{};
-    p.logits = x.data(), p.target = target.data(), p.row_losses = loss.data(), p.log_sum_exp = lse.data(),
-    p.dtype = DType::f32;
+    p.logits = x.data(), p.target = target.data(), p.row_losses = loss.data();
+    p.row_max = tops.data(), p.row_sum = sums.data(), p.dtype = DType::f32;
     p.E = E, p.N = N, p.K = K, p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = 1, p.target_stride = 1,
     p.ignore_index = -100;
     parallel(E * N, grain, [&](int64_t b, int64_t e, int) { cpu::joint_cross_entropy(p, b, e); });

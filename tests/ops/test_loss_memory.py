@@ -334,3 +334,43 @@ def test_threads_do_not_change_a_bit(memory, native):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("memory", ["recompute", *HELD])
+@pytest.mark.parametrize("offset", [1e4, 1e6, 1e8, -1e8])
+def test_large_logits_keep_their_gradient(memory, offset, device, call):
+    """Where max + log(sum) would be rounded to the maximum; at 1e8 all classes are equal."""
+    x = (torch.tensor([[[0.0, 8.0, 16.0, 0.0], [3.0, 3.0, 3.0, 3.0]]], device=device) + offset).requires_grad_()
+    y, one = torch.tensor([0, 2], device=device), torch.ones(1, device=device)
+    (wanted,) = torch.autograd.grad(torch.nn.functional.cross_entropy(x[0], y), x)
+    (found,) = torch.autograd.grad(call(ops.joint_cross_entropy, x * 1, y, one, memory=memory).loss, x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", HELD)
+def test_a_heavy_exit_in_half_precision_stays_finite(memory, device, call):
+    x, y = torch.zeros(1, 1, 4, dtype=torch.float16, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    grad = step(x, y, torch.tensor([100.0], device=device), memory=memory, call=call)[2]
+    assert grad.flatten().tolist() == [-75.0, 25.0, 25.0, 25.0]
+
+
+def test_who_saved_the_overwritten_logits_learns_of_the_scaling(native, device):
+    """The backward scales in place: another graph that holds the same memory must not use what is there now."""
+    x, y, a = make((1, 2, 3), torch.float32, device)
+    logits = x.requires_grad_() * 1
+    result = ops.joint_cross_entropy(logits, y, a, memory="in_place")
+    v = torch.ones(3, device=device, requires_grad=True)
+    other = (logits.detach() * v).sum()  # saves the held gradient
+    (result.loss * 3).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_what_a_hook_holds_is_not_scaled_in_place(native, device):
+    x, y, a = make((1, 2, 3), torch.float32, device)
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t), t)[1], lambda t: t):
+        loss = ops.joint_cross_entropy(x.requires_grad_() * 1, y, a, memory="in_forward").loss
+    before = [t.clone() for t in held]
+    (loss * 2).backward()
+    assert all(torch.equal(now, then) for now, then in zip(held, before, strict=True))

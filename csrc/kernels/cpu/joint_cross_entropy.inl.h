@@ -1,5 +1,5 @@
-// Cross entropy of every (exit, sample) row by log-sum-exp, and its gradient: recomputed from the stored log-sum-exp
-// (nothing else is held), or written while the row is at hand.
+// Cross entropy of every (exit, sample) row by log-sum-exp, and its gradient: recomputed from the stored maximum and sum
+// of its exponentials (nothing else is held), or written while the row is at hand.
 
 namespace aep::kernels::cpu::AEP_ISA_NAMESPACE {
 namespace {
@@ -108,15 +108,15 @@ void finish_rows(const JointCrossEntropyParams& p, const RowFacts<A>* rows, int6
   const A* class_weight = static_cast<const A*>(p.class_weight);
   const A smoothing = static_cast<A>(p.label_smoothing);
   A* losses = static_cast<A*>(p.row_losses);
-  A* lse = static_cast<A*>(p.log_sum_exp);
+  A* row_max = static_cast<A*>(p.row_max);
+  A* row_sum = static_cast<A*>(p.row_sum);
   for (int j = 0; j < count; ++j) {
     const RowFacts<A>& row = rows[j];
     const bool ignored = row.target == p.ignore_index;
     if (ignored) losses[first + j] = 0;
-    if (ignored && !lse) continue;
-    const A log_sum = log_of(row.sum);
-    if (lse) lse[first + j] = row.top + log_sum;
+    if (row_max) row_max[first + j] = row.top, row_sum[first + j] = row.sum;
     if (ignored) continue;
+    const A log_sum = log_of(row.sum);
     const A nll = (row.top - row.own) + log_sum;
     A loss = class_weight ? class_weight[row.target] * nll : nll;
     if (p.label_smoothing > 0) {
@@ -224,15 +224,15 @@ void joint_cross_entropy_backward_as(const JointCrossEntropyBackwardParams& p, i
     }
     const S* row = dense_row(static_cast<const S*>(p.logits) + at.e * p.stride_e + at.n * p.stride_n, p.stride_k, p.K,
                              copy.get());
-    const A lse = static_cast<const A*>(p.log_sum_exp)[i];
+    const A top = static_cast<const A*>(p.row_max)[i], sum = static_cast<const A*>(p.row_sum)[i];
     const RowGradient<A> g(coefficient_of<A>(p.coefficients, at.e, at.n),
-                           (A(1) - smoothing) * (class_weight ? class_weight[y] : A(1)), share, total, A(1));
+                           (A(1) - smoothing) * (class_weight ? class_weight[y] : A(1)), share, total, A(1) / sum);
     const A x_y = value_of(row[y]);  // `out` may be `row`
-    const V scale = V::set(g.scale), shift = V::set(lse);
+    const V scale = V::set(g.scale), shift = V::set(top);
     if (p.label_smoothing > 0) {
       for_vectors<V::n>(p.K, [&](int64_t k, auto part) {
-        const V probability = exponential_below(V::sub(load(row + k, part, A(0)), shift));
-        write_gradient_of_smoothed(out, g, class_weight, k, probability, part);
+        const V exponential = exponential_below(V::sub(load(row + k, part, A(0)), shift));
+        write_gradient_of_smoothed(out, g, class_weight, k, exponential, part);
       });
     } else {
       for_vectors<V::n>(p.K, [&](int64_t k, auto part) {
@@ -242,8 +242,8 @@ void joint_cross_entropy_backward_as(const JointCrossEntropyBackwardParams& p, i
     if constexpr (sizeof(S) == sizeof(A)) {
       out[y] -= g.c * g.own;
     } else {  // once more, whole, so that it is rounded once only
-      const A p_y = Vec<A>::lane(exponential_below(V::set(x_y - lse)), 0);
-      put(out + y, (g.scale * p_y - (p.label_smoothing > 0 ? g.level * (class_weight ? class_weight[y] : A(1)) : A(0))) -
+      const A own = Vec<A>::lane(exponential_below(V::set(x_y - top)), 0);
+      put(out + y, (g.scale * own - (p.label_smoothing > 0 ? g.level * (class_weight ? class_weight[y] : A(1)) : A(0))) -
                        g.c * g.own);
     }
   }
@@ -283,7 +283,7 @@ void joint_cross_entropy_grad_as(const JointCrossEntropyGradParams& q, int64_t b
       RowFacts<A>& f = facts[j];
       const bool ignored = f.target == p.ignore_index;
       if (ignored) {
-        if (p.log_sum_exp) f.sum = sum_exponentials(row, p.K, f.top, [](int64_t, V, auto) {});
+        if (p.row_sum) f.sum = sum_exponentials(row, p.K, f.top, [](int64_t, V, auto) {});
         clear_row(out, p.K);
       } else {
         f.own = value_of(row[f.target]);

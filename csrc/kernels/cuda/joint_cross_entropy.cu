@@ -100,7 +100,10 @@ __global__ void forward_kernel(JointCrossEntropyGradParams q) {
           loss = (A(1) - smoothing) * loss + smoothing / static_cast<A>(p.K) * (weight_sum * log_sum - rest);
       }
       static_cast<A*>(p.row_losses)[i] = loss;
-      if (p.log_sum_exp) static_cast<A*>(p.log_sum_exp)[i] = row.top + log_sum;
+      if (p.row_max) {
+        static_cast<A*>(p.row_max)[i] = row.top;
+        static_cast<A*>(p.row_sum)[i] = proper ? row.sum : not_a_number<A>();
+      }
     }
     if (kGrad) {
       __syncthreads();  // the first thread has read the target's logit, which may now be overwritten
@@ -175,7 +178,7 @@ __global__ void backward_kernel(JointCrossEntropyBackwardParams p) {
       continue;
     }
     write_gradient(x, p.stride_k, out, 1, p.K, y, class_weight, smoothing, total, coefficient_of<A>(p.coefficients, e, n),
-                   static_cast<const A*>(p.log_sum_exp)[i], A(1));
+                   static_cast<const A*>(p.row_max)[i], A(1) / static_cast<const A*>(p.row_sum)[i]);
   }
 }
 
