@@ -22,8 +22,9 @@ import torch
 ROUND_SECONDS = 1.5e-3  # calls are repeated inside a round until it takes about this long: the timer's cost vanishes
 MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 5, 51, 2
 
-# Who is not "eager torch as a user could write it".
-NOT_EAGER = ("inductor", "reference", "published")
+# Who is not "eager torch as a user could write it"; engines and the trunk's own variants are not either.
+NOT_EAGER = ("inductor", "reference", "published", "with_heads")
+NOT_EAGER_PREFIX = "whole"
 
 Contestant = Callable[..., object]
 
@@ -106,7 +107,7 @@ def condense_times(own: Sequence[float], times: dict[str, Sequence[float]], ceil
     rivals = [name for name in times if name not in ceilings]
     if rivals:
         info["ratio_best_rival"] = min(info[f"ratio_{name}"] for name in rivals)
-    eager = [name for name in rivals if name not in NOT_EAGER]
+    eager = [name for name in rivals if name not in NOT_EAGER and not name.startswith(NOT_EAGER_PREFIX)]
     if eager:
         best = min(eager, key=lambda name: info[f"paired_ratio_{name}"])
         info["best_eager"] = best

@@ -1,7 +1,8 @@
-"""Writes README.md's tables from the committed result files: no figure enters the document any other way.
+"""Writes the tables of README.md and benchmarks/RESULTS.md from the committed result files: no figure enters them any
+other way.
 
-    python benchmarks/report.py            # rewrite the tables in README.md
-    python benchmarks/report.py --check    # exit status 1 if README.md does not say what the files say
+    python benchmarks/report.py            # rewrite the tables
+    python benchmarks/report.py --check    # exit status 1 if a document does not say what the files say
     python benchmarks/report.py --figure cpu-ops   # draw benchmarks/results/cpu-ops.png from cpu-ops.json
 
 A table between ``<!-- results: NAME -->`` and ``<!-- /results -->`` comes from ``benchmarks/results/NAME.json``, the
@@ -30,7 +31,7 @@ from benchmarks import figure, tables, trunk  # noqa: E402
 from benchmarks.condense import ResultError, load  # noqa: E402
 from benchmarks.goals import judge, load_goals, load_notes  # noqa: E402
 
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md")
 RESULTS = ROOT / "benchmarks" / "results"
 _TABLE = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _BENCHMARKS = re.compile(
@@ -102,8 +103,8 @@ def unexplained(text: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; the exit status."""
-    parser = argparse.ArgumentParser(description="Write README.md's tables from the committed result files.")
-    parser.add_argument("--check", action="store_true", help="only say whether README.md is up to date")
+    parser = argparse.ArgumentParser(description="Write the documents' tables from the committed result files.")
+    parser.add_argument("--check", action="store_true", help="only say whether the documents are up to date")
     parser.add_argument("--figure", metavar="NAME", help="only draw benchmarks/results/NAME.png from NAME.json")
     arguments = parser.parse_args(argv)
     try:
@@ -111,18 +112,21 @@ def main(argv: list[str] | None = None) -> int:
             result = load(RESULTS / f"{arguments.figure}.json")
             print(figure.draw(judge(load_goals(), result, {}), RESULTS / f"{arguments.figure}.png"))
             return 0
-        before = README.read_text(encoding="utf-8")
-        after, missing = rendered(before), unexplained(before)
+        texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+        after = {path: rendered(text) for path, text in texts.items()}
+        missing = unexplained("".join(texts.values()))
     except ResultError as error:
         print(error, file=sys.stderr)
         return 2
     for goal in missing:
         print(f"report: missed, and benchmarks/notes.toml does not say what bounds it: {goal}", file=sys.stderr)
+    stale = [path for path in DOCUMENTS if after[path] != texts[path]]
     if arguments.check:
-        if before != after:
-            print("README.md does not say what benchmarks/results says: run benchmarks/report.py", file=sys.stderr)
-        return int(before != after or bool(missing))
-    write_text(README, after)
+        for path in stale:
+            print(f"{path.name} does not say what benchmarks/results says: run benchmarks/report.py", file=sys.stderr)
+        return int(bool(stale) or bool(missing))
+    for path in stale:
+        write_text(path, after[path])
     return 0
 
 

@@ -114,15 +114,17 @@ def test_trunk(network: str, pixels: int, batch: int, backend: str, race: Callab
     cuts = len(trunk) - 1
     info.update(network=network, pixels=pixels, batch=batch, backend=backend, boundaries=cuts)
     staged = info["fused_median_us"]
-    info["boundary_us"] = (staged - info["whole_median_us"]) / cuts
+    # Differences are from the paired ratios: the machine's moods meet both halves of a round alike.
+    info["boundary_us"] = info["whole_median_us"] * (1 / info["paired_ratio_whole"] - 1) / cuts
     info["heads_us"] = info["with_heads_median_us"] - staged
     of_engines = {name: info.get(f"whole_{name}_median_us") for name in ENGINES}
     if backend in ENGINES:
         of_engines[backend] = info["whole_median_us"]
     known = {name: value for name, value in of_engines.items() if value is not None}
-    if known:
-        info["best_engine"] = min(known, key=known.__getitem__)
-        info["best_engine_us"] = known[info["best_engine"]]
-        info["excess_per_boundary_us"] = (staged - info["best_engine_us"]) / cuts
-        info["excess_percent"] = 100 * (staged / info["best_engine_us"] - 1)
-        info["goal_met"] = bool(staged - info["best_engine_us"] <= max(0.03 * info["best_engine_us"], 30.0 * cuts))
+    if len(known) == len(ENGINES):  # the goal speaks of the faster of both
+        best = min(known, key=known.__getitem__)
+        excess = 1 / info["paired_ratio_whole" if best == backend else f"paired_ratio_whole_{best}"] - 1
+        info["best_engine"], info["best_engine_us"] = best, known[best]
+        info["excess_per_boundary_us"] = excess * known[best] / cuts
+        info["excess_percent"] = 100 * excess
+        info["goal_met"] = bool(excess * known[best] <= max(0.03 * known[best], 30.0 * cuts))
