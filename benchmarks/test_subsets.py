@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from aep_ext import ops
 from aep_ext.ops import reference
