@@ -1,4 +1,4 @@
-"""Deploy: what is delivered. Networks as ``model.safetensors`` + ``model.json``."""
+"""Deploy: what is delivered. Networks, full, pruned or gated, as ``model.safetensors`` + ``model.json``."""
 from __future__ import annotations
 
 from .save_load import describe, load, save
