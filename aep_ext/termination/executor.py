@@ -7,13 +7,13 @@ simulator makes them. The features are no part of that step: they follow it only
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import GateResult
-from .policies import Policy
+from .policies import Confidence, Entropy, Margin, Policy
 from .settings import GateSettings
 from .units import Run
 
@@ -51,11 +51,13 @@ def start(policy: Policy, logits: Tensor, indices: Tensor) -> Rows:
     return Rows(running, indices, policy.initial_state(n, classes, logits.device))
 
 
-def step(policy: Policy, settings: GateSettings, e: int, rows: Rows, logits: Tensor) -> GateResult:
-    """Exit e for ``rows``: the gate's result, with features of no columns."""
+def step(
+    policy: Policy, settings: GateSettings, e: int, rows: Rows, logits: Tensor, nothing: Tensor | None = None
+) -> GateResult:
+    """Exit e for ``rows``: the gate's result, with features of no columns (``nothing``, if they are at hand)."""
     running = rows.running
     return policy.gate(
-        running.narrow(1, 0, 0),
+        running.narrow(1, 0, 0) if nothing is None else nothing,
         running,
         settings.sums[running.dtype][e],
         rows.indices,
@@ -67,6 +69,17 @@ def step(policy: Policy, settings: GateSettings, e: int, rows: Rows, logits: Ten
         temperature=settings.temperatures[e],
         enabled=settings.live[e],
     )
+
+
+def only_adds(policy: Policy) -> bool:
+    """Whether an exit where nobody may leave only adds to the running ensemble: no memory of the policy's to keep."""
+    return type(policy) in (Confidence, Entropy, Margin)
+
+
+def add(settings: GateSettings, e: int, rows: Rows, logits: Tensor) -> Rows:
+    """Exit e where nobody may leave, for a policy that only adds: as :func:`step` does, bit for bit."""
+    running = rows.running
+    return rows._replace(running=running + logits.to(running.dtype) * settings.weights[e])
 
 
 def survivors(result: GateResult, stay: int) -> Rows:
@@ -86,19 +99,56 @@ def take(features: Tensor, positions: Tensor) -> Tensor:
     return features.index_select(0, positions)
 
 
-def run_one(run: Run, policy: Policy, settings: GateSettings, x: Tensor) -> GatedOutput:
-    """One sample, (1, ...): no rows to sort, so nothing is gathered or scattered."""
+class First(NamedTuple):
+    """What the walk of one sample starts from: made once for each form of logits, never written on."""
+
+    policy: Policy
+    rows: Rows
+    nothing: Tensor
+    """(1, 0): its features, for the gate."""
+    marks: tuple[Tensor, ...]
+    """For each exit (1,) int64: the exit's number where only the gate sees it, else the sample's, 0."""
+
+
+def first_of(policy: Policy, logits: Tensor, exits: int) -> First:
+    """For one sample's logits (1, K).
+
+    A gate hands on the sample's number whatever it is, so a built-in policy is given the exit's in its place: the
+    ``exit`` of the answer is then there already. A user's own rule may look at it and is given the sample's.
+    """
+    marks = tuple(
+        torch.full((1,), e if policy.built_in else 0, dtype=torch.int64, device=logits.device) for e in range(exits)
+    )
+    rows = start(policy, logits, marks[0])
+    return First(policy, rows, rows.running.new_empty((1, 0)), marks)
+
+
+def run_one(run: Run, policy: Policy, settings: GateSettings, x: Tensor, known: dict[Any, First]) -> GatedOutput:
+    """One sample, (1, ...): no rows to sort, so nothing is gathered or scattered.
+
+    ``known`` keeps where to start from, by form of the logits.
+    """
     features, logits = run(0, x)
-    rows = start(policy, logits, torch.zeros(1, dtype=torch.int64, device=logits.device))
-    last = len(settings.live) - 1
+    last, adds, dtype = len(settings.live) - 1, only_adds(policy), logits.dtype
+    key = (logits.shape, dtype, logits.device, logits.is_inference())
+    first = known.get(key)
+    if first is None or first.policy is not policy:
+        first = known[key] = first_of(policy, logits, last + 1)
+    _, rows, nothing, marks = first
     for e in range(last + 1):
         if e:
             features, logits = run(e, features)
-        result = step(policy, settings, e, rows, logits)
-        if e == last or (settings.live[e] and result.count.item() == 0):
-            taken = torch.full((1,), e, dtype=torch.int64, device=logits.device)
-            return GatedOutput(result.running.to(logits.dtype), taken, result.stats[:, 0])
-        rows = Rows(result.running, result.indices, result.state)
+        live = settings.live[e]
+        if adds and not live and e < last:
+            rows = add(settings, e, Rows(rows.running, marks[e + 1], rows.state), logits)
+            continue
+        result = step(policy, settings, e, rows, logits, nothing)
+        if e == last or (live and result.count.item() == 0):
+            running, taken = result.running, result.indices
+            if not policy.built_in:
+                taken = torch.full_like(taken, e)
+            return GatedOutput(running if running.dtype == dtype else running.to(dtype), taken, result.stats[:, 0])
+        rows = Rows(result.running, marks[e + 1], result.state)
     raise AssertionError("the last exit answers")
 
 
@@ -125,7 +175,7 @@ class Answers:
 
 def run_batch(run: Run, policy: Policy, settings: GateSettings, x: Tensor, compacts: Compacts) -> GatedOutput:
     """A batch, (n, ...), of any size."""
-    n, last = len(x), len(settings.live) - 1
+    n, last, adds = len(x), len(settings.live) - 1, only_adds(policy)
     features, logits = run(0, x)
     rows = start(policy, logits, torch.arange(n, device=logits.device))
     dtype = logits.dtype
@@ -136,21 +186,24 @@ def run_batch(run: Run, policy: Policy, settings: GateSettings, x: Tensor, compa
             features, logits = run(e, features)
             if places is not None:
                 logits = logits.index_select(0, places)
-        result = step(policy, settings, e, rows, logits)
-        present = len(rows.indices)
-        stay = 0 if e == last else result.count.item() if settings.live[e] else present
-        if stay == 0 and answers is None:  # all leave together, in order
-            taken = torch.full((n,), e, dtype=torch.int64, device=logits.device)
-            return GatedOutput(result.running.to(dtype), taken, result.stats[:, 0].contiguous())
-        before, rows = rows, survivors(result, stay)
-        if stay < present:
-            if answers is None:
-                answers = Answers(n, result.running, dtype)
-            answers.write(e, result.indices[stay:], result.running[stay:], result.stats[stay:])
-            if stay == 0:
-                break
-            positions = torch.searchsorted(before.indices, rows.indices)
-            places = positions if places is None else places.index_select(0, positions)
+        live, stay = settings.live[e], len(rows.indices)
+        if adds and not live and e < last and stay:
+            rows = add(settings, e, rows, logits)
+        else:
+            result, present = step(policy, settings, e, rows, logits), stay
+            stay = 0 if e == last else result.count.item() if live else present
+            if stay == 0 and answers is None:  # all leave together, in order
+                taken = torch.full((n,), e, dtype=torch.int64, device=logits.device)
+                return GatedOutput(result.running.to(dtype), taken, result.stats[:, 0].contiguous())
+            before, rows = rows, survivors(result, stay)
+            if stay < present:
+                if answers is None:
+                    answers = Answers(n, result.running, dtype)
+                answers.write(e, result.indices[stay:], result.running[stay:], result.stats[stay:])
+                if stay == 0:
+                    break
+                positions = torch.searchsorted(before.indices, rows.indices)
+                places = positions if places is None else places.index_select(0, positions)
         if places is not None and compacts(e, len(features), stay):
             features, places = take(features, places), None
     return answers.output()

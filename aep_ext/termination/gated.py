@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .agreement import near_threshold
 from .choice import StageCosts, measure_costs
-from .executor import GatedOutput, run_batch, run_one
+from .executor import First, GatedOutput, run_batch, run_one
 from .policies import Policy, as_policy
 from .refill import Refill, images_of, predicted
 from .settings import GateSettings, check_modes, flags_buffer, numbers_buffer, settings_of
@@ -81,6 +81,7 @@ class GatedNet(nn.Module):
         if weights is None:
             raise TypeError(f"GatedNet: pruned must have output_weights, got {type(pruned).__name__} without")
         self._exits = len(weights)
+        self._given = None if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float64)
         given = getattr(self._units, "units", None)
         if given is not None and len(given) != self._exits:
             raise ValueError(
@@ -100,7 +101,8 @@ class GatedNet(nn.Module):
         self.register_buffer("enabled", flags_buffer(enabled, self._exits - 1).to(device))
         self.costs: StageCosts | None = None
         self._pays = (True,) * (self._exits - 1)
-        self._cache: tuple[tuple[Any, ...], GateSettings] | None = None
+        self._cache: tuple[tuple[tuple[Tensor, int, int], ...], GateSettings] | None = None
+        self._known: dict[Any, First] = {}
         self.training = getattr(pruned, "training", False)
         self.settings()
 
@@ -135,19 +137,24 @@ class GatedNet(nn.Module):
             ValueError: a value is out of its range.
         """
         buffers = self._buffers
-        tensors = (buffers["thresholds"], buffers["temperatures"], buffers["enabled"], self.net.output_weights)
-        try:
-            # A storage that was exchanged (`tensor.data = ...`) counts no version; a new tensor may have an old one's.
-            key = tuple((t, t._version, t.data_ptr()) if isinstance(t, Tensor) else t for t in tensors)
-        except RuntimeError:  # tensors made in inference mode count no versions
-            key = None
-        if key is not None and self._cache is not None and _same(key, self._cache[0]):
-            return self._cache[1]
-        weights = tensors[3] if isinstance(tensors[3], Tensor) else torch.tensor(tensors[3], dtype=torch.float64)
+        tensors = (buffers["thresholds"], buffers["temperatures"], buffers["enabled"], self._weights())
+        if self._cache is not None:
+            for tensor, (seen, version, storage) in zip(tensors, self._cache[0], strict=True):
+                # A storage that was exchanged (`tensor.data = ...`) counts no version.
+                if tensor is not seen or tensor._version != version or tensor.data_ptr() != storage:
+                    break
+            else:
+                return self._cache[1]
         gated = [mode != "off" and (mode != "auto" or pays) for mode, pays in zip(self._modes, self._pays, strict=True)]
-        settings = settings_of(weights, *tensors[:3], gated)
-        self._cache = None if key is None else (key, settings)
+        settings = settings_of(tensors[3], *tensors[:3], gated)
+        self._cache = None
+        if not any(tensor.is_inference() for tensor in tensors):  # tensors of inference mode count no versions
+            self._cache = tuple((t, t._version, t.data_ptr()) for t in tensors), settings
         return settings
+
+    def _weights(self) -> Tensor:
+        """The network's output weights, as they are now."""
+        return self._units.net.output_weights if self._given is None else self._given
 
     def forward(self, x: Tensor) -> GatedOutput:
         """Answers a batch.
@@ -160,12 +167,16 @@ class GatedNet(nn.Module):
             ValueError: a buffer holds a value out of its range.
         """
         self._check_mode()
-        settings = self.settings()
-        with torch.no_grad():
-            run = self._units.begin()
-            if len(x) == 1:
-                return run_one(run, self.policy, settings, x)
-            return run_batch(run, self.policy, settings, x, self._compacts)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._answer(x)
+        return self._answer(x)
+
+    def _answer(self, x: Tensor) -> GatedOutput:
+        settings, run = self.settings(), self._units.begin()
+        if len(x) == 1:
+            return run_one(run, self.policy, settings, x, self._known)
+        return run_batch(run, self.policy, settings, x, self._compacts)
 
     def refill(self, capacity: int | None = None, max_delay: int | None = 64) -> Refill:
         """A pooled executor to feed by hand, with the numbers as they are now; arguments as for :class:`Refill`."""
@@ -295,7 +306,7 @@ class GatedNet(nn.Module):
         return mode == "compact"
 
     def _check_mode(self) -> None:
-        if self.training or getattr(self.net, "training", False):
+        if self.training or getattr(self._units.net, "training", False):
             raise RuntimeError("GatedNet: must be in eval mode, got training mode; call eval(), or train its net")
 
     def _apply(self, fn: Any, recurse: bool = True) -> GatedNet:
@@ -316,14 +327,3 @@ class GatedNet(nn.Module):
             f"policy={self.policy}, thresholds={self.thresholds.tolist()}, "
             f"temperatures={self.temperatures.tolist()}, enabled={self.enabled.tolist()}, mode={self._modes}"
         )
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    """Whether two keys are of the same tensors, unchanged since."""
-    for ours, theirs in zip(a, b, strict=True):
-        if isinstance(ours, tuple) and isinstance(theirs, tuple) and ours and isinstance(ours[0], Tensor):
-            if ours[0] is not theirs[0] or ours[1:] != theirs[1:]:
-                return False
-        elif ours is not theirs:
-            return False
-    return True

@@ -18,10 +18,10 @@ Run = Callable[[int, Tensor], tuple[Tensor | None, Tensor]]
 
 
 class GivenUnits:
-    """Units that are there: ``unit(features) -> (features or None, logits)``, one per exit."""
+    """Units that a network brings: ``unit(features) -> (features or None, logits)``, one per exit."""
 
-    def __init__(self, units: Sequence[Callable[[Tensor], tuple[Tensor | None, Tensor]]]) -> None:
-        self.units = tuple(units)
+    def __init__(self, net: Any, units: Sequence[Callable[[Tensor], tuple[Tensor | None, Tensor]]]) -> None:
+        self.net, self.units = net, tuple(units)
 
     def begin(self) -> Run:
         """A run for one forward pass."""
@@ -112,4 +112,4 @@ def units_of(pruned: Any) -> NetUnits | GivenUnits:
             "GatedNet: pruned must be a MultiExitNet or have stages, one callable unit for each exit, "
             f"got {type(pruned).__name__}"
         )
-    return GivenUnits(stages)
+    return GivenUnits(pruned, stages)

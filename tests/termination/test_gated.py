@@ -36,7 +36,7 @@ def x() -> torch.Tensor:
 
 
 def medians(net: MultiExitNet, x: torch.Tensor, policy: str = "confidence") -> list[float]:
-    """For each exit a threshold midway between two neighbours at the middle of the judged values, none leaving before."""
+    """For each exit a threshold midway between the two values in the middle of those judged, nobody having left."""
     column = {"confidence": 0, "entropy": 1, "margin": 2}[policy]
     logits, weights, found = net.exit_logits(x).detach(), net.output_weights, []
     for e in range(net.num_exits - 1):
@@ -325,6 +325,15 @@ def test_weights_that_cannot_be_normalised_are_refused(net):
     net.output_weights[1] = 0.0
     with pytest.raises(ValueError, match="output_weights must be positive and finite, got 0.0 at position 1"):
         gated(torch.randn(1, 1, 12, 12))
+
+
+def test_another_policy_may_take_its_place(net, x):
+    gated = GatedNet(net, "confidence", 2.0)
+    for policy, threshold, expected in ((Vote(), 1.0, 0), (Patience(), 2.0, None), (Margin(), 9.0, 3)):
+        gated.policy = policy
+        gated.thresholds.fill_(threshold)
+        one = gated(x[:1]).exit
+        assert torch.equal(one, gated(x[:2]).exit[:1]) and (expected is None or int(one) == expected)
 
 
 def test_near_samples_are_counted():
