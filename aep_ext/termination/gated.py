@@ -15,7 +15,7 @@ from .policies import Policy, as_policy
 from .refill import Refill, images_of, predicted
 from .settings import GateSettings, check_modes, flags_buffer, numbers_buffer, settings_of
 from .simulate import Simulation, simulate
-from .units import units_of
+from .units import GivenUnits, NetUnits, units_of
 
 _KEPT = ("thresholds", "temperatures")
 
@@ -75,21 +75,11 @@ class GatedNet(nn.Module):
         mode: str | Sequence[str] = "auto",
     ) -> None:
         super().__init__()
-        self._units = units_of(pruned)
+        self._exits = 0  # not known yet
         self.net = pruned
-        weights = getattr(pruned, "output_weights", None)
-        if weights is None:
-            raise TypeError(f"GatedNet: pruned must have output_weights, got {type(pruned).__name__} without")
-        self._exits = len(weights)
-        self._given = None if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float64)
-        given = getattr(self._units, "units", None)
-        if given is not None and len(given) != self._exits:
-            raise ValueError(
-                f"GatedNet: pruned must have one stage for each of its {self._exits} output_weights, got {len(given)}"
-            )
         self.policy = as_policy(policy)
         self._modes = check_modes(mode, self._exits - 1)
-        device = weights.device if isinstance(weights, Tensor) else None
+        device = self._weights().device
         gate_limits = numbers_buffer("thresholds", thresholds, self._exits - 1, positive=False)
         scales = numbers_buffer(
             "temperatures", 1.0 if temperatures is None else temperatures, self._exits, positive=True
@@ -108,7 +98,19 @@ class GatedNet(nn.Module):
 
     @classmethod
     def from_calibration(cls, net: Any, result: Calibrated, mode: str | Sequence[str] = "auto") -> GatedNet:
-        """A gated net with the policy, thresholds, temperatures and flags that a calibration found for ``net``."""
+        """A gated net with the policy, thresholds, temperatures and flags that a calibration found for ``net``.
+
+        Raises:
+            ValueError: the calibration was made for other output weights (its ``weights``, where it has them).
+        """
+        weights = getattr(result, "weights", None)
+        if weights is not None:
+            own, theirs = (torch.as_tensor(w).detach().double().cpu() for w in (net.output_weights, weights))
+            if own.shape != theirs.shape or not torch.allclose(own, theirs, rtol=1e-6, atol=0):
+                raise ValueError(
+                    "GatedNet.from_calibration: net must have the output weights that were calibrated, "
+                    f"{theirs.tolist()}, got {own.tolist()}"
+                )
         return cls(net, result.policy, result.thresholds, result.temperatures, result.enabled, mode)
 
     @property
@@ -322,8 +324,31 @@ class GatedNet(nn.Module):
                 self._buffers[name] = before.to(target)
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "net":  # at first, and where it is replaced
+            units, given, exits = _parts(value)
+            if self._exits not in (0, exits):
+                raise ValueError(f"GatedNet: net must have {self._exits} exits as before, got {exits}")
+            self._units, self._given, self._exits = units, given, exits
+        super().__setattr__(name, value)
+
     def extra_repr(self) -> str:
         return (
             f"policy={self.policy}, thresholds={self.thresholds.tolist()}, "
             f"temperatures={self.temperatures.tolist()}, enabled={self.enabled.tolist()}, mode={self._modes}"
         )
+
+
+def _parts(pruned: Any) -> tuple[NetUnits | GivenUnits, Tensor | None, int]:
+    """The units of a network, its output weights where they are no tensor that may change, and E."""
+    units = units_of(pruned)
+    weights = getattr(pruned, "output_weights", None)
+    if weights is None:
+        raise TypeError(f"GatedNet: pruned must have output_weights, got {type(pruned).__name__} without")
+    if isinstance(units, GivenUnits) and len(units.units) != len(weights):
+        raise ValueError(
+            f"GatedNet: pruned must have one stage for each of its {len(weights)} output_weights, "
+            f"got {len(units.units)}"
+        )
+    given = None if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float64)
+    return units, given, len(weights)

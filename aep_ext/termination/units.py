@@ -106,6 +106,11 @@ def units_of(pruned: Any) -> NetUnits | GivenUnits:
     """
     if isinstance(pruned, MultiExitNet):
         return NetUnits(pruned)
+    if hasattr(pruned, "_orig_mod"):
+        raise TypeError(
+            "GatedNet: pruned must not be compiled as a whole, since its gates sit between its stages: "
+            "compile these (net.stages[i] = torch.compile(net.stages[i]))"
+        )
     stages = getattr(pruned, "stages", None)
     if stages is None or not all(callable(stage) for stage in stages):
         raise TypeError(

@@ -254,6 +254,26 @@ def test_state_moves_and_survives(net, x):
     assert gated.thresholds.tolist() == medians(net, x)  # not rounded
 
 
+def test_the_network_may_be_replaced_by_one_of_its_form(net, x):
+    from aep_ext import prune
+
+    gated, other = GatedNet(net, "confidence", 2.0), copy.deepcopy(net)
+    with torch.no_grad():
+        other.exits[3].linear.weight.mul_(2)
+    gated.net = other
+    for part in (x, x[:1]):
+        with torch.no_grad():
+            assert torch.equal(gated(part).logits, other(part))
+    assert next(gated.net.parameters()) is next(other.parameters())
+    with pytest.raises(ValueError, match="net must have 4 exits as before, got 2"):
+        gated.net = prune(net, (0, 1))
+    with pytest.raises(TypeError, match="pruned must be a MultiExitNet or have stages"):
+        gated.net = nn.Linear(2, 2)
+    assert gated.net is other and torch.equal(gated(x[:1]).logits, other(x[:1]))
+    with pytest.raises(TypeError, match="must not be compiled as a whole"):
+        GatedNet(SimpleNamespace(_orig_mod=net), "confidence", 0.5)
+
+
 def test_training_mode_is_refused(net, x):
     net = copy.deepcopy(net)
     gated = GatedNet(net, "confidence", 0.5)
@@ -280,6 +300,12 @@ def test_what_calibration_found(net, x):
     assert gated.policy == Margin() and gated.thresholds.tolist() == [0.1, 0.2, 0.3]
     assert gated.temperatures.tolist() == [1.0, 2.0, 3.0, 4.0] and gated.enabled.tolist() == [True, False, True]
     assert gated.mode == ("mask",) * 3 and gated.live == (True, False, True) and "Margin" in repr(gated)
+    result.weights = net.output_weights.tolist()
+    assert GatedNet.from_calibration(net, result).policy == Margin()
+    for weights in (torch.tensor([0.25] * 4), [1.0]):
+        result.weights = weights
+        with pytest.raises(ValueError, match="net must have the output weights that were calibrated, .*got"):
+            GatedNet.from_calibration(net, result)
     logits = net.exit_logits(x)
     theirs = simulate(
         logits,
@@ -355,3 +381,18 @@ def test_near_samples_are_counted():
     with pytest.raises(ValueError, match="near_threshold: policy must be built in, got 'custom'"):
         own.near_threshold(logits)
     assert own(numbered(0, 3)).exit.tolist() == [0, 0, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["confidence", "patience", "vote"])
+@pytest.mark.parametrize("mode", ["compact", "mask"])
+def test_on_a_gpu_executor_and_simulator_agree(net, x, policy, mode):
+    logits = torch.randn(4, 65, 5) * 2
+    net = replay_net(logits, net.output_weights.tolist()).to("cuda")
+    gated = GatedNet(net, policy, 0.6 if policy == "confidence" else 2, mode=mode)
+    expected = gated.simulate(logits.cuda())
+    for n in (0, 1, 65):
+        for output in (gated(numbered(0, n).cuda()), gated.predict_all(numbered(0, n).split(9), capacity=16)):
+            assert output.exit.is_cuda and torch.equal(output.exit, expected.exits[:n])
+            assert torch.equal(output.confidence, expected.confidences[:n])
+            assert torch.equal(output.logits, expected.logits[:n])
