@@ -70,7 +70,8 @@ class Refill:
     Outputs come back batch by batch, in the order pushed, as soon as a batch and all before it are answered.
 
     What is held at most, after a push: ``capacity - 1`` samples' features at each live exit, and the outputs of
-    ``max_delay`` batches; while a batch of n is being worked on, ``n + 2 * capacity`` features more.
+    ``max_delay`` batches; while a batch of n is worked on, its inputs and the features of ``2 * n + 3 * capacity``
+    samples more.
 
     Args:
         begin: gives a run of the units (``units.begin``).

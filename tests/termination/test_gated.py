@@ -13,8 +13,9 @@ from replay import numbered, replay_net
 from torch import nn
 
 from aep_ext import ExitWeights, MultiExitNet, _load
+from aep_ext.surgery.heads import PooledLinearHead
 from aep_ext.surgery.networks import build
-from aep_ext.termination import Custom, GatedNet, Margin, Patience, Vote, simulate
+from aep_ext.termination import Custom, GatedNet, Margin, Patience, Vote, near_threshold, simulate
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +209,17 @@ def test_heads_that_write_on_their_input_do_not_spoil_the_next_stage(inference):
             assert torch.equal(gated(part).logits, net(part))
 
 
+def test_fused_heads_with_an_activation_before_the_pool(x):
+    heads = [PooledLinearHead(4, 3, pre=nn.ReLU(inplace=inplace)) for inplace in (True, False, True)]
+    stages = [nn.Conv2d(c, 4, 3) for c in (1, 4, 4)]
+    net = MultiExitNet(stages, heads, num_classes=3).eval()
+    with torch.no_grad():
+        apart = torch.stack([head(f.clone()) for head, f in zip(heads, net.features(x), strict=True)])
+    for _ in range(2):
+        output = GatedNet(net, "confidence", 2.0)(x)
+        torch.testing.assert_close(output.logits, apart.mean(0))
+
+
 def test_buffers_are_read_again_where_they_change(net, x):
     gated = GatedNet(net, "confidence", 2.0)
     assert gated.settings() is gated.settings()
@@ -370,6 +382,8 @@ def test_near_samples_are_counted():
     gated = GatedNet(replay_net(logits, [0.5, 0.5]), "confidence", confidence + 5e-6)
     assert gated.near_threshold(logits).tolist() == [True, False, False]
     assert gated.near_threshold(logits, tolerance=1e-7).tolist() == [False] * 3
+    assert near_threshold(logits, [0.5, 0.5], "confidence", confidence + 5e-6).tolist() == [True, False, False]
+    assert near_threshold(logits, [0.5, 0.5], "entropy", 0.0, temperatures=2.0).tolist() == [False] * 3
     gated.enabled.fill_(False)
     assert not gated.near_threshold(logits).any()
     # Who has left is not near a later threshold; counts are near where the judged class hangs on a hair.
