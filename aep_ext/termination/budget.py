@@ -5,6 +5,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LOSSES = ("degradation", "drop", "disagreement")
+"""Losses of a sample against the full ensemble; see ``losses_at``."""
+
 
 @dataclass(frozen=True)
 class AccuracyBudget:
@@ -67,9 +70,8 @@ class RiskBudget:
         if not 0 < self.epsilon < 1 or not 0 < self.delta < 1:
             raise ValueError("RiskBudget: epsilon and delta must be within (0, 1), "
                              f"got {self.epsilon} and {self.delta}")
-        if self.loss not in ("degradation", "drop", "disagreement"):
-            raise ValueError("RiskBudget: loss must be 'degradation', 'drop' or 'disagreement', "
-                             f"got {self.loss!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"RiskBudget: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if self.method not in ("ltt", "crc"):
             raise ValueError(f"RiskBudget: method must be 'ltt' or 'crc', got {self.method!r}")
         if self.method == "crc" and self.loss == "drop":

@@ -38,7 +38,7 @@ def calibrate(cache: ExitCache, *, costs: Sequence[float] | Tensor, budget: Budg
         on: "ensemble" or "exit", where ``policy`` is a name.
         temperatures: "fit", (E,) numbers, or None for 1.
         path: for a risk, a path fixed on other data, which also settles policy and temperatures; by default the
-            accuracy-cost curve of the first part of the cache.
+            curve of that loss against the cost on the first part of the cache.
         share: by default 0.2, for a risk 0.5. 0: both steps on all samples (not for a risk). Without a first step
             everything goes to the second.
         method, bound_steps: of :class:`ThresholdSearch`.
@@ -82,7 +82,7 @@ def calibrate(cache: ExitCache, *, costs: Sequence[float] | Tensor, budget: Budg
     notice = "; ".join(f"exit {e + 1}: temperature at its bound {fit.temperature:g}"
                        for e, fit in enumerate(fits) if fit.bounded)
     if isinstance(budget, RiskBudget):
-        search = ThresholdSearch(first, rule, costs, scales, seed=seed, method=method)
+        search = ThresholdSearch(first, rule, costs, scales, loss=budget.loss, seed=seed, method=method)
         path = ThresholdPath.from_curve(search.curve(points=100), [first.identity])
         # Both parts have the cache's role; that they are disjoint is known here.
         result = _risk(second, path, budget, costs, seed, same, (first.identity, second.identity))

@@ -10,13 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .budget import LOSSES
 from .cache import ExitCache
 from .curve import ThresholdCurve
 from .identity import DataIdentity
 from .policies import Custom, Policy, as_policy
 from .table import GateTable
-
-LOSSES = ("degradation", "drop", "disagreement")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +90,7 @@ class ThresholdPath:
         """The accuracy-cost curve of OTHER data, from the dearest point to the cheapest.
 
         Args:
-            curve: of a :class:`ThresholdSearch`.
+            curve: of a :class:`ThresholdSearch`, best one with the ``loss`` that will be controlled.
             sources: identities of the data behind the curve and its temperatures; at least one.
 
         Raises:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -98,6 +98,17 @@ class GateTable:
         middle = float(np.float32((leaves + stays) / 2))
         # Neighbours in float32 have no number between them; the score that leaves is then the threshold.
         return sign * (middle if middle > stays else float(leaves)), True
+
+    def against_the_ensemble(self, loss: str) -> GateTable:
+        """The same, with ``right`` saying whether an exit's answer is no loss against the full ensemble's.
+
+        "drop": as it is. "degradation": right, or the full ensemble is wrong too. "disagreement": the full ensemble's
+        answer. So the last exit loses nothing under the latter two.
+        """
+        if loss == "drop":
+            return self
+        kept = self.predictions == self.predictions[-1] if loss == "disagreement" else self.right | ~self.right[-1]
+        return replace(self, right=kept)
 
     def leaving(self, thresholds: NDArray[np.float64], enabled: NDArray[np.bool_]) -> NDArray[np.int64]:
         """(N,) the exit at which each sample is answered, for (E-1,) thresholds in the policy's unit."""

@@ -114,7 +114,7 @@ def binomial_upper(k: int, n: int, delta: float) -> float:
 def hoeffding_bentkus(mean: float, n: int, epsilon: float) -> float:
     """P-value for "the mean of a loss in [0, 1] is above epsilon": the smaller one of Hoeffding's and Bentkus' bounds.
 
-    A. N. Angelopoulos, S. Bates, E. J. Candes, M. I. Jordan, L. Lei, "Learn then Test" (2021), proposition 1.
+    A. N. Angelopoulos, S. Bates, E. J. Candes, M. I. Jordan, L. Lei, "Learn then Test" (2021).
 
     Args:
         mean: of the losses.
@@ -136,8 +136,8 @@ def betting(values: ArrayLike, epsilon: float) -> NDArray[np.float64]:
 
     The capital of a gambler who stakes on small values grows as prod(1 - stake_i (x_i - epsilon)), each stake chosen
     from the values before; under the hypothesis it is a supermartingale, so 1 / max(capital) is a p-value (J. Ville).
-    Stakes: those of I. Waudby-Smith and A. Ramdas, "Estimating means of bounded random variables by betting" (2024),
-    capped at 3/4 of the stake that could ruin; for values with a small variance far stronger than Hoeffding's.
+    Stakes after those of I. Waudby-Smith and A. Ramdas, "Estimating means of bounded random variables by betting"
+    (2024), capped at 3/4 of the stake that could ruin; for values with a small variance far stronger than Hoeffding's.
 
     Args:
         values: (M, n) or (n,), in an order that does not depend on them.

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import search
 from .archive import Archive, Limits
 from .bound import LagrangianBound
+from .budget import LOSSES
 from .cache import ExitCache
 from .curve import ThresholdCurve, Thresholds
 from .policies import Policy
@@ -39,6 +40,9 @@ class ThresholdSearch:
             (multiply-adds or milliseconds); see ``exit_costs``.
         temperatures: (E,), rounded to float32 as a gated network keeps them; 1 by default.
         on: "ensemble" or "exit", where ``policy`` is a name.
+        loss: what a budget of accuracy counts. "drop": right answers. "degradation" and "disagreement" (see
+            ``losses_at``): answers that are no such loss against the full ensemble; ``correct`` in the results then
+            counts these, and the careful end of the curve loses nothing. A path to control such a risk along begins so.
         seed: of the random starts.
         method: "auto"; "exhaustive" or "search" by hand.
 
@@ -51,6 +55,7 @@ class ThresholdSearch:
     costs: Sequence[float] | Tensor
     temperatures: Sequence[float] | Tensor | None = None
     on: str | None = None
+    loss: str = "drop"
     seed: int = 0
     method: str = "auto"
     table: GateTable = field(init=False, repr=False)
@@ -63,6 +68,8 @@ class ThresholdSearch:
         if self.method not in ("auto", "exhaustive", "search"):
             raise ValueError("ThresholdSearch: method must be 'auto', 'exhaustive' or 'search', "
                              f"got {self.method!r}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"ThresholdSearch: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not len(self.cache):
             raise ValueError("ThresholdSearch: cache must hold at least one sample, got none")
         prices = np.asarray(torch.as_tensor(self.costs, dtype=torch.float64))
@@ -77,7 +84,8 @@ class ThresholdSearch:
             raise ValueError(f"ThresholdSearch: temperatures must be {exits} positive numbers, got {scales.tolist()}")
         self.temperatures = scales
         cache = self.cache
-        self.table = GateTable.of(cache.logits, cache.weights, cache.target, self.policy, scales, self.on)
+        table = GateTable.of(cache.logits, cache.weights, cache.target, self.policy, scales, self.on)
+        self.table = table.against_the_ensemble(self.loss)
         self.problem = Problem.of(self.table, prices)
         self.archive = Archive(self.problem)
         self.exact = self.method == "exhaustive" or (self.method == "auto" and search.is_small(self.problem))

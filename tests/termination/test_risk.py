@@ -19,7 +19,8 @@ from aep_ext.termination import (
     path_losses,
     simulate,
 )
-from aep_ext.termination.path import LOSSES, losses_at
+from aep_ext.termination.budget import LOSSES
+from aep_ext.termination.path import losses_at
 from aep_ext.termination.tails import binomial_cdf
 
 RESAMPLINGS = 1000
@@ -175,6 +176,24 @@ def test_a_path_is_not_tested_on_its_own_data():
         assert marked.same_data and marked.guarantee == "" and "SAME DATA" in str(marked)
     with pytest.raises(ValueError, match="sources must name the data behind the curve, got none"):
         ThresholdPath.from_curve(curve, [])
+
+
+@pytest.mark.parametrize("loss", ["degradation", "disagreement"])
+def test_a_path_made_for_a_loss_begins_without_it(loss):
+    cache = cache_of(4, 6000, seed=15)
+    first, _ = cache.split([0.5, 0.5], seed=0)
+    search = ThresholdSearch(first, "confidence", [1, 2, 3, 4], loss=loss)
+    made = ThresholdPath.from_curve(search.curve(points=50), [first.identity])
+    lost = path_losses(first, made, loss).sum(axis=1)
+    assert lost[0] == 0 and (np.diff(lost) >= 0).all()  # the curve's own axis
+    found = search.for_accuracy(0.3)
+    taken, table = made.exits(first)
+    at = table.leaving(found.thresholds.double().numpy(), found.enabled.numpy())
+    assert int(losses_at(at[None], table, loss).sum()) == 3000 - found.correct <= 9 and found.cost < 4
+    # So a small risk can be kept, where a path of plain accuracy begins with too many exchanged answers.
+    assert calibrate(cache, costs=[1, 2, 3, 4], budget=RiskBudget(0.004, 0.1, loss)).feasible
+    with pytest.raises(ValueError, match="loss must be one of degradation, drop, disagreement, got 'x'"):
+        ThresholdSearch(first, "confidence", [1, 2, 3, 4], loss="x")
 
 
 def test_a_promise_that_cannot_be_made_switches_everything_off():
