@@ -1,4 +1,5 @@
 """The cheapest way found so far to every number of right answers."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -43,11 +44,11 @@ class Archive:
     def limits(self, right: int) -> Limits:
         """The limits behind the entry for ``right`` answers."""
         limits, e = self._lines[self._line[right]]
-        return (*limits[:e], int(self._limit[right]), *limits[e + 1:])
+        return (*limits[:e], int(self._limit[right]), *limits[e + 1 :])
 
     def cheapest(self, at_least: int) -> int | None:
         """The entry with the lowest cost among those with at least so many right answers; the better one of equals."""
-        tail = self.cost[max(at_least, 0):]
+        tail = self.cost[max(at_least, 0) :]
         if not len(tail) or not np.isfinite(tail).any():
             return None
         return max(at_least, 0) + len(tail) - 1 - int(np.argmin(tail[::-1]))

@@ -7,6 +7,7 @@ must be its best-ranked ones. Multipliers mu (G, N) charge the two copies for di
 exactly (the sample's by a maximum over E exits, the gate's by a running sum over its ranks), and the sum of both is at
 least the joint optimum for every mu. A subgradient method lowers it; with one gate it reaches the optimum itself.
 """
+
 from __future__ import annotations
 
 import numpy as np

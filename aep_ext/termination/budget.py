@@ -1,4 +1,5 @@
 """What a user asks of a gated network: so much accuracy, so little cost, or a risk that is kept with a guarantee."""
+
 from __future__ import annotations
 
 import math
@@ -39,8 +40,10 @@ class CostBudget:
 
     def __post_init__(self) -> None:
         if (self.mean is None) == (self.fraction is None):
-            raise ValueError("CostBudget: exactly one of mean and fraction must be given, "
-                             f"got mean={self.mean} and fraction={self.fraction}")
+            raise ValueError(
+                "CostBudget: exactly one of mean and fraction must be given, "
+                f"got mean={self.mean} and fraction={self.fraction}"
+            )
         value = self.mean if self.mean is not None else self.fraction
         if value is None or not 0 < value < math.inf:
             raise ValueError(f"CostBudget: the limit must be positive and finite, got {value}")
@@ -68,15 +71,17 @@ class RiskBudget:
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < 1 or not 0 < self.delta < 1:
-            raise ValueError("RiskBudget: epsilon and delta must be within (0, 1), "
-                             f"got {self.epsilon} and {self.delta}")
+            raise ValueError(
+                f"RiskBudget: epsilon and delta must be within (0, 1), got {self.epsilon} and {self.delta}"
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"RiskBudget: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if self.method not in ("ltt", "crc"):
             raise ValueError(f"RiskBudget: method must be 'ltt' or 'crc', got {self.method!r}")
         if self.method == "crc" and self.loss == "drop":
-            raise ValueError("RiskBudget: loss must be within [0, 1] for method 'crc' ('degradation' or "
-                             "'disagreement'), got 'drop'")
+            raise ValueError(
+                "RiskBudget: loss must be within [0, 1] for method 'crc' ('degradation' or 'disagreement'), got 'drop'"
+            )
 
 
 Budget = AccuracyBudget | CostBudget | RiskBudget

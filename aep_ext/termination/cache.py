@@ -1,4 +1,5 @@
 """The exit cache: all exits' logits of a data set, from one pass, so that nothing below runs the network again."""
+
 from __future__ import annotations
 
 import os
@@ -42,8 +43,17 @@ class ExitCache:
     exit_ids: tuple[int, ...]
 
     @classmethod
-    def from_logits(cls, exit_logits: Tensor, target: Tensor, weights: Sequence[float] | Tensor, *, role: str,
-                    exit_ids: Sequence[int] | None = None, half: bool = False, copy: bool = True) -> ExitCache:
+    def from_logits(
+        cls,
+        exit_logits: Tensor,
+        target: Tensor,
+        weights: Sequence[float] | Tensor,
+        *,
+        role: str,
+        exit_ids: Sequence[int] | None = None,
+        half: bool = False,
+        copy: bool = True,
+    ) -> ExitCache:
         """A cache of logits that are there already.
 
         Args:
@@ -64,17 +74,22 @@ class ExitCache:
             found = exit_logits.dtype if isinstance(exit_logits, Tensor) else type(exit_logits).__name__
             raise TypeError(f"ExitCache: exit_logits must be a floating tensor, got {found}")
         if exit_logits.dim() != 3 or exit_logits.shape[0] < 1 or exit_logits.shape[2] < 1:
-            raise ValueError("ExitCache: exit_logits must have shape [E, N, K] with E and K at least 1, "
-                             f"got {list(exit_logits.shape)}")
+            raise ValueError(
+                "ExitCache: exit_logits must have shape [E, N, K] with E and K at least 1, "
+                f"got {list(exit_logits.shape)}"
+            )
         exits, samples, classes = exit_logits.shape
         labels = torch.as_tensor(target)
         if labels.dim() != 1 or len(labels) != samples or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(f"ExitCache: target must be integers of shape [{samples}], "
-                             f"got {labels.dtype} of shape {list(labels.shape)}")
+            raise ValueError(
+                f"ExitCache: target must be integers of shape [{samples}], "
+                f"got {labels.dtype} of shape {list(labels.shape)}"
+            )
         labels = labels.detach().to("cpu", torch.int64, copy=copy)
         if samples and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise ValueError(f"ExitCache: target must be within 0..{classes - 1}, "
-                             f"got {int(labels.min())}..{int(labels.max())}")
+            raise ValueError(
+                f"ExitCache: target must be within 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}"
+            )
         factors = torch.as_tensor(weights).detach().to("cpu", torch.float32, copy=True)
         if tuple(factors.shape) != (exits,) or not bool(((factors > 0) & factors.isfinite()).all()):
             raise ValueError(f"ExitCache: weights must be {exits} positive numbers, got {factors.tolist()}")
@@ -85,13 +100,23 @@ class ExitCache:
             raise ValueError(f"ExitCache: role must be a name such as 'calibration' or 'test', got {role!r}")
         kept = exit_logits.detach().to("cpu", torch.float16 if half else torch.float32, copy=copy).contiguous()
         if half and bool((kept.isinf() & ~exit_logits.detach().cpu().isinf()).any()):
-            raise ValueError("ExitCache: logits must be within +-65504 for half storage, "
-                             f"got {float(exit_logits[exit_logits.isfinite()].abs().max()):g}")
+            raise ValueError(
+                "ExitCache: logits must be within +-65504 for half storage, "
+                f"got {float(exit_logits[exit_logits.isfinite()].abs().max()):g}"
+            )
         return cls(kept, labels, factors, role, ids)
 
     @classmethod
-    def collect(cls, net: MultiExitNet, loader: Iterable[Any], *, role: str, device: torch.device | str | None = None,
-                half: bool = False, progress: Callable[[int], None] | None = None) -> ExitCache:
+    def collect(
+        cls,
+        net: MultiExitNet,
+        loader: Iterable[Any],
+        *,
+        role: str,
+        device: torch.device | str | None = None,
+        half: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> ExitCache:
         """One pass over ``loader`` in eval and inference mode; only logits and labels are kept.
 
         Args:
@@ -116,13 +141,16 @@ class ExitCache:
             with eval_mode(net), torch.inference_mode():
                 for batch in loader:
                     if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[0], Tensor):
-                        raise TypeError("ExitCache.collect: loader must yield (x, y) batches, "
-                                        f"got {type(batch).__name__}")
+                        raise TypeError(
+                            f"ExitCache.collect: loader must yield (x, y) batches, got {type(batch).__name__}"
+                        )
                     found = net.exit_logits(batch[0].to(where, non_blocking=True))
                     part = found.to("cpu", torch.float16 if half else torch.float32)
                     if half and bool((part.isinf() & ~found.cpu().isinf()).any()):
-                        raise ValueError("ExitCache.collect: logits must be within +-65504 for half storage, "
-                                         f"got {float(found[found.isfinite()].abs().max()):g}")
+                        raise ValueError(
+                            "ExitCache.collect: logits must be within +-65504 for half storage, "
+                            f"got {float(found[found.isfinite()].abs().max()):g}"
+                        )
                     logits.append(part)
                     labels.append(torch.as_tensor(batch[1]).cpu())
                     done += part.shape[1]
@@ -135,8 +163,9 @@ class ExitCache:
         # Joined outside inference mode: the tensors can then be used like any others.
         joined = torch.cat(logits, dim=1)
         logits.clear()
-        return cls.from_logits(joined, torch.cat(labels), net.output_weights, role=role, exit_ids=net.exit_ids,
-                               half=half, copy=False)
+        return cls.from_logits(
+            joined, torch.cat(labels), net.output_weights, role=role, exit_ids=net.exit_ids, half=half, copy=False
+        )
 
     @property
     def num_exits(self) -> int:
@@ -196,11 +225,17 @@ class ExitCache:
         chosen = torch.as_tensor(indices)
         if chosen.dtype != torch.bool:
             chosen = chosen.to(torch.int64)
-        return ExitCache(self.logits[:, chosen].contiguous(), self.target[chosen], self.weights,
-                         self.role if role is None else role, self.exit_ids)
+        return ExitCache(
+            self.logits[:, chosen].contiguous(),
+            self.target[chosen],
+            self.weights,
+            self.role if role is None else role,
+            self.exit_ids,
+        )
 
-    def split(self, fractions: Sequence[float], *, seed: int, roles: Sequence[str] | None = None
-              ) -> tuple[ExitCache, ...]:
+    def split(
+        self, fractions: Sequence[float], *, seed: int, roles: Sequence[str] | None = None
+    ) -> tuple[ExitCache, ...]:
         """Cut the samples, in a random order, into disjoint parts.
 
         Args:
@@ -212,14 +247,15 @@ class ExitCache:
             ValueError: fractions or roles break these rules.
         """
         if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
-            raise ValueError("ExitCache.split: fractions must be positive and sum to at most 1, "
-                             f"got {list(fractions)}")
+            raise ValueError(f"ExitCache.split: fractions must be positive and sum to at most 1, got {list(fractions)}")
         if roles is not None and len(roles) != len(fractions):
             raise ValueError(f"ExitCache.split: roles must have {len(fractions)} entries, got {len(roles)}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        ends = [round(sum(fractions[:i + 1]) * len(self)) for i in range(len(fractions))]
-        return tuple(self.select(order[start:end], role=None if roles is None else roles[i])
-                     for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False)))
+        ends = [round(sum(fractions[: i + 1]) * len(self)) for i in range(len(fractions))]
+        return tuple(
+            self.select(order[start:end], role=None if roles is None else roles[i])
+            for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False))
+        )
 
     def save(self, path: str | os.PathLike[str], *, metadata: dict[str, Any] | None = None) -> Path:
         """Write ``path`` (safetensors) and, beside it, ``path`` with the suffix .json; see :mod:`.cache_files`."""

@@ -1,4 +1,5 @@
 """A cache on disk: tensors in a safetensors file, everything else in a JSON file beside it. No pickle."""
+
 from __future__ import annotations
 
 import hashlib
@@ -106,14 +107,24 @@ def load_cache(path: str | os.PathLike[str]) -> ExitCache:
         raise ValueError(f"ExitCache.load: {description_file.name} must be JSON, got {error}") from error
     found = (description.get("format"), description.get("version")) if isinstance(description, dict) else (None, None)
     if found != (FORMAT, VERSION):
-        raise ValueError(f"ExitCache.load: {description_file.name} must have format {FORMAT!r} and version {VERSION}, "
-                         f"got {found[0]!r} and {found[1]!r}")
+        raise ValueError(
+            f"ExitCache.load: {description_file.name} must have format {FORMAT!r} and version {VERSION}, "
+            f"got {found[0]!r} and {found[1]!r}"
+        )
     data = tensor_file.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != description.get("sha256"):
-        raise ValueError(f"ExitCache.load: {tensor_file.name} must be the file that {description_file.name} names, "
-                         f"{str(description.get('sha256'))[:12]}, got {digest[:12]}")
+        raise ValueError(
+            f"ExitCache.load: {tensor_file.name} must be the file that {description_file.name} names, "
+            f"{str(description.get('sha256'))[:12]}, got {digest[:12]}"
+        )
     tensors = library.load(data)
     identity = DataIdentity.from_dict(description["identity"])
-    return ExitCache.from_logits(tensors["logits"], tensors["target"], tensors["weights"], role=identity.role,
-                                 exit_ids=description["exit_ids"], half=tensors["logits"].dtype == torch.float16)
+    return ExitCache.from_logits(
+        tensors["logits"],
+        tensors["target"],
+        tensors["weights"],
+        role=identity.role,
+        exit_ids=description["exit_ids"],
+        half=tensors["logits"].dtype == torch.float16,
+    )

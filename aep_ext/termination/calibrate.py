@@ -1,4 +1,5 @@
 """calibrate(): temperatures and thresholds for a budget, from a cache."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -21,10 +22,21 @@ from .temperature import fit_temperatures
 from .thresholds import ThresholdSearch
 
 
-def calibrate(cache: ExitCache, *, costs: Sequence[float] | Tensor, budget: Budget, policy: Policy | str = "confidence",
-              on: str | None = None, temperatures: str | Sequence[float] | Tensor | None = "fit",
-              path: ThresholdPath | None = None, share: float | None = None, seed: int = 0, method: str = "auto",
-              bound_steps: int = 200, allow_same_data: bool = False) -> Calibration:
+def calibrate(
+    cache: ExitCache,
+    *,
+    costs: Sequence[float] | Tensor,
+    budget: Budget,
+    policy: Policy | str = "confidence",
+    on: str | None = None,
+    temperatures: str | Sequence[float] | Tensor | None = "fit",
+    path: ThresholdPath | None = None,
+    share: float | None = None,
+    seed: int = 0,
+    method: str = "auto",
+    bound_steps: int = 200,
+    allow_same_data: bool = False,
+) -> Calibration:
     """Temperatures and thresholds that meet a budget on a cache of calibration data.
 
     What is fitted in turn is fitted on different samples: ``share`` of the cache, drawn with ``seed``, goes to the
@@ -53,12 +65,15 @@ def calibrate(cache: ExitCache, *, costs: Sequence[float] | Tensor, budget: Budg
         ValueError: data roles are mixed, or an argument breaks its rule.
     """
     if not isinstance(budget, (AccuracyBudget, CostBudget, RiskBudget)):
-        raise TypeError("calibrate: budget must be an AccuracyBudget, CostBudget or RiskBudget, "
-                        f"got {type(budget).__name__}")
+        raise TypeError(
+            f"calibrate: budget must be an AccuracyBudget, CostBudget or RiskBudget, got {type(budget).__name__}"
+        )
     same = cache.role in REPORTING_ROLES
     if same and not allow_same_data:
-        raise ValueError(f"calibrate: data must not have the role {cache.role!r}, which is reported on; "
-                         "allow_same_data=True does it all the same and marks the result")
+        raise ValueError(
+            f"calibrate: data must not have the role {cache.role!r}, which is reported on; "
+            "allow_same_data=True does it all the same and marks the result"
+        )
     if path is not None:
         if not isinstance(budget, RiskBudget):
             raise ValueError(f"calibrate: path must be left out but for a RiskBudget, got {type(budget).__name__}")
@@ -79,8 +94,9 @@ def calibrate(cache: ExitCache, *, costs: Sequence[float] | Tensor, budget: Budg
             raise ValueError(f"calibrate: cache must hold enough samples for a share of {part:g}, got {len(cache)}")
     fits = fit_temperatures(first, on=rule.on) if fitted else ()
     scales = [fit.temperature for fit in fits] if fitted else temperatures
-    notice = "; ".join(f"exit {e + 1}: temperature at its bound {fit.temperature:g}"
-                       for e, fit in enumerate(fits) if fit.bounded)
+    notice = "; ".join(
+        f"exit {e + 1}: temperature at its bound {fit.temperature:g}" for e, fit in enumerate(fits) if fit.bounded
+    )
     if isinstance(budget, RiskBudget):
         search = ThresholdSearch(first, rule, costs, scales, loss=budget.loss, seed=seed, method=method)
         path = ThresholdPath.from_curve(search.curve(points=100), [first.identity])
@@ -88,30 +104,67 @@ def calibrate(cache: ExitCache, *, costs: Sequence[float] | Tensor, budget: Budg
         result = _risk(second, path, budget, costs, seed, same, (first.identity, second.identity))
     else:
         search = ThresholdSearch(second, rule, costs, scales, seed=seed, method=method)
-        found = search.for_accuracy(budget.drop, bound_steps=bound_steps) if isinstance(budget, AccuracyBudget) else \
-            search.for_cost(budget.limit(float(search.problem.costs[-1])), bound_steps=bound_steps)
+        found = (
+            search.for_accuracy(budget.drop, bound_steps=bound_steps)
+            if isinstance(budget, AccuracyBudget)
+            else search.for_cost(budget.limit(float(search.problem.costs[-1])), bound_steps=bound_steps)
+        )
         identities = (second.identity,) if first is second else (first.identity, second.identity)
-        result = from_thresholds(found, second, search.problem.costs.tolist(), budget=budget, data=identities,
-                                 same_data=same)
+        result = from_thresholds(
+            found, second, search.problem.costs.tolist(), budget=budget, data=identities, same_data=same
+        )
         if fitted and first is second:
             result = result.marked("temperatures and thresholds were fitted on the same samples")
     result = replace(result, temperature_fits=tuple(fit.to_dict() for fit in fits))
     return result.marked(notice) if notice else result
 
 
-def from_thresholds(found: Thresholds, cache: ExitCache, costs: Sequence[float], *, budget: Budget | None = None,
-                    data: Sequence[DataIdentity] | None = None, same_data: bool = False, guarantee: str = ""
-                    ) -> Calibration:
+def from_thresholds(
+    found: Thresholds,
+    cache: ExitCache,
+    costs: Sequence[float],
+    *,
+    budget: Budget | None = None,
+    data: Sequence[DataIdentity] | None = None,
+    same_data: bool = False,
+    guarantee: str = "",
+) -> Calibration:
     """A :class:`Calibration` of thresholds that a :class:`ThresholdSearch` found on a cache."""
     return Calibration(
-        found.policy, found.thresholds, found.enabled, found.temperatures, cache.weights, tuple(costs), found.correct,
-        found.full_correct, found.n, found.cost, found.full_cost, found.counts, budget, found.feasible, found.exact,
-        found.bound, found.gap, guarantee, (cache.identity,) if data is None else tuple(data), same_data, found.seed,
-        found.notice)
+        found.policy,
+        found.thresholds,
+        found.enabled,
+        found.temperatures,
+        cache.weights,
+        tuple(costs),
+        found.correct,
+        found.full_correct,
+        found.n,
+        found.cost,
+        found.full_cost,
+        found.counts,
+        budget,
+        found.feasible,
+        found.exact,
+        found.bound,
+        found.gap,
+        guarantee,
+        (cache.identity,) if data is None else tuple(data),
+        same_data,
+        found.seed,
+        found.notice,
+    )
 
 
-def control_risk(cache: ExitCache, path: ThresholdPath, budget: RiskBudget, *, costs: Sequence[float] | Tensor,
-                 seed: int = 0, allow_same_data: bool = False) -> Calibration:
+def control_risk(
+    cache: ExitCache,
+    path: ThresholdPath,
+    budget: RiskBudget,
+    *,
+    costs: Sequence[float] | Tensor,
+    seed: int = 0,
+    allow_same_data: bool = False,
+) -> Calibration:
     """The cheapest step of a path whose risk is kept: learn-then-test, or conformal risk control.
 
     Args:
@@ -132,14 +185,23 @@ def control_risk(cache: ExitCache, path: ThresholdPath, budget: RiskBudget, *, c
     same = refuse_same_data("control_risk", cache, path.sources, allow_same_data)
     if cache.role in REPORTING_ROLES:
         if not allow_same_data:
-            raise ValueError(f"control_risk: data must not have the role {cache.role!r}, which is reported on; "
-                             "allow_same_data=True does it all the same and marks the result")
+            raise ValueError(
+                f"control_risk: data must not have the role {cache.role!r}, which is reported on; "
+                "allow_same_data=True does it all the same and marks the result"
+            )
         same = True
     return _risk(cache, path, budget, costs, seed, same, (*path.sources, cache.identity))
 
 
-def _risk(cache: ExitCache, path: ThresholdPath, budget: RiskBudget, costs: Sequence[float] | Tensor, seed: int,
-          same: bool, data: tuple[DataIdentity, ...]) -> Calibration:
+def _risk(
+    cache: ExitCache,
+    path: ThresholdPath,
+    budget: RiskBudget,
+    costs: Sequence[float] | Tensor,
+    seed: int,
+    same: bool,
+    data: tuple[DataIdentity, ...],
+) -> Calibration:
     prices = np.asarray(torch.as_tensor(costs, dtype=torch.float64))
     if prices.shape != (cache.num_exits,):
         raise ValueError(f"control_risk: costs must have {cache.num_exits} entries, got {list(prices.shape)}")
@@ -147,37 +209,67 @@ def _risk(cache: ExitCache, path: ThresholdPath, budget: RiskBudget, costs: Sequ
         raise ValueError("control_risk: cache must hold at least one sample, got none")
     taken, table = path.exits(cache)
     losses = losses_at(taken, table, budget.loss)
-    test = learn_then_test(losses, budget.epsilon, budget.delta) if budget.method == "ltt" else \
-        conformal_risk_control(losses, budget.epsilon)
+    test = (
+        learn_then_test(losses, budget.epsilon, budget.delta)
+        if budget.method == "ltt"
+        else conformal_risk_control(losses, budget.epsilon)
+    )
     n, gates = len(cache), cache.num_exits - 1
     notice = guarantee = ""
     if test.accepted:
         # All accepted steps hold at once, so the cheapest may be taken; of equals the most careful.
-        means = prices[taken[:test.accepted]].mean(axis=1)
+        means = prices[taken[: test.accepted]].mean(axis=1)
         step = int(np.argmin(means))
         thresholds, enabled, answered = path.thresholds[step].clone(), path.enabled[step].clone(), taken[step]
     else:
         thresholds, enabled = path.thresholds[0].clone(), torch.zeros(gates, dtype=torch.bool)
         answered = np.full(n, gates)
-        notice = (f"no step of the path can be shown to keep the risk within {budget.epsilon:g} with {n} samples; "
-                  "every gate is off, which has no risk")
+        notice = (
+            f"no step of the path can be shown to keep the risk within {budget.epsilon:g} with {n} samples; "
+            "every gate is off, which has no risk"
+        )
     if test.accepted and not same:
         guarantee = _promise(budget, n, test.method)
     correct = int(table.right[answered, np.arange(n)].sum())
     more: dict[str, Any] = {"notice": notice}
-    return Calibration(path.policy, thresholds, enabled, path.temperatures.clone(), cache.weights,
-                       tuple(float(p) for p in prices), correct, int(table.right[-1].sum()), n,
-                       float(prices[answered].mean()), float(prices[-1]),
-                       tuple(np.bincount(answered, minlength=gates + 1).tolist()), budget, bool(test.accepted), False,
-                       None, None, guarantee, data, same, seed, **more)
+    return Calibration(
+        path.policy,
+        thresholds,
+        enabled,
+        path.temperatures.clone(),
+        cache.weights,
+        tuple(float(p) for p in prices),
+        correct,
+        int(table.right[-1].sum()),
+        n,
+        float(prices[answered].mean()),
+        float(prices[-1]),
+        tuple(np.bincount(answered, minlength=gates + 1).tolist()),
+        budget,
+        bool(test.accepted),
+        False,
+        None,
+        None,
+        guarantee,
+        data,
+        same,
+        seed,
+        **more,
+    )
 
 
 def _promise(budget: RiskBudget, n: int, method: str) -> str:
-    risk = {"degradation": "the probability that only the full ensemble is right",
-            "drop": "the loss of top-1 accuracy against the full ensemble",
-            "disagreement": "the probability of another answer than the full ensemble's"}[budget.loss]
+    risk = {
+        "degradation": "the probability that only the full ensemble is right",
+        "drop": "the loss of top-1 accuracy against the full ensemble",
+        "disagreement": "the probability of another answer than the full ensemble's",
+    }[budget.loss]
     if budget.method == "crc":
-        return (f"{risk} is at most {budget.epsilon:g} in expectation over calibration and later data (conformal risk "
-                f"control, {n} samples)")
-    return (f"{risk} is at most {budget.epsilon:g} with probability {1 - budget.delta:g} over the calibration data "
-            f"(learn-then-test, fixed sequence, {method}, {n} samples)")
+        return (
+            f"{risk} is at most {budget.epsilon:g} in expectation over calibration and later data (conformal risk "
+            f"control, {n} samples)"
+        )
+    return (
+        f"{risk} is at most {budget.epsilon:g} with probability {1 - budget.delta:g} over the calibration data "
+        f"(learn-then-test, fixed sequence, {method}, {n} samples)"
+    )

@@ -1,4 +1,5 @@
 """The result of a calibration: all that a gated network needs, where it comes from, and what it promises."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -35,8 +36,10 @@ def refuse_same_data(function: str, cache: ExitCache, used: Sequence[DataIdentit
         if same_samples or other.role == cache.role:
             if not allow_same_data:
                 what = "samples" if same_samples else "role"
-                raise ValueError(f"{function}: data must not share the {what} of the data used before, {other}, got "
-                                 f"{cache.identity}; allow_same_data=True does it all the same and marks the result")
+                raise ValueError(
+                    f"{function}: data must not share the {what} of the data used before, {other}, got "
+                    f"{cache.identity}; allow_same_data=True does it all the same and marks the result"
+                )
             return True
     return False
 
@@ -93,14 +96,22 @@ class GateReport:
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         values = {name: value for name, value in asdict(self).items() if name != "data"}
-        return {**values, "counts": list(self.counts), "data": self.data.to_dict(), "accuracy": self.accuracy,
-                "full_accuracy": self.full_accuracy, "drop": self.drop}
+        return {
+            **values,
+            "counts": list(self.counts),
+            "data": self.data.to_dict(),
+            "accuracy": self.accuracy,
+            "full_accuracy": self.full_accuracy,
+            "drop": self.drop,
+        }
 
     def __str__(self) -> str:
         mark = f" [{_SAME}]" if self.same_data else ""
-        return (f"top-1 {100 * self.accuracy:.2f} % ({self.drop:.2f} points below {100 * self.full_accuracy:.2f} %), "
-                f"mean cost {self.cost:.6g} of {self.full_cost:.6g} ({100 * self.cost / self.full_cost:.1f} %) on "
-                f"{self.data}{mark}")
+        return (
+            f"top-1 {100 * self.accuracy:.2f} % ({self.drop:.2f} points below {100 * self.full_accuracy:.2f} %), "
+            f"mean cost {self.cost:.6g} of {self.full_cost:.6g} ({100 * self.cost / self.full_cost:.1f} %) on "
+            f"{self.data}{mark}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,11 +165,17 @@ class Calibration:
 
     def __post_init__(self) -> None:
         exits = len(self.temperatures)
-        if tuple(self.thresholds.shape) != (exits - 1,) or tuple(self.enabled.shape) != (exits - 1,) \
-                or tuple(self.weights.shape) != (exits,) or len(self.costs) != exits:
-            raise ValueError(f"Calibration: {exits} temperatures must come with {exits - 1} thresholds and flags and "
-                             f"{exits} weights and costs, got {list(self.thresholds.shape)}, "
-                             f"{list(self.enabled.shape)}, {list(self.weights.shape)} and {len(self.costs)}")
+        if (
+            tuple(self.thresholds.shape) != (exits - 1,)
+            or tuple(self.enabled.shape) != (exits - 1,)
+            or tuple(self.weights.shape) != (exits,)
+            or len(self.costs) != exits
+        ):
+            raise ValueError(
+                f"Calibration: {exits} temperatures must come with {exits - 1} thresholds and flags and "
+                f"{exits} weights and costs, got {list(self.thresholds.shape)}, "
+                f"{list(self.enabled.shape)}, {list(self.weights.shape)} and {len(self.costs)}"
+            )
 
     @property
     def accuracy(self) -> float:
@@ -186,13 +203,23 @@ class Calibration:
             ValueError: the cache is of another network, or shares samples or role with the calibration data.
         """
         if cache.num_exits != len(self.temperatures) or not torch.equal(cache.weights, self.weights):
-            raise ValueError(f"Calibration.evaluate: cache must have the output weights {self.weights.tolist()}, "
-                             f"got {cache.weights.tolist()}")
+            raise ValueError(
+                f"Calibration.evaluate: cache must have the output weights {self.weights.tolist()}, "
+                f"got {cache.weights.tolist()}"
+            )
         if not len(cache):
             raise ValueError("Calibration.evaluate: cache must hold at least one sample, got none")
         same = refuse_same_data("Calibration.evaluate", cache, self.data, allow_same_data) or self.same_data
-        outcome = simulate(cache.logits, cache.weights, self.policy, self.thresholds, temperatures=self.temperatures,
-                           enabled=self.enabled, target=cache.target, costs=self.costs)
+        outcome = simulate(
+            cache.logits,
+            cache.weights,
+            self.policy,
+            self.thresholds,
+            temperatures=self.temperatures,
+            enabled=self.enabled,
+            target=cache.target,
+            costs=self.costs,
+        )
         table = GateTable.of(cache.logits, cache.weights, cache.target, self.policy, self.temperatures)
         right, full, exits = outcome.correct.numpy(), table.right[-1], outcome.exits.numpy()
         near = np.zeros(len(cache), dtype=bool)
@@ -201,21 +228,45 @@ class Calibration:
             for e, (threshold, on) in enumerate(zip(self.thresholds.tolist(), self.enabled.tolist(), strict=True)):
                 if on:
                     near |= (exits >= e) & (np.abs(table.scores[e] - sign * threshold) <= NEAR)
-        return GateReport(cache.identity, same, int(right.sum()), int(full.sum()), int((full & ~right).sum()),
-                          int((right & ~full).sum()), len(cache), float(outcome.mean_cost), float(self.costs[-1]),
-                          tuple(outcome.counts.tolist()), int(near.sum()))
+        return GateReport(
+            cache.identity,
+            same,
+            int(right.sum()),
+            int(full.sum()),
+            int((full & ~right).sum()),
+            int((right & ~full).sum()),
+            len(cache),
+            float(outcome.mean_cost),
+            float(self.costs[-1]),
+            tuple(outcome.counts.tolist()),
+            int(near.sum()),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
         return {
-            "policy": {"name": self.policy.name, "on": self.policy.on}, "thresholds": self.thresholds.tolist(),
-            "enabled": self.enabled.tolist(), "temperatures": self.temperatures.tolist(),
-            "weights": self.weights.tolist(), "costs": list(self.costs), "correct": self.correct,
-            "full_correct": self.full_correct, "n": self.n, "cost": self.cost, "full_cost": self.full_cost,
-            "counts": list(self.counts), "budget": None if self.budget is None else budget_to_dict(self.budget),
-            "feasible": self.feasible, "exact": self.exact, "bound": self.bound, "gap": self.gap,
-            "guarantee": self.guarantee, "data": [identity.to_dict() for identity in self.data],
-            "same_data": self.same_data, "seed": self.seed, "notice": self.notice,
+            "policy": {"name": self.policy.name, "on": self.policy.on},
+            "thresholds": self.thresholds.tolist(),
+            "enabled": self.enabled.tolist(),
+            "temperatures": self.temperatures.tolist(),
+            "weights": self.weights.tolist(),
+            "costs": list(self.costs),
+            "correct": self.correct,
+            "full_correct": self.full_correct,
+            "n": self.n,
+            "cost": self.cost,
+            "full_cost": self.full_cost,
+            "counts": list(self.counts),
+            "budget": None if self.budget is None else budget_to_dict(self.budget),
+            "feasible": self.feasible,
+            "exact": self.exact,
+            "bound": self.bound,
+            "gap": self.gap,
+            "guarantee": self.guarantee,
+            "data": [identity.to_dict() for identity in self.data],
+            "same_data": self.same_data,
+            "seed": self.seed,
+            "notice": self.notice,
             "temperature_fits": [dict(fit) for fit in self.temperature_fits],
         }
 
@@ -229,30 +280,53 @@ class Calibration:
         name = values["policy"]["name"]
         if name not in POLICIES:
             raise ValueError(f"Calibration.from_dict: policy must be one of {', '.join(POLICIES)}, got {name!r}")
-        rest = {key: values[key] for key in ("correct", "full_correct", "n", "cost", "full_cost", "feasible", "exact",
-                                             "bound", "gap", "guarantee", "same_data", "seed", "notice")}
+        rest = {
+            key: values[key]
+            for key in (
+                "correct",
+                "full_correct",
+                "n",
+                "cost",
+                "full_cost",
+                "feasible",
+                "exact",
+                "bound",
+                "gap",
+                "guarantee",
+                "same_data",
+                "seed",
+                "notice",
+            )
+        }
         gates = len(values["temperatures"]) - 1
         return cls(
             policy=POLICIES[name](values["policy"]["on"]),
             thresholds=torch.tensor(values["thresholds"], dtype=torch.float32).reshape(gates),
             enabled=torch.tensor(values["enabled"], dtype=torch.bool).reshape(gates),
             temperatures=torch.tensor(values["temperatures"], dtype=torch.float32),
-            weights=torch.tensor(values["weights"], dtype=torch.float32), costs=tuple(values["costs"]),
+            weights=torch.tensor(values["weights"], dtype=torch.float32),
+            costs=tuple(values["costs"]),
             counts=tuple(values["counts"]),
             budget=None if values["budget"] is None else budget_from_dict(values["budget"]),
             data=tuple(DataIdentity.from_dict(entry) for entry in values["data"]),
-            temperature_fits=tuple(values["temperature_fits"]), **rest)
+            temperature_fits=tuple(values["temperature_fits"]),
+            **rest,
+        )
 
     def marked(self, notice: str) -> Calibration:
         """The same with one more notice."""
         return replace(self, notice="; ".join(part for part in (self.notice, notice) if part))
 
     def __str__(self) -> str:
-        gates = ", ".join(f"{value:.4g}" if on else "off"
-                          for value, on in zip(self.thresholds.tolist(), self.enabled.tolist(), strict=True))
-        parts = [f"{self.policy.name} on {self.policy.on}: [{gates}]",
-                 f"{self.drop:.2f} points lost and mean cost {100 * self.cost / self.full_cost:.1f} % on the "
-                 f"calibration data ({self.n} samples)"]
+        gates = ", ".join(
+            f"{value:.4g}" if on else "off"
+            for value, on in zip(self.thresholds.tolist(), self.enabled.tolist(), strict=True)
+        )
+        parts = [
+            f"{self.policy.name} on {self.policy.on}: [{gates}]",
+            f"{self.drop:.2f} points lost and mean cost {100 * self.cost / self.full_cost:.1f} % on the "
+            f"calibration data ({self.n} samples)",
+        ]
         parts += ["BUDGET NOT MET"] if not self.feasible else []
         parts += [self.guarantee] if self.guarantee else []
         parts += [_SAME.upper()] if self.same_data else []

@@ -1,4 +1,5 @@
 """What a threshold search answers: one set of thresholds, or the whole accuracy-cost curve."""
+
 from __future__ import annotations
 
 import math
@@ -107,19 +108,36 @@ class ThresholdCurve:
         if len(self) <= points:
             return self
         wanted = np.linspace(self.cost[0], self.cost[-1], points)
-        kept = np.unique(np.concatenate([[0], np.searchsorted(self.cost, wanted).clip(0, len(self) - 1),
-                                         [len(self) - 1]]))
-        return ThresholdCurve(self.policy, self.temperatures, self.correct[kept], self.cost[kept],
-                              self.thresholds[kept], self.enabled[kept], self.lowest_cost[kept], self.n,
-                              self.full_correct, self.full_cost, self.exact)
+        kept = np.unique(
+            np.concatenate([[0], np.searchsorted(self.cost, wanted).clip(0, len(self) - 1), [len(self) - 1]])
+        )
+        return ThresholdCurve(
+            self.policy,
+            self.temperatures,
+            self.correct[kept],
+            self.cost[kept],
+            self.thresholds[kept],
+            self.enabled[kept],
+            self.lowest_cost[kept],
+            self.n,
+            self.full_correct,
+            self.full_cost,
+            self.exact,
+        )
 
     def to_dict(self, points: int = 200) -> dict[str, Any]:
         """As plain values for JSON, thinned to so many points."""
         some = self.thinned(points)
         return {
-            "policy": {"name": self.policy.name, "on": self.policy.on}, "n": self.n, "exact": self.exact,
-            "full_correct": self.full_correct, "full_cost": self.full_cost, "temperatures": self.temperatures.tolist(),
-            "correct": some.correct.tolist(), "cost": some.cost.tolist(), "thresholds": some.thresholds.tolist(),
+            "policy": {"name": self.policy.name, "on": self.policy.on},
+            "n": self.n,
+            "exact": self.exact,
+            "full_correct": self.full_correct,
+            "full_cost": self.full_cost,
+            "temperatures": self.temperatures.tolist(),
+            "correct": some.correct.tolist(),
+            "cost": some.cost.tolist(),
+            "thresholds": some.thresholds.tolist(),
             "enabled": some.enabled.tolist(),
             "lowest_cost": [None if math.isnan(value) else value for value in some.lowest_cost.tolist()],
         }

@@ -1,4 +1,5 @@
 """What a sample costs that is answered at an exit."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

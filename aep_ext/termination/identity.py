@@ -1,4 +1,5 @@
 """Which data a cache holds: a name for its role, a count, a hash, and a sketch that recognises shared samples."""
+
 from __future__ import annotations
 
 import hashlib
@@ -95,14 +96,22 @@ class DataIdentity:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
-        return {"role": self.role, "count": self.count, "sha256": self.sha256,
-                "sketch": [f"{value:x}" for value in self.sketch]}
+        return {
+            "role": self.role,
+            "count": self.count,
+            "sha256": self.sha256,
+            "sketch": [f"{value:x}" for value in self.sketch],
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataIdentity:
         """The reverse of :meth:`to_dict`."""
-        return cls(str(values["role"]), int(values["count"]), str(values["sha256"]),
-                   tuple(int(value, 16) for value in values.get("sketch", ())))
+        return cls(
+            str(values["role"]),
+            int(values["count"]),
+            str(values["sha256"]),
+            tuple(int(value, 16) for value in values.get("sketch", ())),
+        )
 
     def __str__(self) -> str:
         return f"{self.role} ({self.count} samples, {self.sha256[:12]})"

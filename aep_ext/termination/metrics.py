@@ -4,6 +4,7 @@ A lower ECE alone does not make a better exit: a network that always answers wit
 cannot be gated at all. What a gate needs is the order of the confidences, which the failure-prediction AUROC measures
 (and which a temperature hardly changes).
 """
+
 from __future__ import annotations
 
 import math
@@ -51,12 +52,19 @@ class ExitMetrics:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON; None where a number does not exist."""
-        return {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in asdict(self).items()}
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
-def expected_calibration_error(confidence: Tensor | NDArray[np.floating], correct: Tensor | NDArray[np.bool_], *,
-                               bins: int = 15, scheme: str = "width") -> float:
+def expected_calibration_error(
+    confidence: Tensor | NDArray[np.floating],
+    correct: Tensor | NDArray[np.bool_],
+    *,
+    bins: int = 15,
+    scheme: str = "width",
+) -> float:
     """ECE: over the bins, the distance between mean confidence and accuracy, weighted by the bin's share of samples.
 
     "width" is Guo et al.'s (2017): ``bins`` intervals ((b-1)/bins, b/bins], 0 itself in the first. "mass": bins of
@@ -115,8 +123,10 @@ def _pair(function: str, confidence: Any, correct: Any) -> tuple[NDArray[np.floa
     sure = np.asarray(torch.as_tensor(confidence).detach().cpu(), dtype=np.float64)
     right = np.asarray(torch.as_tensor(correct).detach().cpu())
     if sure.ndim != 1 or right.shape != sure.shape:
-        raise ValueError(f"{function}: confidence and correct must have the same shape [N], "
-                         f"got {list(sure.shape)} and {list(right.shape)}")
+        raise ValueError(
+            f"{function}: confidence and correct must have the same shape [N], "
+            f"got {list(sure.shape)} and {list(right.shape)}"
+        )
     if np.isnan(sure).any():
         raise ValueError(f"{function}: confidence must not be NaN, got NaN at position {int(np.isnan(sure).argmax())}")
     return sure, right.astype(np.float64)
@@ -135,8 +145,10 @@ def probability_metrics(logits: Tensor, target: Tensor, temperature: float = 1.0
         ValueError: a shape or the temperature breaks these rules.
     """
     if logits.dim() != 2 or tuple(target.shape) != (logits.shape[0],):
-        raise ValueError("probability_metrics: logits must have shape [N, K] and target [N], "
-                         f"got {list(logits.shape)} and {list(target.shape)}")
+        raise ValueError(
+            "probability_metrics: logits must have shape [N, K] and target [N], "
+            f"got {list(logits.shape)} and {list(target.shape)}"
+        )
     if not 0 < temperature < math.inf:
         raise ValueError(f"probability_metrics: temperature must be positive and finite, got {temperature}")
     n = len(target)
@@ -161,12 +173,18 @@ def probability_metrics(logits: Tensor, target: Tensor, temperature: float = 1.0
         accuracy=float(right.sum()) / n,
         ece=expected_calibration_error(known, hits, bins=bins),
         ece_mass=expected_calibration_error(known, hits, bins=bins, scheme="mass"),
-        nll=float(torch.cat(losses)[valid].mean()), brier=float(torch.cat(squares)[valid].mean()),
-        auroc=failure_auroc(known, hits), confidence=float(known.mean()), n=n, invalid=n - len(known))
+        nll=float(torch.cat(losses)[valid].mean()),
+        brier=float(torch.cat(squares)[valid].mean()),
+        auroc=failure_auroc(known, hits),
+        confidence=float(known.mean()),
+        n=n,
+        invalid=n - len(known),
+    )
 
 
-def exit_metrics(cache: ExitCache, temperatures: Sequence[float] | Tensor | float = 1.0, *, on: str = "ensemble",
-                 bins: int = 15) -> tuple[ExitMetrics, ...]:
+def exit_metrics(
+    cache: ExitCache, temperatures: Sequence[float] | Tensor | float = 1.0, *, on: str = "ensemble", bins: int = 15
+) -> tuple[ExitMetrics, ...]:
     """The metrics of every exit: of its normalised prefix ensemble, or with ``on="exit"`` of its own logits.
 
     Args:
@@ -179,5 +197,7 @@ def exit_metrics(cache: ExitCache, temperatures: Sequence[float] | Tensor | floa
     scales = [float(values)] * cache.num_exits if isinstance(values, (int, float)) else [float(v) for v in values]
     if len(scales) != cache.num_exits:
         raise ValueError(f"exit_metrics: temperatures must have {cache.num_exits} entries, got {len(scales)}")
-    return tuple(probability_metrics(logits, cache.target, scale, bins=bins)
-                 for logits, scale in zip(judged_logits(cache, on), scales, strict=True))
+    return tuple(
+        probability_metrics(logits, cache.target, scale, bins=bins)
+        for logits, scale in zip(judged_logits(cache, on), scales, strict=True)
+    )

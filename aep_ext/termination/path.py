@@ -1,4 +1,5 @@
 """A path of thresholds, fixed before the data that test it are looked at: what a guarantee is given along."""
+
 from __future__ import annotations
 
 import math
@@ -42,18 +43,32 @@ class ThresholdPath:
         if isinstance(self.policy, Custom) or not self.policy.built_in:
             raise ValueError(f"ThresholdPath: policy must be a built-in one, got {type(self.policy).__name__}")
         gates = len(self.temperatures) - 1
-        if self.thresholds.dim() != 2 or self.thresholds.shape[1] != gates or len(self.thresholds) < 1 \
-                or self.enabled.shape != self.thresholds.shape:
-            raise ValueError(f"ThresholdPath: thresholds and enabled must have shape [M, {gates}] with M >= 1, "
-                             f"got {list(self.thresholds.shape)} and {list(self.enabled.shape)}")
+        if (
+            self.thresholds.dim() != 2
+            or self.thresholds.shape[1] != gates
+            or len(self.thresholds) < 1
+            or self.enabled.shape != self.thresholds.shape
+        ):
+            raise ValueError(
+                f"ThresholdPath: thresholds and enabled must have shape [M, {gates}] with M >= 1, "
+                f"got {list(self.thresholds.shape)} and {list(self.enabled.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.thresholds)
 
     @classmethod
-    def parametric(cls, policy: Policy | str, exits: int, *, classes: int | None = None, steps: int = 50,
-                   on: str | None = None, temperatures: Sequence[float] | Tensor | None = None,
-                   sources: Sequence[DataIdentity] = ()) -> ThresholdPath:
+    def parametric(
+        cls,
+        policy: Policy | str,
+        exits: int,
+        *,
+        classes: int | None = None,
+        steps: int = 50,
+        on: str | None = None,
+        temperatures: Sequence[float] | Tensor | None = None,
+        sources: Sequence[DataIdentity] = (),
+    ) -> ThresholdPath:
         """The same threshold at every gate, from strict to lax, in equal steps; uses no data.
 
         Confidence and margin go down from 1, the entropy up from 0 (``classes`` is needed for its range), patience and
@@ -82,8 +97,14 @@ class ThresholdPath:
         else:
             values = np.linspace(1, floor, steps + 1)[1:]
         thresholds = torch.tensor(values, dtype=torch.float32)[:, None].repeat(1, exits - 1)
-        return cls(rule, thresholds, torch.ones_like(thresholds, dtype=torch.bool), _temperatures(temperatures, exits),
-                   tuple(sources), f"one threshold for all gates, {len(thresholds)} steps")
+        return cls(
+            rule,
+            thresholds,
+            torch.ones_like(thresholds, dtype=torch.bool),
+            _temperatures(temperatures, exits),
+            tuple(sources),
+            f"one threshold for all gates, {len(thresholds)} steps",
+        )
 
     @classmethod
     def from_curve(cls, curve: ThresholdCurve, sources: Sequence[DataIdentity], *, steps: int = 100) -> ThresholdPath:
@@ -99,17 +120,26 @@ class ThresholdPath:
         if not sources:
             raise ValueError("ThresholdPath.from_curve: sources must name the data behind the curve, got none")
         some = curve.thinned(max(2, steps))
-        return cls(curve.policy, some.thresholds.flip(0), some.enabled.flip(0), curve.temperatures, tuple(sources),
-                   f"accuracy-cost curve of {sources[0]}, {len(some)} steps")
+        return cls(
+            curve.policy,
+            some.thresholds.flip(0),
+            some.enabled.flip(0),
+            curve.temperatures,
+            tuple(sources),
+            f"accuracy-cost curve of {sources[0]}, {len(some)} steps",
+        )
 
     def exits(self, cache: ExitCache) -> tuple[NDArray[np.int64], GateTable]:
         """(M, N) the exit at which each sample is answered at each step, and the answers; nothing is run again."""
         if cache.num_exits != len(self.temperatures):
-            raise ValueError(f"ThresholdPath: the cache must have {len(self.temperatures)} exits, "
-                             f"got {cache.num_exits}")
+            raise ValueError(
+                f"ThresholdPath: the cache must have {len(self.temperatures)} exits, got {cache.num_exits}"
+            )
         table = GateTable.of(cache.logits, cache.weights, cache.target, self.policy, self.temperatures)
-        taken = [table.leaving(row.double().numpy(), on.numpy())
-                 for row, on in zip(self.thresholds, self.enabled, strict=True)]
+        taken = [
+            table.leaving(row.double().numpy(), on.numpy())
+            for row, on in zip(self.thresholds, self.enabled, strict=True)
+        ]
         return np.stack(taken), table
 
 

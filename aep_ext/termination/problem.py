@@ -4,6 +4,7 @@ A gate's samples are ranked by their score, best first, equal scores together. I
 groups leave: 0 switches the gate off, and every threshold does what one of the limits does. So a search over the data's
 own values is a search over G integers.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from .table import GateTable
 
 MAX_EXITS = 16
+
 
 @dataclass(eq=False)
 class Problem:
@@ -51,7 +53,7 @@ class Problem:
         if table.policy.name in ("patience", "vote") and right.shape[1]:
             # Whole numbers: few different columns among any number of samples.
             columns, counts = np.unique(np.concatenate([ranks, right.astype(np.int32)]), axis=1, return_counts=True)
-            ranks, right = columns[:len(ranks)].copy(), columns[len(ranks):].astype(np.int8)
+            ranks, right = columns[: len(ranks)].copy(), columns[len(ranks) :].astype(np.int8)
         return cls(ranks, tuple(groups), right, costs, counts.astype(np.int64))
 
     @property
@@ -115,7 +117,7 @@ class Problem:
         later adds its own difference. The cost never rises with the limit.
         """
         self.lines += 1
-        taken = self._taken((*limits[:e], 0, *limits[e + 1:]))  # with this gate off
+        taken = self._taken((*limits[:e], 0, *limits[e + 1 :]))  # with this gate off
         answers = self._answers(taken)
         here = np.flatnonzero(taken > e)
         rank = self.ranks[e][here]

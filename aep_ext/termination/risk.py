@@ -3,6 +3,7 @@
 Both procedures hold for any network, any data distribution and any sample size, if the calibration data are independent
 draws of the distribution that is met later, and if the path was fixed without looking at them.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -81,8 +82,11 @@ def learn_then_test(losses: ArrayLike, epsilon: float, delta: float, *, p_value:
             p = binomial_cdf(int(row.sum(dtype=np.int64)), n, epsilon)
         else:
             scaled, limit = ((row + 1.0) / 2, (epsilon + 1) / 2) if signed else (row.astype(np.float64), epsilon)
-            p = float(betting(scaled, limit)[0]) if method == "betting" else \
-                hoeffding_bentkus(float(scaled.mean()), n, limit)
+            p = (
+                float(betting(scaled, limit)[0])
+                if method == "betting"
+                else hoeffding_bentkus(float(scaled.mean()), n, limit)
+            )
         found.append(p)
         if p > delta:
             break

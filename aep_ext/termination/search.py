@@ -6,6 +6,7 @@ exactly by one sort and one running sum. The search makes such steps from many s
 ``right - price * cost`` for a row of prices, then for the budget itself, also over pairs of gates. How far it may be
 from the optimum is said by :mod:`aep_ext.termination.bound`. Small problems are solved by trying everything.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -36,8 +37,10 @@ def is_small(problem: Problem) -> bool:
     """Whether everything can be tried in a few seconds."""
     lines = exhaustive_lines(problem)
     # A line costs about as much as 2000 entries even when it is empty.
-    return lines <= EXHAUSTIVE_LINES and lines * (problem.columns + max(problem.groups, default=0) + 2000) \
-        <= EXHAUSTIVE_WORK
+    return (
+        lines <= EXHAUSTIVE_LINES
+        and lines * (problem.columns + max(problem.groups, default=0) + 2000) <= EXHAUSTIVE_WORK
+    )
 
 
 def search_everything(archive: Archive) -> None:
@@ -65,7 +68,7 @@ def climb(archive: Archive, limits: Limits, price: float) -> tuple[Limits, float
             top = int(np.argmax(values))
             # Staying put on a tie: otherwise two gates could hand the same samples to and fro.
             if values[top] > values[limits[e]] + 1e-9 * max(1.0, abs(values[top])):
-                limits = (*limits[:e], top, *limits[e + 1:])
+                limits = (*limits[:e], top, *limits[e + 1 :])
                 value = float(values[top])
             else:
                 value = float(values[limits[e]])
@@ -134,7 +137,7 @@ def pairs(archive: Archive, limits: Limits, points: int = _PAIR_POINTS) -> None:
         wide = np.linspace(0, size, points // 2)
         near = limits[e] + np.linspace(-0.06, 0.06, points - points // 2) * size
         for limit in np.unique(np.clip(np.rint(np.concatenate([wide, near])), 0, size).astype(int)):
-            archive.search_line((*limits[:e], int(limit), *limits[e + 1:]), f)
+            archive.search_line((*limits[:e], int(limit), *limits[e + 1 :]), f)
 
 
 def kick(archive: Archive, limits: Limits, rng: np.random.Generator) -> None:
@@ -146,8 +149,16 @@ def kick(archive: Archive, limits: Limits, rng: np.random.Generator) -> None:
     neighbours(archive, tuple(moved))
 
 
-def polish(archive: Archive, *, at_least: int | None = None, at_most: float | None = None, with_pairs: bool = True,
-           rounds: int = 12, kicks: int = 0, seed: int = 0) -> int | None:
+def polish(
+    archive: Archive,
+    *,
+    at_least: int | None = None,
+    at_most: float | None = None,
+    with_pairs: bool = True,
+    rounds: int = 12,
+    kicks: int = 0,
+    seed: int = 0,
+) -> int | None:
     """Improve the archive's answer to one budget until nothing more is found: its entry, or None where none fits.
 
     Lines through the answer, then pairs of gates, and at last so many kicks.

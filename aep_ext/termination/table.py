@@ -1,4 +1,5 @@
 """What every gate sees on cached logits: the score by which it judges each sample, and whether the answer is right."""
+
 from __future__ import annotations
 
 import math
@@ -35,8 +36,15 @@ class GateTable:
     classes: int
 
     @classmethod
-    def of(cls, exit_logits: Tensor, weights: Sequence[float] | Tensor, target: Tensor, policy: Policy | str,
-           temperatures: Sequence[float] | Tensor, on: str | None = None) -> GateTable:
+    def of(
+        cls,
+        exit_logits: Tensor,
+        weights: Sequence[float] | Tensor,
+        target: Tensor,
+        policy: Policy | str,
+        temperatures: Sequence[float] | Tensor,
+        on: str | None = None,
+    ) -> GateTable:
         """Walk all samples through all gates, with nobody leaving.
 
         Args:
@@ -51,8 +59,10 @@ class GateTable:
         """
         rule = as_policy(policy, on)
         if isinstance(rule, Custom) or not rule.built_in:
-            raise ValueError("thresholds: policy must be a built-in one (confidence, entropy, margin, patience, vote), "
-                             f"got {type(rule).__name__}")
+            raise ValueError(
+                "thresholds: policy must be a built-in one (confidence, entropy, margin, patience, vote), "
+                f"got {type(rule).__name__}"
+            )
         exits, samples, classes = exit_logits.shape
         acc = torch.float64 if exit_logits.dtype == torch.float64 else torch.float32
         factors, scales = _floats(weights), _floats(temperatures)
@@ -65,8 +75,19 @@ class GateTable:
         right = np.empty((exits, samples), dtype=bool)
         with torch.no_grad():
             for e in range(exits):
-                step = rule.gate(nothing, running, weight_sum, indices, state, exit_logits[e], exit_index=e,
-                                 weight=factors[e], threshold=0.0, temperature=scales[e], enabled=False)
+                step = rule.gate(
+                    nothing,
+                    running,
+                    weight_sum,
+                    indices,
+                    state,
+                    exit_logits[e],
+                    exit_index=e,
+                    weight=factors[e],
+                    threshold=0.0,
+                    temperature=scales[e],
+                    enabled=False,
+                )
                 running, state, weight_sum = step.running, step.state, step.weight_sum
                 predictions[e] = step.argmax.numpy()
                 right[e] = ((step.argmax == target) & ~running.isnan().any(dim=1)).numpy()
@@ -87,7 +108,8 @@ class GateTable:
         """
         if limit == 0:
             return {"entropy": 0.0, "patience": float(len(self.right)), "vote": float(len(self.right))}.get(
-                self.policy.name, 1.0), False
+                self.policy.name, 1.0
+            ), False
         values = self.values(e)
         sign = -1.0 if self.policy.name == "entropy" else 1.0
         if self.policy.name in ("patience", "vote"):

@@ -3,6 +3,7 @@
 Each is super-uniform under the hypothesis that the mean is above epsilon (or equal): a p-value at most delta then
 occurs with a probability of at most delta, for every sample size.
 """
+
 from __future__ import annotations
 
 import math
@@ -11,8 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # ln n! - Stirling's formula for n = 0..15, where the series is not exact to the last bits.
-_SMALL = [0.0, *(math.lgamma(n + 1) - ((n + 0.5) * math.log(n) - n + 0.5 * math.log(2 * math.pi))
-                 for n in range(1, 16))]
+_SMALL = [
+    0.0,
+    *(math.lgamma(n + 1) - ((n + 0.5) * math.log(n) - n + 0.5 * math.log(2 * math.pi)) for n in range(1, 16)),
+]
 
 
 def _stirling_error(n: int) -> float:
@@ -122,8 +125,10 @@ def hoeffding_bentkus(mean: float, n: int, epsilon: float) -> float:
         epsilon: within (0, 1).
     """
     if n < 1 or not 0 <= mean <= 1 or not 0 < epsilon < 1:
-        raise ValueError("hoeffding_bentkus: n must be >= 1, mean within [0, 1] and epsilon within (0, 1), "
-                         f"got {n}, {mean} and {epsilon}")
+        raise ValueError(
+            "hoeffding_bentkus: n must be >= 1, mean within [0, 1] and epsilon within (0, 1), "
+            f"got {n}, {mean} and {epsilon}"
+        )
     a = min(mean, epsilon)
     divergence = (1 - a) * math.log((1 - a) / (1 - epsilon)) + (a * math.log(a / epsilon) if a > 0 else 0.0)
     # A sum that is a whole number but for rounding is that number.
@@ -148,8 +153,10 @@ def betting(values: ArrayLike, epsilon: float) -> NDArray[np.float64]:
     """
     x = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if not 0 < epsilon < 1 or (x.size and not (x.min() >= 0 and x.max() <= 1)):
-        raise ValueError("betting: values must be within [0, 1] and epsilon within (0, 1), got "
-                         f"{x.min() if x.size else None}..{x.max() if x.size else None} and {epsilon}")
+        raise ValueError(
+            "betting: values must be within [0, 1] and epsilon within (0, 1), got "
+            f"{x.min() if x.size else None}..{x.max() if x.size else None} and {epsilon}"
+        )
     n = x.shape[1]
     if n == 0:
         return np.ones(len(x))

@@ -7,6 +7,7 @@ log-likelihood is convex in the inverse temperature b = 1 / T:
 
 p being softmax(b z). So f' has at most one sign change, which a Newton iteration inside a shrinking bracket finds.
 """
+
 from __future__ import annotations
 
 import math
@@ -83,8 +84,14 @@ def _derivatives(z: Tensor, own: Tensor, inverse: float) -> tuple[float, float, 
     return value / n, first / n, second / n
 
 
-def fit_temperature(logits: Tensor, target: Tensor, *, bounds: tuple[float, float] = (0.05, 100.0),
-                    tolerance: float = 1e-10, max_iterations: int = 100) -> TemperatureFit:
+def fit_temperature(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    bounds: tuple[float, float] = (0.05, 100.0),
+    tolerance: float = 1e-10,
+    max_iterations: int = 100,
+) -> TemperatureFit:
     """The temperature that minimises the negative log-likelihood of ``softmax(logits / T)``.
 
     Newton steps in 1 / T, replaced by a bisection (in log T) wherever they leave the bracket, in float64. Neither the
@@ -101,13 +108,17 @@ def fit_temperature(logits: Tensor, target: Tensor, *, bounds: tuple[float, floa
         ValueError: a shape, a label or a bound is out of its range.
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] < 1:
-        raise ValueError("fit_temperature: logits must be a floating tensor of shape [N, K], got "
-                         f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}")
+        raise ValueError(
+            "fit_temperature: logits must be a floating tensor of shape [N, K], got "
+            f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
+        )
     if tuple(target.shape) != (logits.shape[0],):
         raise ValueError(f"fit_temperature: target must have shape [{logits.shape[0]}], got {list(target.shape)}")
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
-        raise ValueError(f"fit_temperature: target must be within 0..{logits.shape[1] - 1}, "
-                         f"got {int(target.min())}..{int(target.max())}")
+        raise ValueError(
+            f"fit_temperature: target must be within 0..{logits.shape[1] - 1}, "
+            f"got {int(target.min())}..{int(target.max())}"
+        )
     low, high = (float(b) for b in bounds)
     if not 0 < low <= 1 <= high < math.inf:
         raise ValueError(f"fit_temperature: bounds must be positive, finite and around 1, got {bounds}")

@@ -1,4 +1,5 @@
 """Thresholds for an accuracy budget, a cost budget, or the whole accuracy-cost curve, joint over all gates."""
+
 from __future__ import annotations
 
 import math
@@ -66,17 +67,22 @@ class ThresholdSearch:
     def __post_init__(self) -> None:
         exits = self.cache.num_exits
         if self.method not in ("auto", "exhaustive", "search"):
-            raise ValueError("ThresholdSearch: method must be 'auto', 'exhaustive' or 'search', "
-                             f"got {self.method!r}")
+            raise ValueError(f"ThresholdSearch: method must be 'auto', 'exhaustive' or 'search', got {self.method!r}")
         if self.loss not in LOSSES:
             raise ValueError(f"ThresholdSearch: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not len(self.cache):
             raise ValueError("ThresholdSearch: cache must hold at least one sample, got none")
         prices = np.asarray(torch.as_tensor(self.costs, dtype=torch.float64))
-        if prices.shape != (exits,) or not np.isfinite(prices).all() or (prices <= 0).any() \
-                or (np.diff(prices) < 0).any():
-            raise ValueError(f"ThresholdSearch: costs must be {exits} positive numbers in non-descending order, "
-                             f"got {prices.tolist()}")
+        if (
+            prices.shape != (exits,)
+            or not np.isfinite(prices).all()
+            or (prices <= 0).any()
+            or (np.diff(prices) < 0).any()
+        ):
+            raise ValueError(
+                f"ThresholdSearch: costs must be {exits} positive numbers in non-descending order, "
+                f"got {prices.tolist()}"
+            )
         scales = torch.as_tensor(1.0 if self.temperatures is None else self.temperatures, dtype=torch.float32).cpu()
         if scales.dim() == 0:
             scales = scales.repeat(exits)
@@ -120,11 +126,22 @@ class ThresholdSearch:
         # From the thresholds themselves, by the gate's own comparison.
         taken = self.table.leaving(thresholds.double().numpy(), enabled.numpy())
         counts = np.bincount(taken, minlength=self.cache.num_exits)
-        return Thresholds(self.table.policy, thresholds, enabled, self.temperatures,
-                          correct=int(self.table.right[taken, np.arange(n)].sum()), n=n, full_correct=self.full_correct,
-                          cost=float(counts @ self.problem.costs) / n, full_cost=float(self.problem.costs[-1]),
-                          counts=tuple(counts.tolist()), exact=self.exact, seed=self.seed, lines=self.problem.lines,
-                          **more)
+        return Thresholds(
+            self.table.policy,
+            thresholds,
+            enabled,
+            self.temperatures,
+            correct=int(self.table.right[taken, np.arange(n)].sum()),
+            n=n,
+            full_correct=self.full_correct,
+            cost=float(counts @ self.problem.costs) / n,
+            full_cost=float(self.problem.costs[-1]),
+            counts=tuple(counts.tolist()),
+            exact=self.exact,
+            seed=self.seed,
+            lines=self.problem.lines,
+            **more,
+        )
 
     def for_accuracy(self, drop: float, *, bound_steps: int = 200) -> Thresholds:
         """The cheapest thresholds that lose at most ``drop`` points of top-1 against the full ensemble.
@@ -135,12 +152,20 @@ class ThresholdSearch:
         """
         n = len(self.cache)
         needed = math.ceil(self.full_correct - drop * n / 100 - 1e-9 * n)
-        entry = self.archive.cheapest(needed) if self.exact else search.polish(
-            self.archive, at_least=needed, kicks=_KICKS, seed=self.seed)
+        entry = (
+            self.archive.cheapest(needed)
+            if self.exact
+            else search.polish(self.archive, at_least=needed, kicks=_KICKS, seed=self.seed)
+        )
         if entry is None:
             reached = int(np.flatnonzero(np.isfinite(self.archive.cost))[-1])
-            return self._found(reached, feasible=False, notice=(
-                f"no thresholds were found that are right on {needed} of {n} samples; {reached} is the best reached"))
+            return self._found(
+                reached,
+                feasible=False,
+                notice=(
+                    f"no thresholds were found that are right on {needed} of {n} samples; {reached} is the best reached"
+                ),
+            )
         bound = float(self.archive.cost[entry]) / n if self.exact else None
         if not self.exact and bound_steps > 0:
             lowest = self.problem.costs[0] * n
@@ -161,13 +186,21 @@ class ThresholdSearch:
             raise ValueError(f"ThresholdSearch.for_cost: mean must be positive and finite, got {mean}")
         n = len(self.cache)
         limit = mean * n * (1 + 1e-12)  # sums in another order differ in the last bits
-        entry = self.archive.best(limit) if self.exact else search.polish(
-            self.archive, at_most=limit, kicks=_KICKS, seed=self.seed)
+        entry = (
+            self.archive.best(limit)
+            if self.exact
+            else search.polish(self.archive, at_most=limit, kicks=_KICKS, seed=self.seed)
+        )
         if entry is None:
             cheapest = self.archive.cheapest(0)
             reached = float(self.archive.cost[cheapest]) / n
-            return self._found(cheapest, feasible=False, notice=(
-                f"no thresholds were found with a mean cost of at most {mean:g}; {reached:g} is the lowest reached"))
+            return self._found(
+                cheapest,
+                feasible=False,
+                notice=(
+                    f"no thresholds were found with a mean cost of at most {mean:g}; {reached:g} is the lowest reached"
+                ),
+            )
         bound = entry / n if self.exact else None
         if not self.exact and bound_steps > 0:
             highest = float(self._any_exit_right())
@@ -193,8 +226,10 @@ class ThresholdSearch:
         if self.exact:
             lowest = self.archive.cost[front].copy()
         elif bound_steps > 0:
-            uppers = [(p, self._bound.upper(p, value, limits, bound_steps))
-                      for p, (limits, value) in list(self._climbed.items())[::2]]
+            uppers = [
+                (p, self._bound.upper(p, value, limits, bound_steps))
+                for p, (limits, value) in list(self._climbed.items())[::2]
+            ]
             lowest = np.maximum(self.problem.costs[0] * n, np.max([(front - u) / p for p, u in uppers], axis=0))
             lowest = np.minimum(lowest, self.archive.cost[front])
         costs = self.archive.cost[front]
@@ -205,10 +240,18 @@ class ThresholdSearch:
         numbers = [self._numbers(self._limits(int(entry))) for entry in front]
         gates = self.problem.gates
         return ThresholdCurve(
-            self.table.policy, self.temperatures, front, costs / n,
+            self.table.policy,
+            self.temperatures,
+            front,
+            costs / n,
             torch.tensor([values for values, _ in numbers], dtype=torch.float32).reshape(len(front), gates),
             torch.tensor([flags for _, flags in numbers], dtype=torch.bool).reshape(len(front), gates),
-            lowest / n, n, self.full_correct, float(self.problem.costs[-1]), self.exact)
+            lowest / n,
+            n,
+            self.full_correct,
+            float(self.problem.costs[-1]),
+            self.exact,
+        )
 
     def _any_exit_right(self) -> int:
         return int(self.table.right.any(axis=0).sum())
@@ -225,7 +268,8 @@ class ThresholdSearch:
         hull: list[int] = []
         for i in range(len(front)):
             while len(hull) >= 2 and (front[i] - front[hull[-2]]) * (cost[hull[-1]] - cost[hull[-2]]) >= (
-                    front[hull[-1]] - front[hull[-2]]) * (cost[i] - cost[hull[-2]]):
+                front[hull[-1]] - front[hull[-2]]
+            ) * (cost[i] - cost[hull[-2]]):
                 hull.pop()
             hull.append(i)
         positions = np.array(hull)

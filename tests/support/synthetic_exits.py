@@ -1,4 +1,5 @@
 """Exit logits of an imagined network: easy samples are clear early, the others become clear later, or never."""
+
 from __future__ import annotations
 
 import torch

@@ -19,8 +19,10 @@ def net():
 
 def batches(sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(n, 1, 16, 16, generator=generator), torch.randint(0, 4, (n,), generator=generator), "extra")
-            for n in sizes]
+    return [
+        (torch.randn(n, 1, 16, 16, generator=generator), torch.randint(0, 4, (n,), generator=generator), "extra")
+        for n in sizes
+    ]
 
 
 def test_collect_keeps_every_exits_logits_in_the_loaders_order(net):
@@ -60,27 +62,36 @@ def test_collect_restores_the_network_after_an_error(net):
 def test_prefixes_are_the_operators_ensembles():
     cache = cache_of(4, 33)
     for e, prefix in enumerate(cache.prefixes()):
-        expected = ops.ensemble(cache.logits[:e + 1].contiguous(), cache.weights[:e + 1]) / cache.weights[:e + 1].sum()
+        expected = (
+            ops.ensemble(cache.logits[: e + 1].contiguous(), cache.weights[: e + 1]) / cache.weights[: e + 1].sum()
+        )
         torch.testing.assert_close(prefix, expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(prefix, cache.running[e])
     assert cache.running is cache.running  # computed once
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"exit_logits": torch.zeros(2, 3)}, r"exit_logits must have shape \[E, N, K\].*got \[2, 3\]"),
-    ({"target": torch.zeros(4, dtype=torch.int64)}, r"target must be integers of shape \[3\], got torch.int64"),
-    ({"target": torch.zeros(3)}, r"integers of shape \[3\], got torch.float32"),
-    ({"target": torch.tensor([0, 5, 1])}, r"within 0..4, got 0..5"),
-    ({"target": torch.tensor([0, -1, 1])}, r"within 0..4, got -1..1"),
-    ({"weights": [1.0]}, "weights must be 2 positive numbers"),
-    ({"weights": [1.0, 0.0]}, "weights must be 2 positive numbers"),
-    ({"role": ""}, "role must be a name"),
-    ({"exit_ids": [0]}, "exit_ids must have 2 entries, got 1"),
-    ({"exit_logits": torch.full((2, 3, 5), 1e6), "half": True}, r"within \+-65504 for half storage, got 1e\+06"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exit_logits": torch.zeros(2, 3)}, r"exit_logits must have shape \[E, N, K\].*got \[2, 3\]"),
+        ({"target": torch.zeros(4, dtype=torch.int64)}, r"target must be integers of shape \[3\], got torch.int64"),
+        ({"target": torch.zeros(3)}, r"integers of shape \[3\], got torch.float32"),
+        ({"target": torch.tensor([0, 5, 1])}, r"within 0..4, got 0..5"),
+        ({"target": torch.tensor([0, -1, 1])}, r"within 0..4, got -1..1"),
+        ({"weights": [1.0]}, "weights must be 2 positive numbers"),
+        ({"weights": [1.0, 0.0]}, "weights must be 2 positive numbers"),
+        ({"role": ""}, "role must be a name"),
+        ({"exit_ids": [0]}, "exit_ids must have 2 entries, got 1"),
+        ({"exit_logits": torch.full((2, 3, 5), 1e6), "half": True}, r"within \+-65504 for half storage, got 1e\+06"),
+    ],
+)
 def test_what_is_no_cache(change, message):
-    given = {"exit_logits": torch.zeros(2, 3, 5), "target": torch.zeros(3, dtype=torch.int64), "weights": [1.0, 1.0],
-             "role": "calibration"} | change
+    given = {
+        "exit_logits": torch.zeros(2, 3, 5),
+        "target": torch.zeros(3, dtype=torch.int64),
+        "weights": [1.0, 1.0],
+        "role": "calibration",
+    } | change
     with pytest.raises(ValueError, match=message):
         ExitCache.from_logits(**given)
 
@@ -127,9 +138,17 @@ def test_identity_sees_order_labels_and_shared_samples():
     other = cache_of(3, 3000, seed=1)
     quarter, rest = cache.split([0.25, 0.75], seed=0)
     few = cache.select(range(60))
-    for mine, theirs, expected in [(cache, cache, True), (cache, shuffled, True), (cache, quarter, True),
-                                   (quarter, cache, True), (cache, few, True), (few, cache, True),
-                                   (quarter, rest, False), (cache, relabelled, False), (cache, other, False)]:
+    for mine, theirs, expected in [
+        (cache, cache, True),
+        (cache, shuffled, True),
+        (cache, quarter, True),
+        (quarter, cache, True),
+        (cache, few, True),
+        (few, cache, True),
+        (quarter, rest, False),
+        (cache, relabelled, False),
+        (cache, other, False),
+    ]:
         assert mine.identity.overlaps(theirs.identity, theirs.hashes) is expected
     assert cache.identity.shared_with(quarter.hashes) == pytest.approx(0.25, abs=0.1)
     stored = json.loads(json.dumps(cache.identity.to_dict()))

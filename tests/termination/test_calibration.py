@@ -27,8 +27,17 @@ def caches():
     return cache_of(4, 6000, seed=20).split([0.5, 0.5], seed=0, roles=["calibration", "test"])
 
 
-@pytest.mark.parametrize("budget", [AccuracyBudget(0.5), CostBudget(fraction=0.6), CostBudget(mean=2.5),
-                                    RiskBudget(0.03), RiskBudget(0.03, loss="drop"), RiskBudget(0.03, method="crc")])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        AccuracyBudget(0.5),
+        CostBudget(fraction=0.6),
+        CostBudget(mean=2.5),
+        RiskBudget(0.03),
+        RiskBudget(0.03, loss="drop"),
+        RiskBudget(0.03, method="crc"),
+    ],
+)
 @pytest.mark.parametrize("policy", ["confidence", "entropy", "vote"])
 def test_a_budget_is_met_and_the_result_survives_json(caches, budget, policy):
     calibration, test = caches
@@ -45,12 +54,22 @@ def test_a_budget_is_met_and_the_result_survives_json(caches, budget, policy):
     values = json.loads(json.dumps(found.to_dict()))
     again = Calibration.from_dict(values)
     assert again.to_dict() == found.to_dict() and str(again) == str(found)
-    assert [torch.equal(getattr(again, name), getattr(found, name))
-            for name in ("thresholds", "enabled", "temperatures", "weights")] == [True] * 4
+    assert [
+        torch.equal(getattr(again, name), getattr(found, name))
+        for name in ("thresholds", "enabled", "temperatures", "weights")
+    ] == [True] * 4
     first, second = found.evaluate(test), again.evaluate(test)
     assert first == second and not first.same_data
-    result = simulate(test.logits, test.weights, policy, found.thresholds, enabled=found.enabled, costs=COSTS,
-                      temperatures=found.temperatures, target=test.target)
+    result = simulate(
+        test.logits,
+        test.weights,
+        policy,
+        found.thresholds,
+        enabled=found.enabled,
+        costs=COSTS,
+        temperatures=found.temperatures,
+        target=test.target,
+    )
     assert first.counts == tuple(result.counts.tolist()) and first.accuracy == pytest.approx(result.accuracy)
     assert first.cost == pytest.approx(result.mean_cost)
     assert first.full_correct - first.degraded + first.improved == first.correct
@@ -121,27 +140,31 @@ def test_a_bounded_temperature_is_mentioned():
     assert "exit 1: temperature at its bound 0.05" in found.notice and found.temperature_fits[0]["bounded"] == "low"
 
 
-@pytest.mark.parametrize("budget", [AccuracyBudget(-1), CostBudget(mean=3), CostBudget(fraction=0.5),
-                                    RiskBudget(0.1, 0.2, "drop", "ltt")])
+@pytest.mark.parametrize(
+    "budget", [AccuracyBudget(-1), CostBudget(mean=3), CostBudget(fraction=0.5), RiskBudget(0.1, 0.2, "drop", "ltt")]
+)
 def test_budgets_survive_json(budget):
     assert budget_from_dict(json.loads(json.dumps(budget_to_dict(budget)))) == budget
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: AccuracyBudget(float("nan")), "drop must be points within -100..100, got nan"),
-    (lambda: CostBudget(), "exactly one of mean and fraction"),
-    (lambda: CostBudget(mean=1, fraction=1), "exactly one of mean and fraction"),
-    (lambda: CostBudget(mean=-1), "positive and finite, got -1"),
-    (lambda: RiskBudget(1.0), r"within \(0, 1\), got 1.0 and 0.1"),
-    (lambda: RiskBudget(0.1, loss="x"), "loss must be"),
-    (lambda: RiskBudget(0.1, method="x"), "method must be"),
-    (lambda: RiskBudget(0.1, loss="drop", method="crc"), "got 'drop'"),
-    (lambda: budget_from_dict({"kind": "x"}), "kind must be one of"),
-    (lambda: calibrate(cache_of(4, 50), costs=COSTS, budget=AccuracyBudget(1), share=1), r"within \[0, 1\), got 1"),
-    (lambda: calibrate(cache_of(4, 50), costs=COSTS, budget=RiskBudget(0.1), share=0), r"within \(0, 1\), got 0"),
-    (lambda: calibrate(cache_of(4, 1), costs=COSTS, budget=AccuracyBudget(1)), "enough samples"),
-    (lambda: calibrate(cache_of(4, 50), costs=COSTS, budget=AccuracyBudget(1), temperatures="x"), "must be 'fit'"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AccuracyBudget(float("nan")), "drop must be points within -100..100, got nan"),
+        (lambda: CostBudget(), "exactly one of mean and fraction"),
+        (lambda: CostBudget(mean=1, fraction=1), "exactly one of mean and fraction"),
+        (lambda: CostBudget(mean=-1), "positive and finite, got -1"),
+        (lambda: RiskBudget(1.0), r"within \(0, 1\), got 1.0 and 0.1"),
+        (lambda: RiskBudget(0.1, loss="x"), "loss must be"),
+        (lambda: RiskBudget(0.1, method="x"), "method must be"),
+        (lambda: RiskBudget(0.1, loss="drop", method="crc"), "got 'drop'"),
+        (lambda: budget_from_dict({"kind": "x"}), "kind must be one of"),
+        (lambda: calibrate(cache_of(4, 50), costs=COSTS, budget=AccuracyBudget(1), share=1), r"within \[0, 1\), got 1"),
+        (lambda: calibrate(cache_of(4, 50), costs=COSTS, budget=RiskBudget(0.1), share=0), r"within \(0, 1\), got 0"),
+        (lambda: calibrate(cache_of(4, 1), costs=COSTS, budget=AccuracyBudget(1)), "enough samples"),
+        (lambda: calibrate(cache_of(4, 50), costs=COSTS, budget=AccuracyBudget(1), temperatures="x"), "must be 'fit'"),
+    ],
+)
 def test_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()

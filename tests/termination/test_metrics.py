@@ -18,8 +18,11 @@ from aep_ext.termination import (
 )
 
 # Few distinct values, bin edges of 5 and 15 bins among them: ties are the rule.
-confidences = st.lists(st.tuples(st.sampled_from([0.0, 0.2, 1 / 3, 0.4, 0.6, 0.61, 0.8, 0.99, 1.0]), st.booleans()),
-                       min_size=1, max_size=30)
+confidences = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.2, 1 / 3, 0.4, 0.6, 0.61, 0.8, 0.99, 1.0]), st.booleans()),
+    min_size=1,
+    max_size=30,
+)
 
 
 def by_hand_width(sure, right, bins):
@@ -115,7 +118,7 @@ def test_a_temperature_lowers_nll_and_keeps_accuracy():
     for old, new in zip(before, after, strict=True):
         assert new.nll <= old.nll and new.accuracy == old.accuracy
     # By brute force at one exit, on its normalised prefix ensemble.
-    prefix = (cache.logits[0].double() * cache.weights[0] + cache.logits[1].double() * cache.weights[1])
+    prefix = cache.logits[0].double() * cache.weights[0] + cache.logits[1].double() * cache.weights[1]
     expected = probability_metrics(prefix / cache.weights[:2].double().sum(), cache.target)
     assert before[1].nll == pytest.approx(expected.nll, rel=1e-5) and before[1].accuracy == expected.accuracy
     own = exit_metrics(cache, on="exit")[2]

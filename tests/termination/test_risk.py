@@ -52,9 +52,15 @@ def within(misses, delta):
     return 1 - binomial_cdf(misses - 1, RESAMPLINGS, delta) > 1e-3
 
 
-@pytest.mark.parametrize(("loss", "p_value", "epsilon", "n"), [
-    ("degradation", "auto", 0.03, 500), ("degradation", "hoeffding-bentkus", 0.05, 500),
-    ("disagreement", "auto", 0.03, 500), ("drop", "auto", 0.04, 600)])
+@pytest.mark.parametrize(
+    ("loss", "p_value", "epsilon", "n"),
+    [
+        ("degradation", "auto", 0.03, 500),
+        ("degradation", "hoeffding-bentkus", 0.05, 500),
+        ("disagreement", "auto", 0.03, 500),
+        ("drop", "auto", 0.04, 600),
+    ],
+)
 @pytest.mark.parametrize("delta", [0.1, 0.3])
 def test_learn_then_test_keeps_its_promise(population, path, loss, p_value, epsilon, n, delta):
     losses = path_losses(population, path, loss)
@@ -64,7 +70,7 @@ def test_learn_then_test_keeps_its_promise(population, path, loss, p_value, epsi
     for sample in draws(losses, n):
         test = learn_then_test(sample, epsilon, delta, p_value=p_value)
         # Every accepted step at once, so whichever of them is taken.
-        misses += bool((risk[:test.accepted] > epsilon).any())
+        misses += bool((risk[: test.accepted] > epsilon).any())
         moved += test.accepted > 0
     assert within(misses, delta)
     assert moved > 0.9 * RESAMPLINGS  # and not by never daring anything
@@ -100,8 +106,9 @@ def test_the_whole_way_from_a_cache_keeps_the_promise(population, path):
     # Through control_risk, that is with caches, roles and the choice of the cheapest step.
     rng = np.random.default_rng(5)
     risk = path_losses(population, path, "degradation").mean(axis=1)
-    rows = {(tuple(t.tolist()), tuple(e.tolist())): r
-            for t, e, r in zip(path.thresholds, path.enabled, risk, strict=True)}
+    rows = {
+        (tuple(t.tolist()), tuple(e.tolist())): r for t, e, r in zip(path.thresholds, path.enabled, risk, strict=True)
+    }
     misses, runs, delta = 0, 60, 0.2
     for _ in range(runs):
         cache = population.select(torch.from_numpy(rng.integers(0, 20_000, 400)), role="calibration")
@@ -141,8 +148,15 @@ def test_losses_by_the_simulator(path):
     full = cache.running[-1].argmax(1)
     losses = {name: path_losses(cache, path, name) for name in LOSSES}
     for step in range(0, len(path), 7):
-        result = simulate(cache.logits, cache.weights, "confidence", path.thresholds[step], enabled=path.enabled[step],
-                          temperatures=path.temperatures, target=cache.target)
+        result = simulate(
+            cache.logits,
+            cache.weights,
+            "confidence",
+            path.thresholds[step],
+            enabled=path.enabled[step],
+            temperatures=path.temperatures,
+            target=cache.target,
+        )
         right, early = full == cache.target, result.correct
         assert losses["degradation"][step].tolist() == (right & ~early).long().tolist()
         assert losses["drop"][step].tolist() == (right.long() - early.long()).tolist()

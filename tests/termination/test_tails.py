@@ -61,11 +61,14 @@ def test_hoeffding_bentkus():
         hoeffding_bentkus(0.1, 10, 0)
 
 
-@pytest.mark.parametrize(("values", "chances", "epsilon"), [
-    ([0.0, 1.0], [0.95, 0.05], 0.05),
-    ([0.0, 0.5, 1.0], [0.02, 0.94, 0.04], 0.51),
-    ([0.0, 0.25], [0.2, 0.8], 0.2),
-])
+@pytest.mark.parametrize(
+    ("values", "chances", "epsilon"),
+    [
+        ([0.0, 1.0], [0.95, 0.05], 0.05),
+        ([0.0, 0.5, 1.0], [0.02, 0.94, 0.04], 0.51),
+        ([0.0, 0.25], [0.2, 0.8], 0.2),
+    ],
+)
 def test_betting_is_a_p_value_at_the_edge_of_the_hypothesis(values, chances, epsilon):
     rng = np.random.default_rng(7)
     p = betting(rng.choice(values, size=(3000, 400), p=chances), epsilon)

@@ -29,8 +29,16 @@ def tied_cache(exits, samples, seed, classes=3):
 
 
 def outcome(cache, found, costs):
-    return simulate(cache.logits, cache.weights, found.policy, found.thresholds, temperatures=found.temperatures,
-                    enabled=found.enabled, target=cache.target, costs=costs)
+    return simulate(
+        cache.logits,
+        cache.weights,
+        found.policy,
+        found.thresholds,
+        temperatures=found.temperatures,
+        enabled=found.enabled,
+        target=cache.target,
+        costs=costs,
+    )
 
 
 def everything(cache, policy, temperatures, costs, on="ensemble"):
@@ -42,9 +50,17 @@ def everything(cache, policy, temperatures, costs, on="ensemble"):
         choices.append([None, *(sign * float(v) for v in table.values(e))])  # a value itself as the threshold
     found = []
     for choice in itertools.product(*choices):
-        result = simulate(cache.logits, cache.weights, policy, [0.0 if c is None else c for c in choice], on=on,
-                          temperatures=temperatures, enabled=[c is not None for c in choice], target=cache.target,
-                          costs=costs)
+        result = simulate(
+            cache.logits,
+            cache.weights,
+            policy,
+            [0.0 if c is None else c for c in choice],
+            on=on,
+            temperatures=temperatures,
+            enabled=[c is not None for c in choice],
+            target=cache.target,
+            costs=costs,
+        )
         found.append((int(result.correct.sum()), result.mean_cost * len(cache)))
     return found
 
@@ -101,8 +117,17 @@ def test_decisions_are_the_simulators(policy, on, dtype):
         assert result.predictions.tolist() == search.table.predictions[taken, np.arange(700)].tolist()
     curve = search.curve(points=15)
     for row in range(len(curve)):
-        result = simulate(cache.logits, cache.weights, policy, curve.thresholds[row], on=on,
-                          temperatures=curve.temperatures, enabled=curve.enabled[row], target=target, costs=costs)
+        result = simulate(
+            cache.logits,
+            cache.weights,
+            policy,
+            curve.thresholds[row],
+            on=on,
+            temperatures=curve.temperatures,
+            enabled=curve.enabled[row],
+            target=target,
+            costs=costs,
+        )
         assert int(result.correct.sum()) == curve.correct[row]
         assert result.mean_cost == pytest.approx(curve.cost[row], rel=1e-9)
 
@@ -141,8 +166,9 @@ def test_a_gate_that_does_not_pay_is_off():
     guess = torch.nn.functional.one_hot(torch.randint(0, 4, (400,), generator=generator), 4).float()
     truth = torch.nn.functional.one_hot(target, 4).float()
     noise = torch.rand(3, 400, 4, generator=generator)
-    cache = ExitCache.from_logits(torch.stack([9 * guess, 90 * truth, 0.1 * truth]) + noise, target, [1.0, 1.0, 1.0],
-                                  role="calibration")
+    cache = ExitCache.from_logits(
+        torch.stack([9 * guess, 90 * truth, 0.1 * truth]) + noise, target, [1.0, 1.0, 1.0], role="calibration"
+    )
     found = ThresholdSearch(cache, "confidence", [1, 2, 3]).for_accuracy(0)
     assert found.enabled.tolist() == [False, True] and found.counts == (0, 400, 0) and found.cost == 2
     assert found.drop == 0 and found.accuracy == found.full_accuracy == 1
@@ -194,8 +220,9 @@ def test_with_one_gate_the_bound_is_the_optimum():
 
 def test_the_gap_is_small_where_little_accuracy_may_be_lost():
     for exits, share in ((3, 0.005), (4, 0.02), (6, 0.06)):
-        search = ThresholdSearch(cache_of(exits, 2000, classes=10, seed=5), "confidence", list(range(1, exits + 1)),
-                                 method="search")
+        search = ThresholdSearch(
+            cache_of(exits, 2000, classes=10, seed=5), "confidence", list(range(1, exits + 1)), method="search"
+        )
         found = search.for_accuracy(0.5)
         assert not found.exact and 0 <= found.gap <= share * found.cost
 
@@ -204,15 +231,16 @@ def test_line_and_totals_agree_with_the_definition():
     rng = np.random.default_rng(1)
     for policy in ("confidence", "vote"):  # vote: merged columns
         cache = tied_cache(4, 60, seed=9)
-        problem = Problem.of(GateTable.of(cache.logits, cache.weights, cache.target, policy, [1.0] * 4),
-                             np.array([1.0, 1.5, 3.0, 7.0]))
+        problem = Problem.of(
+            GateTable.of(cache.logits, cache.weights, cache.target, policy, [1.0] * 4), np.array([1.0, 1.5, 3.0, 7.0])
+        )
         assert problem.samples == 60 and (policy == "confidence") == (problem.columns == 60)
         for _ in range(10):
             limits = tuple(int(rng.integers(0, g + 1)) for g in problem.groups)
             for e in range(3):
                 right, cost = problem.line(limits, e)
                 for limit in range(problem.groups[e] + 1):
-                    moved = (*limits[:e], limit, *limits[e + 1:])
+                    moved = (*limits[:e], limit, *limits[e + 1 :])
                     assert (right[limit], pytest.approx(cost[limit])) == problem.totals(moved)
                 assert (np.diff(cost) <= 0).all()
 
@@ -232,7 +260,7 @@ def test_joint_is_better_than_greedy():
     limits = (0,) * 4
     for e in range(4):
         right, _ = search.problem.line(limits, e)
-        limits = (*limits[:e], int(np.flatnonzero(right >= needed)[-1]), *limits[e + 1:])
+        limits = (*limits[:e], int(np.flatnonzero(right >= needed)[-1]), *limits[e + 1 :])
     greedy = search.problem.totals(limits)[1] / 3000
     found = search.for_accuracy(1.0)
     assert found.bound <= found.cost < greedy
@@ -258,16 +286,19 @@ def test_one_exit_has_nothing_to_search():
     assert not search.for_cost(4).feasible and len(search.curve()) == 1
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"costs": [1, 2]}, "costs must be 3 positive numbers in non-descending order, got"),
-    ({"costs": [1, 3, 2]}, "non-descending"),
-    ({"costs": [0, 1, 2]}, "positive"),
-    ({"temperatures": [1.0]}, "temperatures must be 3 positive numbers"),
-    ({"temperatures": [1.0, 0.0, 1.0]}, "temperatures must be 3 positive numbers"),
-    ({"policy": lambda judged: judged}, "policy must be a built-in one .* got Custom"),
-    ({"method": "greedy"}, "method must be 'auto', 'exhaustive' or 'search', got 'greedy'"),
-    ({"cache": cache_of(3, 5).select([])}, "at least one sample, got none"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"costs": [1, 2]}, "costs must be 3 positive numbers in non-descending order, got"),
+        ({"costs": [1, 3, 2]}, "non-descending"),
+        ({"costs": [0, 1, 2]}, "positive"),
+        ({"temperatures": [1.0]}, "temperatures must be 3 positive numbers"),
+        ({"temperatures": [1.0, 0.0, 1.0]}, "temperatures must be 3 positive numbers"),
+        ({"policy": lambda judged: judged}, "policy must be a built-in one .* got Custom"),
+        ({"method": "greedy"}, "method must be 'auto', 'exhaustive' or 'search', got 'greedy'"),
+        ({"cache": cache_of(3, 5).select([])}, "at least one sample, got none"),
+    ],
+)
 def test_arguments(change, message):
     with pytest.raises(ValueError, match=message):
         ThresholdSearch(**({"cache": cache_of(3, 5), "policy": "confidence", "costs": [1, 2, 3]} | change))
