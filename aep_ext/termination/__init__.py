@@ -19,6 +19,7 @@ from .refill import Refill
 from .risk import RiskTest, conformal_risk_control, learn_then_test
 from .simulate import Simulation, simulate
 from .temperature import TemperatureFit, fit_temperature, fit_temperatures
+from .terminate import terminate
 from .thresholds import ThresholdSearch
 
 __all__ = [
@@ -28,5 +29,5 @@ __all__ = [
     "ThresholdPath", "ThresholdSearch", "Thresholds", "Vote", "as_policy", "budget_from_dict", "budget_to_dict",
     "calibrate", "conformal_risk_control", "control_risk", "exit_costs", "exit_metrics",
     "expected_calibration_error", "failure_auroc", "fit_temperature", "fit_temperatures", "from_thresholds",
-    "learn_then_test", "near_threshold", "path_losses", "probability_metrics", "simulate",
+    "learn_then_test", "near_threshold", "path_losses", "probability_metrics", "simulate", "terminate",
 ]
