@@ -1,10 +1,11 @@
-"""Early exits for CNNs: anticipate (add exits), ensemble (train and sum them), prune (keep the best subset).
+"""Early exits for CNNs: anticipate (add), ensemble (train, sum), prune (keep the best subset), terminate (stop early).
 
 The face of the package. Each name's home is the room it is imported from:
 
 - ``anticipate``, ``MultiExitNet``: :mod:`aep_ext.surgery`
 - ``ExitWeights``, ``JointCrossEntropy``: :mod:`aep_ext.ensemble`
 - ``score_subsets``, ``prune``: :mod:`aep_ext.pruning`
+- ``terminate``: :mod:`aep_ext.termination`
 - ``build_info``: what was built, what runs, what is missing and why
 
 Importing raises ImportError if the native module was built for another torch, unless ``AEP_FORCE_REFERENCE=1``; without
@@ -19,6 +20,7 @@ from ._build_info import build_info
 from .ensemble import ExitWeights, JointCrossEntropy
 from .pruning import prune, score_subsets
 from .surgery import MultiExitNet, anticipate
+from .termination import terminate
 
 __all__ = [
     "ExitWeights",
@@ -29,4 +31,5 @@ __all__ = [
     "build_info",
     "prune",
     "score_subsets",
+    "terminate",
 ]

@@ -1,4 +1,5 @@
-"""Deploy: what is delivered. Networks as ``model.safetensors`` + ``model.json``, or prepared for an engine."""
+"""Deploy: what is delivered. Networks, full, pruned or gated, as ``model.safetensors`` + ``model.json``, or prepared
+for an engine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Save and load networks, full or pruned: ``model.safetensors`` (tensors), ``model.json`` (how to rebuild). No pickle.
+"""Save and load networks, full, pruned or gated: ``model.safetensors`` (tensors), ``model.json`` (how to rebuild).
 
-The JSON names the SHA-256 of the tensor file, so two files that do not belong together are found out.
+No pickle. The JSON names the SHA-256 of the tensor file, so two files that do not belong together are found out.
 """
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from .. import __version__
 from ..pruning.extract import subset_view
 from ..surgery.multi_exit import MultiExitNet
+from ..termination import POLICIES, GatedNet
 
 TENSORS = "model.safetensors"
 DESCRIPTION = "model.json"
 FORMAT = "aep_ext.model"
 VERSION = 1
+_GATE = ("thresholds", "temperatures", "enabled")  # a gated net's own tensors, stored as "gate.<name>"
 _KEYS = ("origin", "num_classes", "exit_ids", "exit_stages", "fused", "tied", "strides", "frozen", "sha256",
          "metadata")
 
@@ -66,13 +68,15 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def save(net: MultiExitNet, folder: str | os.PathLike[str], *, metadata: dict[str, Any] | None = None) -> Path:
+def save(net: MultiExitNet | GatedNet, folder: str | os.PathLike[str], *,
+         metadata: dict[str, Any] | None = None) -> Path:
     """Write ``net`` to ``folder`` as ``model.safetensors`` and ``model.json``; earlier ones are replaced.
 
     Both files are complete before either takes its name.
 
     Args:
-        net: a full or pruned network, on any real device.
+        net: a full, pruned or gated network, on any real device. Of a gated one the policy, its numbers and the modes
+            are written too, but not the measured costs, which belong to a machine.
         folder: made if absent.
         metadata: JSON-able values of the user's own (class names, preprocessing), returned by :func:`describe`.
 
@@ -80,12 +84,14 @@ def save(net: MultiExitNet, folder: str | os.PathLike[str], *, metadata: dict[st
         The folder.
 
     Raises:
-        TypeError: ``net`` is no MultiExitNet, or origin or metadata cannot be written as JSON.
-        ValueError: ``net`` is on the meta device.
+        TypeError: ``net`` is no MultiExitNet and no GatedNet of one, or origin or metadata cannot be written as JSON.
+        ValueError: ``net`` is on the meta device, or gated by a user's own rule.
         ImportError: safetensors is missing.
     """
+    gated, net = (net, net.net) if isinstance(net, GatedNet) else (None, net)
     if not isinstance(net, MultiExitNet):
         raise TypeError(f"deploy.save: net must be a MultiExitNet, got {type(net).__name__}")
+    gate = None if gated is None else _gate_description(gated)
     library = _safetensors()
     state = net.state_dict()
     meta = next((name for name, tensor in state.items() if tensor.device.type == "meta"), None)
@@ -104,6 +110,8 @@ def save(net: MultiExitNet, folder: str | os.PathLike[str], *, metadata: dict[st
             seen[key] = name
             # Cloned, because safetensors refuses tensors that overlap; contiguous, because it stores no strides.
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if gated is not None:
+        tensors |= {f"gate.{name}": getattr(gated, name).detach().cpu().clone() for name in _GATE}
     data = library.save(tensors)
     description = {
         "format": FORMAT,
@@ -123,6 +131,8 @@ def save(net: MultiExitNet, folder: str | os.PathLike[str], *, metadata: dict[st
         "sha256": hashlib.sha256(data).hexdigest(),
         "metadata": {} if metadata is None else metadata,
     }
+    if gate is not None:
+        description["gate"] = gate
     try:
         text = json.dumps(description, indent=1)
     except TypeError as error:
@@ -136,6 +146,26 @@ def save(net: MultiExitNet, folder: str | os.PathLike[str], *, metadata: dict[st
         os.replace(tensor_file, target / TENSORS)
         os.replace(description_file, target / DESCRIPTION)
     return target
+
+
+def _gate_description(gated: GatedNet) -> dict[str, Any]:
+    """What of a gate is no tensor."""
+    policy = gated.policy
+    if type(policy) is not POLICIES.get(policy.name):
+        raise ValueError(f"deploy.save: the policy must be one of {', '.join(POLICIES)}, got {policy.name!r} "
+                         f"({type(policy).__name__}), a rule in Python, which a file cannot hold")
+    return {"policy": policy.name, "on": policy.on, "mode": list(gated.mode)}
+
+
+def _with_gate(net: MultiExitNet, gate: Any, tensors: dict[str, Tensor]) -> GatedNet:
+    """``net`` behind the gate that was saved, whose numbers are in ``tensors``."""
+    try:
+        kind, on, mode = POLICIES[gate["policy"]], gate["on"], gate["mode"]
+        numbers = [tensors[f"gate.{name}"] for name in _GATE]
+    except (KeyError, TypeError) as error:
+        raise ValueError("deploy.load: the files of a gated network must hold a built-in policy, its numbers and "
+                         f"modes, got no {error}") from error
+    return GatedNet(net, kind(on), *numbers, mode=mode)
 
 
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -242,7 +272,7 @@ def _fill(net: MultiExitNet, tensors: dict[str, Tensor], description: dict[str, 
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *,
-         map_location: torch.device | str = "cpu") -> MultiExitNet:
+         map_location: torch.device | str = "cpu") -> MultiExitNet | GatedNet:
     """Read a network that :func:`save` wrote. Parameters, buffers and outputs are those that were saved, bit for bit.
 
     Args:
@@ -253,7 +283,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *,
         map_location: the device to load to.
 
     Returns:
-        The network in eval mode.
+        The network in eval mode: a :class:`GatedNet` if one was saved, otherwise a :class:`MultiExitNet`.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -274,5 +304,9 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *,
     net = _architecture(description, model)
     net.fused = bool(description["fused"])
     net.origin = description["origin"]
-    _fill(net, library.load(data), description)
-    return net.to(map_location).eval()
+    tensors, gate = library.load(data), description.get("gate")
+    own = {name: tensors.pop(name) for name in list(tensors) if gate is not None and name.startswith("gate.")}
+    _fill(net, tensors, description)
+    # Only now, with the stored weights in place, can the gate be checked against them.
+    delivered = net if gate is None else _with_gate(net, gate, own)
+    return delivered.to(map_location).eval()

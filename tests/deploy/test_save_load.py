@@ -238,3 +238,59 @@ def test_torchvision_networks(tmp_path, name):
     net = prune(build(name, 4), (0, 2)).eval()
     save(net, tmp_path)
     same(net, load(tmp_path), torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("exits", [None, (0, 2), (1,)])
+def test_gated_networks(net, tmp_path, exits):
+    from aep_ext.termination import GatedNet, Patience
+
+    pruned = net if exits is None else prune(net, exits)
+    count = pruned.num_exits
+    gated = GatedNet(pruned, Patience("exit"), [1 + 0.1 * e for e in range(count - 1)], [0.7] * count,
+                     [e != 1 for e in range(count - 1)], ["mask"] * (count - 1))
+    x = torch.randn(5, 1, 12, 12)
+    gated.measure(x, repeats=1)
+    assert save(gated, tmp_path, metadata={"a": 1}) == tmp_path
+    loaded = load(tmp_path)
+    assert isinstance(loaded, GatedNet) and not loaded.training and loaded.costs is None
+    same(pruned, loaded.net, x)
+    assert loaded.policy == gated.policy and loaded.mode == gated.mode and describe(tmp_path)["metadata"] == {"a": 1}
+    for name in ("thresholds", "temperatures", "enabled"):
+        ours, theirs = getattr(gated, name), getattr(loaded, name)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    for a, b in zip(gated(x), loaded(x), strict=True):
+        assert torch.equal(a, b)
+    save(loaded, tmp_path)
+    save(loaded.net, tmp_path)  # and back to the net without gates
+    assert isinstance(load(tmp_path), MultiExitNet) and "gate" not in describe(tmp_path)
+
+
+def test_gates_that_no_file_can_hold_and_broken_ones(net, tmp_path):
+    from aep_ext.termination import Confidence, GatedNet
+
+    class Mine(Confidence):
+        pass
+
+    for policy in (lambda judged: judged.stats[:, 0] > 0.5, Mine()):
+        with pytest.raises(ValueError, match="deploy.save: the policy must be one of confidence, .* a rule in Python"):
+            save(GatedNet(net, policy, 0.5), tmp_path)
+    assert not os.listdir(tmp_path)
+    with pytest.raises(TypeError, match="net must be a MultiExitNet, got Units"):
+        save(GatedNet(Units(), "confidence", []), tmp_path)
+    save(GatedNet(net, "confidence", 0.5), tmp_path)
+    good = describe(tmp_path)["gate"]
+    for gate, message in (({"policy": "luck"}, "must hold a built-in policy, its numbers and modes, got no 'luck'"),
+                          ({"policy": "vote"}, "got no 'on'"), ("gate", "got no string indices"),
+                          (good | {"mode": ["no"] * 3}, "mode must be one of auto, compact, mask, off, got 'no'"),
+                          (good | {"on": "both"}, "on must be 'ensemble' or 'exit', got 'both'"),
+                          (None, "3 unknown")):
+        _edit(tmp_path, gate=gate)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+class Units:
+    """Not a MultiExitNet, but something a GatedNet takes."""
+
+    stages = (len,)
+    output_weights = (1.0,)

@@ -1,0 +1,150 @@
+"""What a gated net's parts cost on this machine, and what follows: carry fewer rows on, or all of them.
+
+The costs are those of the machine, the thread count and the dtype they were measured with; files do not hold them.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .executor import start, step, survivors, take
+from .policies import Policy
+from .settings import GateSettings
+from .units import Run
+
+
+def _interpolated(sizes: Sequence[int], values: Sequence[float], n: int) -> float:
+    """Linear between the sizes; below the first its value, beyond the last in proportion to n."""
+    if n >= sizes[-1]:
+        return values[-1] * n / sizes[-1]
+    if n <= sizes[0]:
+        return values[0] if n else 0.0
+    right = bisect_left(sizes, n)
+    share = (n - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+    return values[right - 1] + share * (values[right] - values[right - 1])
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """Milliseconds by number of rows.
+
+    Attributes:
+        sizes: the numbers of rows measured, ascending.
+        stages: E rows, for each exit: its stages and head.
+        gates: E rows: its gate, with the count read back.
+        copies: E-1 rows: copying that many rows of its features.
+    """
+
+    sizes: tuple[int, ...]
+    stages: tuple[tuple[float, ...], ...]
+    gates: tuple[tuple[float, ...], ...]
+    copies: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.sizes or self.sizes[0] < 1 or any(b <= a for a, b in pairwise(self.sizes)):
+            raise ValueError(f"StageCosts: sizes must be positive and ascending, got {self.sizes}")
+        exits = len(self.stages)
+        for name, count in (("stages", exits), ("gates", exits), ("copies", exits - 1)):
+            table = getattr(self, name)
+            if len(table) != count or any(len(row) != len(self.sizes) for row in table):
+                raise ValueError(
+                    f"StageCosts: {name} must have {count} rows of {len(self.sizes)} entries, "
+                    f"got {[len(row) for row in table]}"
+                )
+
+    def stage(self, e: int, n: int) -> float:
+        """Milliseconds of the stages and the head of exit e on n rows, interpolated."""
+        return _interpolated(self.sizes, self.stages[e], n)
+
+    def gate(self, e: int, n: int) -> float:
+        """Milliseconds of gate e on n rows, interpolated."""
+        return _interpolated(self.sizes, self.gates[e], n)
+
+    def copy(self, e: int, n: int) -> float:
+        """Milliseconds to copy n rows of the features of exit e, interpolated."""
+        return _interpolated(self.sizes, self.copies[e], n)
+
+    def rest(self, e: int, n: int) -> float:
+        """Milliseconds of all stages and heads after exit e on n rows."""
+        return sum(self.stage(later, n) for later in range(e + 1, len(self.stages)))
+
+    def ungated(self, n: int) -> float:
+        """Milliseconds of the whole network on n rows, without gates."""
+        return self.rest(-1, n)
+
+    def compacts(self, e: int, rows: int, stay: int) -> bool:
+        """Whether ``rows`` rows at exit e are best cut down to ``stay`` now, and not later or never.
+
+        Each way is counted to the end with nobody else leaving, so cutting down is never dearer than carrying all on,
+        as far as the costs are right.
+        """
+        now = self.copy(e, stay) + self.rest(e, stay)
+        carried = 0.0
+        for later in range(e + 1, len(self.stages)):
+            carried += self.stage(later, rows)
+            if later < len(self.copies) and carried + self.copy(later, stay) + self.rest(later, stay) < now:
+                return False
+        return now <= carried
+
+    def pays(self, e: int, leaving: float = 1.0) -> bool:
+        """Whether gate e can save more than it costs, at any measured size, if the fraction ``leaving`` goes."""
+        return any(gate < leaving * self.rest(e, n) for n, gate in zip(self.sizes, self.gates[e], strict=True))
+
+
+def _milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The shortest of ``repeats`` timed calls after one that is not: an interruption only ever adds time."""
+
+    def wait() -> None:
+        if device.type in ("cuda", "xpu", "mps"):
+            getattr(torch, device.type).synchronize()
+
+    function()
+    wait()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        wait()
+        times.append(time.perf_counter() - begin)
+    return min(times) * 1e3
+
+
+def measure_costs(
+    run: Run, policy: Policy, settings: GateSettings, example: Tensor, sizes: Sequence[int], repeats: int
+) -> StageCosts:
+    """Times every part on the first n rows of ``example`` for each n of ``sizes``, ascending."""
+    exits = len(settings.live)
+    nobody = replace(settings, live=(False,) * exits)  # a step that leaves every row in its place
+    tables: dict[str, list[list[float]]] = {
+        "stages": [[] for _ in range(exits)],
+        "gates": [[] for _ in range(exits)],
+        "copies": [[] for _ in range(exits - 1)],
+    }
+    for n in sizes:
+        features, rows = example[:n], None
+        for e in range(exits):
+            # A stage may write on its input, so each call gets a copy; its cost is taken off.
+            source, device = features, features.device
+            copied = _milliseconds(lambda source=source: source.clone(), device, repeats)
+            both = _milliseconds(lambda source=source, e=e: run(e, source.clone()), device, repeats)
+            tables["stages"][e].append(max(both - copied, 0.0))
+            features, logits = run(e, source.clone())
+            rows = start(policy, logits, torch.arange(n, device=logits.device)) if rows is None else rows
+            gate = _milliseconds(
+                lambda e=e, rows=rows, logits=logits: step(policy, settings, e, rows, logits).count.item(),
+                device,
+                repeats,
+            )
+            tables["gates"][e].append(gate)
+            rows = survivors(step(policy, nobody, e, rows, logits), n)
+            if e < exits - 1:
+                copy = _milliseconds(lambda features=features, rows=rows: take(features, rows.indices), device, repeats)
+                tables["copies"][e].append(copy)
+    return StageCosts(tuple(sizes), *(tuple(map(tuple, tables[name])) for name in ("stages", "gates", "copies")))

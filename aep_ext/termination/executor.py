@@ -1,0 +1,209 @@
+"""The executor: a batch walks from exit to exit, and who is sure enough leaves.
+
+The decisions are made by :meth:`Policy.gate` on those that are still under way, in their order, exactly as the
+simulator makes them. The features are no part of that step: they follow it only where carrying fewer rows pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import GateResult
+from .policies import Confidence, Entropy, Margin, Policy
+from .settings import GateSettings
+from .units import Run
+
+Compacts = Callable[[int, int, int], bool]
+"""``compacts(e, rows, survivors)``: whether ``rows`` rows of features at exit e are cut down to the survivors'."""
+
+
+class GatedOutput(NamedTuple):
+    """What a gated net answers for a batch of N samples, in their order."""
+
+    logits: Tensor
+    """(N, K), the dtype of the exits' logits: the unnormalised sum of b_j O_j up to the exit taken."""
+    exit: Tensor
+    """(N,) int64: the exit taken, from 0, in the network at hand."""
+    confidence: Tensor
+    """(N,) float32: the largest probability of the judged distribution there."""
+
+
+class Rows(NamedTuple):
+    """Those under way, without their features: n rows, in the order of their numbers."""
+
+    running: Tensor
+    """(n, K): the running ensemble, in the accumulation dtype."""
+    indices: Tensor
+    """(n,) int64: the caller's numbers, ascending."""
+    state: Tensor
+    """(n, S) int64: the policy's memory."""
+
+
+def start(policy: Policy, logits: Tensor, indices: Tensor) -> Rows:
+    """The rows before the first exit, whose ``logits`` (n, K) settle classes, dtype and device."""
+    n, classes = logits.shape
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    running = torch.zeros((n, classes), dtype=acc, device=logits.device)
+    return Rows(running, indices, policy.initial_state(n, classes, logits.device))
+
+
+def step(
+    policy: Policy, settings: GateSettings, e: int, rows: Rows, logits: Tensor, nothing: Tensor | None = None
+) -> GateResult:
+    """Exit e for ``rows``: the gate's result, with features of no columns (``nothing``, if they are at hand)."""
+    running = rows.running
+    return policy.gate(
+        running.narrow(1, 0, 0) if nothing is None else nothing,
+        running,
+        settings.sums[running.dtype][e],
+        rows.indices,
+        rows.state,
+        logits,
+        exit_index=e,
+        weight=settings.weights[e],
+        threshold=settings.thresholds[e],
+        temperature=settings.temperatures[e],
+        enabled=settings.live[e],
+    )
+
+
+def only_adds(policy: Policy) -> bool:
+    """Whether an exit where nobody may leave only adds to the running ensemble: no memory of the policy's to keep."""
+    return type(policy) in (Confidence, Entropy, Margin)
+
+
+def add(settings: GateSettings, e: int, rows: Rows, logits: Tensor) -> Rows:
+    """Exit e where nobody may leave, for a policy that only adds: as :func:`step` does, bit for bit."""
+    running = rows.running
+    return rows._replace(running=running + logits.to(running.dtype) * settings.weights[e])
+
+
+def survivors(result: GateResult, stay: int) -> Rows:
+    """The first ``stay`` rows of a gate's result."""
+    return Rows(result.running[:stay], result.indices[:stay], result.state[:stay])
+
+
+def take(features: Tensor, positions: Tensor) -> Tensor:
+    """Copies rows, (n, ...) and (m,) int64 -> (m, ...), in the memory order of ``features``.
+
+    Equivalent to ``features[positions]``, but channels_last stays so.
+    """
+    if not features.is_contiguous() and features.dim() in (4, 5):
+        form = torch.channels_last if features.dim() == 4 else torch.channels_last_3d
+        if features.is_contiguous(memory_format=form):
+            return features.movedim(1, -1).index_select(0, positions).movedim(-1, 1)
+    return features.index_select(0, positions)
+
+
+class First(NamedTuple):
+    """What the walk of one sample starts from: made once for each form of logits, never written on."""
+
+    policy: Policy
+    rows: Rows
+    nothing: Tensor
+    """(1, 0): its features, for the gate."""
+    marks: tuple[Tensor, ...]
+    """For each exit (1,) int64: the exit's number where only the gate sees it, else the sample's, 0."""
+
+
+def first_of(policy: Policy, logits: Tensor, exits: int) -> First:
+    """For one sample's logits (1, K).
+
+    A gate hands on the sample's number whatever it is, so a built-in policy is given the exit's in its place: the
+    ``exit`` of the answer is then there already. A user's own rule may look at it and is given the sample's.
+    """
+    marks = tuple(
+        torch.full((1,), e if policy.built_in else 0, dtype=torch.int64, device=logits.device) for e in range(exits)
+    )
+    rows = start(policy, logits, marks[0])
+    return First(policy, rows, rows.running.new_empty((1, 0)), marks)
+
+
+def run_one(run: Run, policy: Policy, settings: GateSettings, x: Tensor, known: dict[Any, First]) -> GatedOutput:
+    """One sample, (1, ...): no rows to sort, so nothing is gathered or scattered.
+
+    ``known`` keeps where to start from, by form of the logits.
+    """
+    features, logits = run(0, x)
+    last, adds, dtype = len(settings.live) - 1, only_adds(policy), logits.dtype
+    key = (logits.shape, dtype, logits.device, logits.is_inference())
+    first = known.get(key)
+    if first is None or first.policy is not policy:
+        first = known[key] = first_of(policy, logits, last + 1)
+    _, rows, nothing, marks = first
+    for e in range(last + 1):
+        if e:
+            features, logits = run(e, features)
+        live = settings.live[e]
+        if adds and not live and e < last:
+            rows = add(settings, e, Rows(rows.running, marks[e + 1], rows.state), logits)
+            continue
+        result = step(policy, settings, e, rows, logits, nothing)
+        if e == last or (live and result.count.item() == 0):
+            running, taken = result.running, result.indices
+            if not policy.built_in:
+                taken = torch.full_like(taken, e)
+            return GatedOutput(running if running.dtype == dtype else running.to(dtype), taken, result.stats[:, 0])
+        rows = Rows(result.running, marks[e + 1], result.state)
+    raise AssertionError("the last exit answers")
+
+
+class Answers:
+    """The outputs of N samples, written as they leave."""
+
+    def __init__(self, n: int, like: Tensor, dtype: torch.dtype) -> None:
+        """``like``: (any, K) in the accumulation dtype; ``dtype``: that of the answer's logits."""
+        self.dtype = dtype
+        self.logits = like.new_empty((n, like.shape[1]))
+        self.exit = torch.empty(n, dtype=torch.int64, device=like.device)
+        self.confidence = torch.empty(n, dtype=torch.float32, device=like.device)
+
+    def write(self, e: int, indices: Tensor, running: Tensor, stats: Tensor) -> None:
+        """Rows that leave at exit e."""
+        self.logits.index_copy_(0, indices, running)
+        self.exit.index_fill_(0, indices, e)
+        self.confidence.index_copy_(0, indices, stats[:, 0])
+
+    def output(self) -> GatedOutput:
+        """What was written."""
+        return GatedOutput(self.logits.to(self.dtype), self.exit, self.confidence)
+
+
+def run_batch(run: Run, policy: Policy, settings: GateSettings, x: Tensor, compacts: Compacts) -> GatedOutput:
+    """A batch, (n, ...), of any size."""
+    n, last, adds = len(x), len(settings.live) - 1, only_adds(policy)
+    features, logits = run(0, x)
+    rows = start(policy, logits, torch.arange(n, device=logits.device))
+    dtype = logits.dtype
+    answers: Answers | None = None
+    places: Tensor | None = None  # where in `features` the rows are; None: they are all of it, in order
+    for e in range(last + 1):
+        if e:
+            features, logits = run(e, features)
+            if places is not None:
+                logits = logits.index_select(0, places)
+        live, stay = settings.live[e], len(rows.indices)
+        if adds and not live and e < last and stay:
+            rows = add(settings, e, rows, logits)
+        else:
+            result, present = step(policy, settings, e, rows, logits), stay
+            stay = 0 if e == last else result.count.item() if live else present
+            if stay == 0 and answers is None:  # all leave together, in order
+                taken = torch.full((n,), e, dtype=torch.int64, device=logits.device)
+                return GatedOutput(result.running.to(dtype), taken, result.stats[:, 0].contiguous())
+            before, rows = rows, survivors(result, stay)
+            if stay < present:
+                if answers is None:
+                    answers = Answers(n, result.running, dtype)
+                answers.write(e, result.indices[stay:], result.running[stay:], result.stats[stay:])
+                if stay == 0:
+                    break
+                positions = torch.searchsorted(before.indices, rows.indices)
+                places = positions if places is None else places.index_select(0, positions)
+        if places is not None and compacts(e, len(features), stay):
+            features, places = take(features, places), None
+    return answers.output()

@@ -1,0 +1,103 @@
+"""What measured costs lead to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from replay import numbered, replay_net
+
+from aep_ext.surgery.networks import build
+from aep_ext.termination import GatedNet, StageCosts
+
+LINEAR = StageCosts((1, 8), ((1.0, 8.0),) * 3, ((0.1, 0.1),) * 3, ((0.1, 0.8),) * 2)
+"""Three stages of 1 ms a row, copies of 0.1 ms a row."""
+FLAT = StageCosts((1, 8), ((8.0, 8.0),) * 3, ((0.1, 0.1),) * 3, ((0.1, 0.8),) * 2)
+"""A row costs as much as eight: cutting rows down saves nothing."""
+
+
+def test_costs_are_interpolated():
+    costs = StageCosts((2, 4, 8), ((1.0, 3.0, 4.0), (2.0, 2.0, 2.0)), ((0.1, 0.2, 0.3),) * 2, ((0.5, 0.5, 0.5),))
+    assert [costs.stage(0, n) for n in (0, 1, 2, 3, 4, 6, 8, 16)] == [0.0, 1.0, 1.0, 2.0, 3.0, 3.5, 4.0, 8.0]
+    assert costs.rest(0, 4) == 2.0 and costs.rest(1, 4) == 0.0 and costs.ungated(4) == 5.0
+    assert costs.gate(1, 4) == 0.2 and costs.copy(0, 3) == 0.5
+
+
+def test_rows_are_cut_down_where_that_is_the_cheapest_way_to_the_end():
+    assert LINEAR.compacts(0, 8, 4) and LINEAR.compacts(1, 8, 7)
+    assert not FLAT.compacts(0, 8, 4) and not FLAT.compacts(1, 8, 1)
+    # The copy is dear here and nearly free at the next exit, and the stage between costs the same for all sizes.
+    later = StageCosts((1, 8), ((1.0, 8.0), (1.0, 1.0), (1.0, 8.0)), ((0.1, 0.1),) * 3, ((3.0, 3.0), (0.1, 0.1)))
+    assert not later.compacts(0, 8, 2) and later.compacts(1, 8, 2)
+
+
+def test_cutting_down_is_never_dearer_than_carrying_all_on():
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(300):
+        numbers = (torch.rand(4 + 4 + 3, 3, generator=generator) * 5).tolist()
+        costs = StageCosts((1, 4, 16), *(tuple(map(tuple, part)) for part in (numbers[:4], numbers[4:8], numbers[8:])))
+        for e in range(3):
+            for stay in range(1, 16):
+                if costs.compacts(e, 16, stay):
+                    assert costs.copy(e, stay) + costs.rest(e, stay) <= costs.rest(e, 16) + 1e-9
+
+
+@pytest.mark.parametrize(("costs", "expected"), [(None, [8, 4, 4]), (LINEAR, [8, 4, 4]), (FLAT, [8, 8, 8])])
+def test_auto_goes_by_the_costs_and_by_hand_does_not(costs, expected):
+    logits = torch.zeros(3, 8, 2)
+    logits[0, ::2, 0] = 9
+    for mode, rows in (("auto", expected), ("compact", [8, 4, 4]), ("mask", [8, 8, 8])):
+        net = replay_net(logits, [0.2, 0.3, 0.5])
+        gated = GatedNet(net, "confidence", [0.9, 1.1], mode=mode)
+        gated.use_costs(costs)
+        assert gated(numbered(0, 8)).exit.tolist() == [0, 2] * 4
+        assert [stage.rows[0] for stage in net.stages] == rows
+
+
+def test_a_gate_that_cannot_pay_is_given_up():
+    dear = StageCosts((1, 8), ((1.0, 8.0), (1.0, 8.0), (0.01, 0.01)), ((0.1, 0.1),) * 3, ((0.0, 0.0),) * 2)
+    logits = torch.zeros(3, 8, 2)
+    gated = GatedNet(replay_net(logits, [1.0] * 3), "confidence", 0.0)
+    gated.use_costs(dear)
+    assert gated.live == (True, False)
+    gated.use_costs(dear, leaving=[0.01, 1.0])  # 0.1 ms against at most 1 % of 8.01 ms
+    assert gated.live == (False, False)
+    assert gated(numbered(0, 8)).exit.eq(2).all() and gated.simulate(logits).exits.eq(2).all()
+    gated.mode = ["auto", "mask"]  # by hand
+    assert gated.live == (False, True)
+    gated.use_costs(None)
+    assert gated.live == (True, True)
+
+
+def test_measuring_a_network():
+    net = build("resnet_small", 5, in_channels=1).eval()
+    gated, x = GatedNet(net, lambda judged: judged.stats[:, 0] > 0.9, 0.0), torch.randn(6, 1, 12, 12)
+    kept = x.clone()
+    costs = gated.measure(x, repeats=2)
+    assert gated.costs is costs and costs.sizes == (1, 2, 4, 6) and torch.equal(x, kept)
+    assert len(costs.stages) == len(costs.gates) == 4 and len(costs.copies) == 3
+    assert all(value > 0 for row in (*costs.gates, *costs.copies) for value in row)
+    assert all(0 <= value < 1e4 for row in costs.stages for value in row)
+    assert gated.measure(x, sizes=[3], repeats=1).sizes == (3,)
+    gated(x)
+    for arguments, message in (
+        ({"sizes": [7]}, r"sizes must be within 1..6, got \[7\]"),
+        ({"sizes": []}, r"sizes must be within 1..6, got \[\]"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"leaving": 1.5}, r"leaving must be 3 fractions in 0..1, got \[1.5"),
+        ({"leaving": [1.0]}, r"leaving must be 3 fractions in 0..1, got \[1.0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated.measure(x, **({"repeats": 1} | arguments))
+    with pytest.raises(ValueError, match="costs must be of 4 exits, got 3"):
+        gated.use_costs(LINEAR)
+
+
+def test_costs_of_another_shape_are_refused():
+    for sizes in ((), (0, 1), (2, 2)):
+        with pytest.raises(ValueError, match="sizes must be positive and ascending"):
+            StageCosts(sizes, (), (), ())
+    with pytest.raises(ValueError, match=r"copies must have 1 rows of 1 entries, got \[1, 1\]"):
+        StageCosts((1,), ((1.0,),) * 2, ((1.0,),) * 2, ((1.0,),) * 2)
+    assert not math.isnan(LINEAR.stage(0, 3))
