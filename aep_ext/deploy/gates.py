@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,12 +39,31 @@ class Gates:
     enabled: tuple[bool, ...]
 
 
-def _numbers(name: str, values: Sequence[float] | Tensor | float, count: int, positive: bool) -> tuple[float, ...]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().tolist()
-    found = (float(values),) * count if isinstance(values, numbers.Real) else tuple(float(v) for v in values)
+def _listed(name: str, values: Any, count: int, kind: str, accepts: Callable[[Any], bool]) -> tuple[Any, ...]:
+    """``values`` as ``count`` entries that are all accepted; one entry alone stands for all."""
+    if hasattr(values, "tolist"):  # torch's and NumPy's
+        if getattr(values, "ndim", 0) > 1:
+            raise ValueError(f"PreparedNet.gates: {name} must have shape [{count}], got {list(values.shape)}")
+        values = values.detach().cpu().tolist() if isinstance(values, Tensor) else values.tolist()
+    if accepts(values):
+        return (values,) * count
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"PreparedNet.gates: {name} must be {kind}, one or {count} of them, got {values!r}")
+    found = tuple(v.item() if hasattr(v, "item") and getattr(v, "ndim", 1) == 0 else v for v in values)
+    for position, value in enumerate(found):
+        if not accepts(value):
+            raise TypeError(f"PreparedNet.gates: {name} must be {kind}, got {value!r} at position {position}")
     if len(found) != count:
         raise ValueError(f"PreparedNet.gates: {name} must have {count} entries, got {len(found)}")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _numbers(name: str, values: Sequence[float] | Tensor | float, count: int, positive: bool) -> tuple[float, ...]:
+    found = tuple(float(value) for value in _listed(name, values, count, "numbers", _is_number))
     for position, value in enumerate(found):
         if math.isnan(value):
             raise ValueError(f"PreparedNet.gates: {name} must not be NaN, got NaN at position {position}")
@@ -56,7 +75,7 @@ def _numbers(name: str, values: Sequence[float] | Tensor | float, count: int, po
 
 
 def make_gates(
-    weights: Tensor,
+    weights: tuple[float, ...],
     policy: Policy | str | Callable[[Judged], Tensor],
     thresholds: Sequence[float] | Tensor | float,
     temperatures: Sequence[float] | Tensor | float | None,
@@ -72,11 +91,7 @@ def make_gates(
         )
     exits = len(weights)
     flags = True if enabled is None else enabled
-    if isinstance(flags, Tensor):
-        flags = flags.detach().cpu().tolist()
-    flags = (flags,) * (exits - 1) if isinstance(flags, bool) else tuple(bool(flag) for flag in flags)
-    if len(flags) != exits - 1:
-        raise ValueError(f"PreparedNet.gates: enabled must have {exits - 1} entries, got {len(flags)}")
+    flags = _listed("enabled", flags, exits - 1, "bools", lambda flag: isinstance(flag, bool))
     return Gates(
         rule,
         _numbers("output_weights", weights, exits, positive=True),

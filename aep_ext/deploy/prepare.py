@@ -38,6 +38,10 @@ def prepare(
     ``net`` itself is left as it is; the result holds a copy, in eval mode, of what it was. Before anything is returned
     the units' logits are compared with the network's on ``example``.
 
+    Inputs that are not finite are not promised the network's logits: OpenVINO's ReLU maps NaN to 0, so that a sample of
+    NaN may get finite logits there, and leave at a gate where the network's would not. One such sample is tried, and
+    ``notices`` tell where its logits come out finite. Who needs to find broken inputs looks at the inputs.
+
     Args:
         net: full or pruned, in either mode. "openvino" and "onnxruntime" take float32 networks on the CPU; "inductor"
             and "eager" take all.
@@ -49,7 +53,7 @@ def prepare(
         threads: of an engine; default ``torch.get_num_threads()`` now. "inductor" and "eager" follow torch's number.
         precision: "float32", or "engine": what the engine thinks best (OpenVINO computes in bfloat16 on CPUs that have
             it; logits then move in the second or third digit).
-        batches: batch sizes that get units compiled for them alone, 5 to 50 % faster than those for any batch, which
+        batches: batch sizes that get units compiled for them alone, usually faster than those for any batch, which
             there always are; each costs another copy of the packed weights. Default: 1 and the example's.
         candidates: for "auto"; default: "openvino", "onnxruntime" and "eager" as far as installed, and "inductor" only
             if neither of the engines works, since it compiles for minutes.
@@ -76,7 +80,7 @@ def prepare(
 
     reference = frozen_copy(net)
     segments = cut(reference)
-    example = example.detach().contiguous()
+    example = example.detach().resolve_neg().contiguous()
     inputs = unit_inputs(segments, example)
     settings = Settings(threads, precision, tuple(sorted(set(batches))))
     engines: dict[str, Engine] = {}
@@ -119,6 +123,8 @@ def _check(net: MultiExitNet, example: Tensor, backend: str, precision: str) -> 
         raise TypeError(f"deploy.prepare: net must be a MultiExitNet, got {type(net).__name__}")
     if not isinstance(example, Tensor):
         raise TypeError(f"deploy.prepare: example must be a torch.Tensor, got {type(example).__name__}")
+    if example.layout != torch.strided:
+        raise TypeError(f"deploy.prepare: example must be a dense (strided) tensor, got {example.layout}")
     if example.dim() != 4 or min(example.shape) < 1:
         raise ValueError(
             f"deploy.prepare: example must have shape [N, C, H, W], none of them 0, got {list(example.shape)}"
@@ -173,7 +179,7 @@ def _build(
     except Exception as error:
         raise RuntimeError(f"deploy.prepare: backend '{name}' cannot run this network: {_reason(error)}") from error
     example = inputs[0]
-    gap = 0.0
+    gap, scale = 0.0, 1.0
     # One sample, the example's batch, and a batch that has no units of its own.
     for n in sorted({1, len(example), *settings.batches, max(len(example), 1, *settings.batches) + 1}):
         x = example[torch.arange(n, device=example.device) % len(example)]
@@ -183,7 +189,7 @@ def _build(
         chain.load(0, x)
         found = chain.run_all()
         gap = max(gap, difference(found, wanted))
-    scale = max(1.0, float(torch.where(wanted.isfinite(), wanted, 0).abs().max()))
+        scale = max(scale, float(torch.where(wanted.isfinite(), wanted, 0).abs().max()))
     single = example.dtype in (torch.float32, torch.float64)
     tolerance = _TOLERANCE[settings.precision if single else "engine"]
     if not gap <= tolerance * scale:
@@ -191,7 +197,21 @@ def _build(
             f"deploy.prepare: backend '{name}' must give the network's logits up to {tolerance * scale:.3g}, got a "
             f"difference of {gap:.3g}"
         )
+    engine.notices = [*engine.notices, *_nan_notices(name, engine, example, reference)]
     return engine, gap
+
+
+def _nan_notices(name: str, engine: Engine, example: Tensor, reference: MultiExitNet) -> list[str]:
+    """What a sample of NaN is to the engine, where it is not what it is to the network."""
+    x = torch.full_like(example[:1], torch.nan)
+    with torch.no_grad():
+        broken = ~reference.exit_logits(x).isfinite().all(-1)
+    chain = engine.chain(1)
+    chain.load(0, x)
+    exits = (broken & chain.run_all().isfinite().all(-1)).any(-1).nonzero().flatten().tolist()
+    if not exits:
+        return []
+    return [f"{name}: an input of NaN gives finite logits (exits {', '.join(map(str, exits))}), unlike the network's"]
 
 
 def _race(engines: dict[str, Engine], example: Tensor) -> dict[str, float]:

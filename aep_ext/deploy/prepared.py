@@ -36,7 +36,8 @@ class PreparedNet:
         timings: backend -> median milliseconds of all exits' logits on the example, where ``auto`` measured.
         notices: what was decided, left out or failed, in words.
         max_logit_difference: largest absolute difference between the units' logits and the network's on the example.
-        num_exits, num_classes, exit_ids, output_weights: the network's; ``output_weights`` (E,) float32 is a copy.
+        num_exits, num_classes, exit_ids, output_weights: the network's; ``output_weights`` (E,) float32 is a
+            copy, read-only.
         stages: the E units, callable one by one; see :class:`Unit`.
         threads: threads of the engine; for "eager" and "inductor" torch's own number decides.
         batches: batch sizes that have units of their own shape.
@@ -58,7 +59,8 @@ class PreparedNet:
         self.num_exits = reference.num_exits
         self.num_classes = reference.num_classes
         self.exit_ids = reference.exit_ids
-        self.output_weights = reference.output_weights.detach().clone()
+        self._output_weights = reference.output_weights.detach().clone()
+        self._weights = tuple(float(weight) for weight in self._output_weights.tolist())
         self.threads = threads
         self.batches = batches
         self.timings = dict(timings)
@@ -72,6 +74,11 @@ class PreparedNet:
         self._dtype = inputs[0].dtype
         self._device = inputs[0].device
         self._lock = threading.Lock()
+
+    @property
+    def output_weights(self) -> Tensor:
+        """(E,) float32, a copy: changing it changes nothing here."""
+        return self._output_weights.clone()
 
     def __repr__(self) -> str:
         return (
@@ -89,7 +96,7 @@ class PreparedNet:
         """The ensemble's logits (N, K): ``sum_e output_weights[e] * exit_logits[e]``, unnormalised."""
         x = self._checked(x)
         with self._lock, torch.no_grad():
-            return ops.ensemble(self._run(x), self.output_weights)
+            return ops.ensemble(self._run(x), self._output_weights)
 
     def exit_logits(self, x: Tensor) -> Tensor:
         """Logits of every exit, (E, N, K)."""
@@ -122,9 +129,10 @@ class PreparedNet:
             enabled: E-1 flags, or one for all; default True. The last exit always answers.
 
         Raises:
-            ValueError: a number out of its range, or a user's own rule on an engine.
+            TypeError: something else than numbers or flags.
+            ValueError: a number out of its range, too few or too many, or a user's own rule on an engine.
         """
-        return make_gates(self.output_weights, policy, thresholds, temperatures, enabled, self.backend)
+        return make_gates(self._weights, policy, thresholds, temperatures, enabled, self.backend)
 
     def gated(
         self,
@@ -141,6 +149,9 @@ class PreparedNet:
         :func:`aep_ext.termination.simulate` finds from the same exit logits. (An engine may sum in another order when
         the batch has shrunk, so logits after that can differ in their last digits from those of the whole batch.)
 
+        A sample whose logits are NaN stays to the last exit. On "openvino" an input of NaN may give finite logits (its
+        ReLU maps NaN to 0), and is then judged by these like any other; ``notices`` tell of it.
+
         Returns:
             :class:`Gated`: (logits (N, K), exit (N,) int64, confidence (N,) float32).
         """
@@ -148,10 +159,10 @@ class PreparedNet:
             if thresholds is not None or temperatures is not None or enabled is not None:
                 raise ValueError("PreparedNet.gated: Gates hold all numbers already, got more beside them")
             gates = policy
-            if len(gates.weights) != self.num_exits or not (gates.policy.built_in or self.backend == "eager"):
+            if gates.weights != self._weights or not (gates.policy.built_in or self.backend == "eager"):
                 raise ValueError(
-                    f"PreparedNet.gated: gates must be of this network ({self.num_exits} exits, backend "
-                    f"'{self.backend}'), got {len(gates.weights)} exits and policy '{gates.policy.name}'"
+                    f"PreparedNet.gated: gates must be of this network (output weights {self._weights}, backend "
+                    f"'{self.backend}'), got output weights {gates.weights} and policy '{gates.policy.name}'"
                 )
         elif thresholds is None:
             raise ValueError("PreparedNet.gated: thresholds must be given with a policy, got None")
@@ -174,18 +185,20 @@ class PreparedNet:
             data: images (N, C, H, W), or batches: tensors, or tuples that begin with one (a DataLoader).
 
         Raises:
-            TypeError: a batch is neither.
+            TypeError: ``data`` or a batch is neither.
         """
 
         def theirs(x: Tensor) -> Tensor:
             with torch.no_grad():
                 return self._reference.exit_logits(self._checked(x))
 
-        return compare(self.exit_logits, theirs, lambda z: ops.ensemble(z, self.output_weights), self.num_exits, data)
+        return compare(self.exit_logits, theirs, lambda z: ops.ensemble(z, self._output_weights), self.num_exits, data)
 
     def _checked(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"PreparedNet: x must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"PreparedNet: x must be a dense (strided) tensor, got {x.layout}")
         if x.dim() != 1 + len(self._shape) or x.shape[1:] != self._shape:
             raise ValueError(
                 f"PreparedNet: x must have shape [N, {', '.join(map(str, self._shape))}] like the example "
@@ -195,7 +208,7 @@ class PreparedNet:
             raise TypeError(f"PreparedNet: x must be {self._dtype} like the example, got {x.dtype}")
         if x.device != self._device:
             raise ValueError(f"PreparedNet: x must be on {self._device} like the example, got {x.device}")
-        return x.detach().contiguous()
+        return x.detach().resolve_neg().contiguous()
 
     def _run(self, x: Tensor) -> Tensor:
         """(E, n, K), perhaps in the engine's memory."""
@@ -224,6 +237,10 @@ class Unit:
         expected = net._input_shapes[position]
         if not isinstance(features, Tensor):
             raise TypeError(f"PreparedNet: features must be a torch.Tensor, got {type(features).__name__}")
+        if features.layout != torch.strided:
+            raise TypeError(
+                f"PreparedNet: features of unit {position} must be a dense (strided) tensor, got {features.layout}"
+            )
         if features.dim() != 4 or tuple(features.shape[1:]) != expected:
             raise ValueError(
                 f"PreparedNet: features of unit {position} must have shape [n, {', '.join(map(str, expected))}], "
@@ -239,9 +256,9 @@ class Unit:
         if n == 0:
             empty = None if last else features.new_empty(0, *net._input_shapes[position + 1])
             return empty, features.new_empty(0, net.num_classes)
-        features = features.detach()
+        features = features.detach().resolve_neg().contiguous()
         with net._lock:
             chain = engine.chain(n)
-            chain.load(position, engine.to_engine(features) if position else features.contiguous())
+            chain.load(position, engine.to_engine(features) if position else features)
             logits = chain.run(position).clone()
             return (None if last else engine.from_engine(chain.features(position)).clone()), logits

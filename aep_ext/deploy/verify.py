@@ -39,10 +39,18 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 
 def _batches(data: Tensor | Iterable[Any]) -> Iterator[Tensor]:
     if isinstance(data, Tensor):
-        yield from data.split(_CHUNK)
+        # What cannot be split is refused by the network as it is.
+        yield from data.split(_CHUNK) if data.dim() and data.layout == torch.strided else (data,)
         return
-    for batch in data:
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    try:
+        batches = iter(data)
+    except TypeError:
+        raise TypeError(
+            "PreparedNet.verify: data must be a tensor, or batches that are tensors or begin with one, got "
+            f"{type(data).__name__}"
+        ) from None
+    for batch in batches:
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         if not isinstance(x, Tensor):
             raise TypeError(
                 "PreparedNet.verify: data must be a tensor, or batches that are tensors or begin with one, got a batch "

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
-from aep_ext.deploy import PreparedNet
+from aep_ext import MultiExitNet
+from aep_ext.deploy import PreparedNet, prepare
 from aep_ext.termination import simulate
 from aep_ext.termination.policies import POLICIES as KINDS
 
@@ -70,13 +75,25 @@ def test_disabled_exits(prepared: PreparedNet) -> None:
     assert (prepared.gated(x[:1], "confidence", 0.0, enabled=torch.zeros(3, dtype=torch.bool)).exit == 3).all()
 
 
-def test_nan_never_leaves(prepared: PreparedNet) -> None:
-    x = torch.randn(7, 3, 16, 16)
-    x[3] = float("nan")
+@pytest.mark.parametrize("n", (1, 7))
+def test_nan_never_leaves(prepared: PreparedNet, net: MultiExitNet, n: int) -> None:
+    """As from the network's own logits; on OpenVINO, whose ReLU maps NaN to 0, they may be finite."""
+    x = torch.randn(n, 3, 16, 16)
+    x[n // 2] = float("nan")
+    with torch.no_grad():
+        wanted = simulate(net.exit_logits(x), net.output_weights, "confidence", 0.0)
+    assert wanted.exits[n // 2] == 3 and wanted.logits[n // 2].isnan().all()
+    ours = prepared.exit_logits(x)
+    finite = ours[:, n // 2].isfinite().all(-1)
+    told = [notice for notice in prepared.notices if "NaN gives finite logits" in notice]
+    assert bool(finite.any()) == bool(told)
+    if prepared.backend == "openvino":
+        wanted = simulate(ours, net.output_weights, "confidence", 0.0)
+    else:
+        assert not finite.any()
     found = prepared.gated(x, "confidence", 0.0)
-    finite = prepared.exit_logits(x)[0].isfinite().all(-1)
-    assert (found.exit[finite] == 0).all()
-    assert (found.exit[~finite] > 0).all()
+    assert torch.equal(found.exit, wanted.exits)
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 def test_gates_checked_once(prepared: PreparedNet) -> None:
@@ -88,6 +105,66 @@ def test_gates_checked_once(prepared: PreparedNet) -> None:
         prepared.gated(x, gates, 0.5)
     with pytest.raises(ValueError, match="thresholds must be given"):
         prepared.gated(x, "margin")
+
+
+def test_gates_of_another_network(prepared_on: Callable[[str], PreparedNet], net: MultiExitNet) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    prepared = prepared_on("eager")
+    net.output_weights.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    other = prepare(net, x, "eager")
+    with pytest.raises(ValueError, match=r"PreparedNet.gated: gates must be of this network \(output weights .*0.4"):
+        prepared.gated(x, other.gates("margin", 0.5))
+    gates = prepared.gates("margin", 0.5)
+    with pytest.raises(ValueError, match="gates must be of this network"):
+        prepared.gated(x, replace(gates, weights=gates.weights[:2]))
+    prepared.output_weights.zero_()  # a copy
+    assert prepared.gates("margin", 0.5) == gates
+    with pytest.raises(AttributeError):
+        prepared.output_weights = torch.zeros(4)
+
+
+def test_kinds_of_numbers(prepared_on: Callable[[str], PreparedNet]) -> None:
+    prepared = prepared_on("eager")
+    wanted = prepared.gates("margin", [0.5, 0.5, 0.5], enabled=[True, True, False])
+    for numbers in (
+        0.5,
+        np.float32(0.5),
+        np.full(3, 0.5),
+        torch.full((3,), 0.5),
+        torch.tensor(0.5),
+        [np.float64(0.5)] * 3,
+    ):
+        for flags in (np.array([True, True, False]), torch.tensor([True, True, False]), [np.True_, True, np.False_]):
+            assert prepared.gates("margin", numbers, enabled=flags) == wanted
+    assert prepared.gates("margin", 0.5, enabled=np.bool_(True)).enabled == (True, True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"thresholds": "abc"}, TypeError, "thresholds must be numbers, one or 3 of them, got 'abc'"),
+        ({"thresholds": None}, TypeError, "thresholds must be numbers, one or 3 of them, got None"),
+        ({"thresholds": True}, TypeError, "thresholds must be numbers, one or 3 of them, got True"),
+        ({"thresholds": [0.1, "a", 0.2]}, TypeError, "thresholds must be numbers, got 'a' at position 1"),
+        ({"thresholds": torch.tensor([True] * 3)}, TypeError, "thresholds must be numbers, got True at position 0"),
+        ({"thresholds": torch.zeros(1, 3)}, ValueError, r"thresholds must have shape \[3\], got \[1, 3\]"),
+        ({"thresholds": np.zeros((1, 3))}, ValueError, r"thresholds must have shape \[3\], got \[1, 3\]"),
+        ({"thresholds": [[0.1, 0.2, 0.3]]}, TypeError, r"thresholds must be numbers, got \[0.1.* at position 0"),
+        (
+            {"thresholds": 0.5, "temperatures": "1"},
+            TypeError,
+            "temperatures must be numbers, one or 4 of them, got '1'",
+        ),
+        ({"thresholds": 0.5, "enabled": 1}, TypeError, "enabled must be bools, one or 3 of them, got 1"),
+        ({"thresholds": 0.5, "enabled": [True, 1, True]}, TypeError, "enabled must be bools, got 1 at position 1"),
+        ({"thresholds": 0.5, "enabled": "yes"}, TypeError, "enabled must be bools, one or 3 of them, got 'yes'"),
+    ],
+)
+def test_wrong_kinds(
+    prepared_on: Callable[[str], PreparedNet], arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^PreparedNet.gates: {message}"):
+        prepared_on("eager").gates("margin", **arguments)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,12 @@ def test_not_finite(prepared: PreparedNet) -> None:
         (torch.zeros(2, 3, 16, 16, dtype=torch.float64), TypeError, "PreparedNet: x must be torch.float32.*float64"),
         (torch.zeros(2, 3, 16, 16, device="meta"), ValueError, "PreparedNet: x must be on cpu.*got meta"),
         ([1.0], TypeError, "PreparedNet: x must be a torch.Tensor, got list"),
+        (
+            torch.zeros(2, 3, 16, 16).to_sparse(),
+            TypeError,
+            r"PreparedNet: x must be a dense \(strided\) tensor, got torch.sparse_coo",
+        ),
+        (torch.zeros(2, 3, 16, 16).to_mkldnn(), TypeError, r"PreparedNet: x must be a dense \(strided\) tensor, got"),
     ],
 )
 def test_wrong_input(prepared: PreparedNet, x: object, error: type[Exception], message: str) -> None:
@@ -130,6 +136,21 @@ def test_wrong_features(prepared: PreparedNet) -> None:
         prepared.stages[1](torch.zeros(2, 3, 16, 16))
     with pytest.raises(ValueError, match="features of unit 0 must be torch.float32 on cpu, got torch.float64"):
         prepared.stages[0](torch.zeros(2, 3, 16, 16, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"features of unit 0 must be a dense \(strided\) tensor, got torch.sparse_coo"):
+        prepared.stages[0](torch.zeros(2, 3, 16, 16).to_sparse())
+
+
+def test_negative_bit(prepared: PreparedNet) -> None:
+    """Tensors whose negation torch has put off: they have no memory that an engine could read."""
+    x = torch.randn(2, 3, 16, 16)
+    negated = torch._neg_view(-x)
+    assert negated.is_neg() and torch.equal(negated, x)
+    close(prepared(negated), prepared(x))
+    close(prepared.gated(negated, "margin", 0.5).logits, prepared.gated(x, "margin", 0.5).logits)
+    close(prepared.stages[0](negated)[1], prepared.stages[0](x)[1])
+    features = prepared.features(x)[0]
+    negated = torch._neg_view(-features)
+    close(prepared.stages[1](negated)[1], prepared.stages[1](features)[1])
 
 
 def test_not_picklable(prepared: PreparedNet) -> None:
@@ -169,3 +190,10 @@ def test_verify(prepared: PreparedNet) -> None:
     assert prepared.verify([x[:3], x[3:5]]).n == 5 and prepared.verify([]).n == 0
     with pytest.raises(TypeError, match="PreparedNet.verify: data must be a tensor, or batches"):
         prepared.verify([{"x": x}])
+    for wrong, name in ((None, "NoneType"), (3, "int")):
+        with pytest.raises(TypeError, match=f"PreparedNet.verify: data must be a tensor, or batches.* got {name}$"):
+            prepared.verify(wrong)
+    with pytest.raises(TypeError, match="PreparedNet.verify: data must be .* got a batch of list"):
+        prepared.verify([[]])
+    with pytest.raises(ValueError, match="PreparedNet: x must have shape"):
+        prepared.verify(torch.tensor(1.0))

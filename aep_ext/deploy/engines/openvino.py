@@ -1,6 +1,6 @@
 """OpenVINO on the CPU: one compiled model for each unit, whose output memory is the next one's input.
 
-A model of fixed batch is 5 to 50 % faster than one of free batch, so the batch sizes that matter (one, and the
+A model of fixed batch is usually faster than one of free batch, so the batch sizes that matter (one, and the
 example's) get models of their own. In memory each kind of model has its own packed weights.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aep_ext.deploy.engines._import import import_openvino
 from aep_ext.deploy.engines.chain import Chain, Engine, Settings
 from aep_ext.deploy.exporting import export, quiet
 from aep_ext.deploy.units import Segment
@@ -21,18 +22,17 @@ __all__ = ["OpenVINOEngine"]
 
 def _shared(tensor: Tensor) -> Any:
     """An OpenVINO tensor on the memory of a contiguous torch tensor; the caller keeps the latter alive."""
-    import openvino
-
-    return openvino.Tensor(tensor.numpy(), shared_memory=True)
+    return import_openvino().Tensor(tensor.numpy(), shared_memory=True)
 
 
 def _converted(segment: Segment, example: Tensor) -> Any:
     """The unit as an OpenVINO model for any batch, straight from torch.
 
     By the frontend and not by ``openvino.convert_model``, which does the same but also reports its use to OpenVINO's
-    makers over the network, from processes that it forks.
+    makers over the network, from processes that it forks. (So does the import of ``openvino`` itself, unless it is
+    :func:`import_openvino`'s. Where a user has imported it before, that report is out already.)
     """
-    from openvino import PartialShape
+    openvino = import_openvino()
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
@@ -40,18 +40,20 @@ def _converted(segment: Segment, example: Tensor) -> Any:
     with quiet():
         decoder = TorchFXPythonDecoder.from_exported_program(export(segment, example))
         model = frontend.convert(frontend.load(decoder))
-    model.reshape(PartialShape([-1, *example.shape[1:]]))
+    model.reshape(openvino.PartialShape([-1, *example.shape[1:]]))
     return model
 
 
 class OpenVINOEngine(Engine):
-    """CPU, float32. All models share OpenVINO's one pool of threads."""
+    """CPU, float32. All models share OpenVINO's one pool of threads.
+
+    OpenVINO's ReLU maps NaN to 0: an input that is NaN may give finite logits.
+    """
 
     name = "openvino"
 
     def __init__(self, segments: Sequence[Segment], inputs: Sequence[Tensor], settings: Settings) -> None:
-        import openvino
-
+        openvino = import_openvino()
         self.notices: list[str] = []
         core = openvino.Core()
         options: dict[str, Any] = {
