@@ -5,6 +5,7 @@
 
 #include "autograd.h"
 #include "prepare.h"
+#include "results.h"
 
 namespace aep {
 
@@ -112,7 +113,7 @@ LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& 
     c.exit_stride_e = grad_exit_losses->stride(0);
     c.exit_stride_n = none ? grad_exit_losses->stride(1) : 0;
   }
-  call.grad_logits = at::empty({p.E, p.N, p.K}, exit_logits.options());
+  call.grad_logits = fresh({p.E, p.N, p.K}, type, exit_logits);
   p.logits = exit_logits.const_data_ptr();
   p.target = target.const_data_ptr<int64_t>();
   if (class_weight.has_value()) {

@@ -10,6 +10,7 @@
 
 #include "autograd.h"
 #include "prepare.h"
+#include "results.h"
 
 namespace aep {
 
@@ -83,7 +84,7 @@ LossGradCall prepare_loss_grad(const Tensor& exit_logits, const Tensor& target, 
     check_replaceable(exit_logits, target, exit_weights, class_weight);
     call.grad_logits = exit_logits;
   } else {
-    call.grad_logits = at::empty(exit_logits.sizes(), exit_logits.options());
+    call.grad_logits = fresh(exit_logits.sizes(), exit_logits.scalar_type(), exit_logits);
   }
   auto& p = call.params;
   p.loss = call.loss.params;

@@ -17,7 +17,7 @@ namespace aep {
 
 namespace {
 
-// Above 32 MiB (the highest value of glibc's moving threshold) every allocation is a mapping of its own: its pages are
+// From 32 MiB on (the highest value of glibc's moving threshold) every allocation is a mapping of its own: its pages are
 // new each time, and a fault per 4 KiB costs more than the kernels. Ask for large pages; it is a hint and may be
 // ignored.
 constexpr size_t kOwnMapping = size_t{32} << 20, kLargePage = size_t{2} << 20;
@@ -67,7 +67,7 @@ Tensor fresh(at::IntArrayRef sizes, at::ScalarType type, const Tensor& like, at:
   }
   // Straight from the allocator: by way of the dispatcher it takes twice as long, which shows at batch 1.
   const Tensor tensor = at::detail::empty_cpu(sizes, type, /*pin_memory=*/false, format);
-  if (tensor.nbytes() > kOwnMapping) {
+  if (tensor.nbytes() >= kOwnMapping) {
     ask_for_large_pages(tensor.mutable_data_ptr(), tensor.nbytes());
   }
   return tensor;

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "../prepare.h"
-#include "huge_pages.h"
 #include "kernels/cpu/api.h"
 
 namespace aep {
@@ -178,7 +177,6 @@ Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& tar
                                                       reduction);
   const auto& p = call.params;
   check_labels("joint_cross_entropy_backward", target, p.K, &ignore_index);
-  advise_huge_pages(call.grad_logits);
   share(p.E * p.N, p.K, [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy_backward(p, begin, end); });
   return call.grad_logits;
 }
@@ -190,9 +188,6 @@ LossGradCall loss_and_gradient(const Tensor& exit_logits, const Tensor& target, 
                                         reduction, in_place);
   const auto& p = call.params;
   check_labels("joint_cross_entropy", target, p.loss.K, &ignore_index);  // before the logits are overwritten
-  if (!in_place) {
-    advise_huge_pages(call.grad_logits);
-  }
   cpu::joint_cross_entropy_denominator(call.loss.reduce);
   share(p.loss.E * p.loss.N, p.loss.K,
         [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy_grad(p, begin, end); });
