@@ -50,3 +50,18 @@ def test_the_example_runs(monkeypatch):
     names = {"train_loader": loader, "val_loader": loader, "optimizer": Optimizer()}
     exec(compile(code, "README.md", "exec"), names)
     assert names["small"](loader[0][0]).shape == (4, 10)
+
+
+def test_the_example_of_inference_runs():
+    """Word for word, with a small network."""
+    pytest.importorskip("openvino", reason="the example is for machines with an engine")
+    import aep_ext
+    from aep_ext.surgery.networks import build
+
+    code = re.findall(r"```python\n(.*?)```", _readme(), re.DOTALL)[1]
+    net, images = build("resnet_small", 10), torch.randn(8, 3, 16, 16)
+    with torch.no_grad():
+        loader = [(x, net.eval()(x).argmax(1)) for x in torch.randn(3, 16, 3, 16, 16)]
+    names = {"aep_ext": aep_ext, "net": net, "calibration_loader": loader, "images": images}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["logits"].shape == (8, 10) and names["exit"].shape == (8,)
