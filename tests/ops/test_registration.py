@@ -60,10 +60,10 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
         for reduction in ("none", "sum", "mean"):
             yield rand(3, 5, 4), target, rand(3), torch.rand(4, device=device), 0.1, -100, reduction
     elif name == "joint_cross_entropy_backward":
-        yield rand(3, 5, 4), target, rand(3), rand(16), rand(), None, None, 0.1, -100, "mean"
+        yield rand(3, 5, 4), target, rand(3), rand(31), rand(), None, None, 0.1, -100, "mean"
         class_weight = torch.rand(4, device=device)
-        yield rand(3, 5, 4), target, rand(3), rand(16), rand(), rand(3), class_weight, 0.0, -100, "sum"
-        yield rand(3, 5, 4), target, rand(3), rand(16), None, rand(3, 1).expand(3, 5), class_weight, 0.0, -100, "none"
+        yield rand(3, 5, 4), target, rand(3), rand(31), rand(), rand(3), class_weight, 0.0, -100, "sum"
+        yield rand(3, 5, 4), target, rand(3), rand(31), None, rand(3, 1).expand(3, 5), class_weight, 0.0, -100, "none"
     elif name in ("joint_cross_entropy_with_grad", "joint_cross_entropy_"):
         for reduction in ("sum", "mean"):
             x = rand(3, 5, 4)
