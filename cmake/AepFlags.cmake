@@ -18,9 +18,11 @@ add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off> $<$<COMPILE_LAN
                     $<$<COMPILE_LANGUAGE:CXX>:-Wall>)
 
 if(AEP_SANITIZE)
-  # -O1: with -O3 the vector units, templates all, take half an hour and gigabytes to compile under sanitizers.
-  set(aep_sanitize_flags -fsanitize=${AEP_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer
-                         -O1 -g1 -fno-var-tracking)
+  set(aep_sanitize_flags -fsanitize=${AEP_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  if(CMAKE_BUILD_TYPE STREQUAL "Release")
+    # With -O3 the vector units, templates all, take half an hour and gigabytes to compile under sanitizers.
+    list(APPEND aep_sanitize_flags -O1 -g1 -fno-var-tracking)
+  endif()
   add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:${aep_sanitize_flags}>")
   add_link_options(-fsanitize=${AEP_SANITIZE})
 endif()
