@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -41,16 +42,29 @@ STYLE = {
 }
 
 
-def _figure(
-    columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3.6, **options: Any
+Drawn = tuple[bytes, str]
+"""A figure as PNG, and as SVG that can stand inside a page."""
+
+
+def new_figure(
+    columns: int,
+    rows: int = 1,
+    *,
+    width: float = 4.6,
+    height: float = 3.6,
+    least: float = 7.2,
+    layout: str | None = "constrained",
+    **options: Any,
 ) -> tuple[Figure, Any]:
+    """A figure and its axes, (rows, columns): ``width`` and ``height`` of each in inches, ``least`` for all columns."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    figure = Figure(figsize=(max(width * columns, 7.2), height * rows), layout="constrained")
+    figure = Figure(figsize=(max(width * columns, least), height * rows), layout=layout)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _scale(values: Sequence[float]) -> tuple[float, str]:
+def scale(values: Sequence[float]) -> tuple[float, str]:
+    """The unit in which counts like these are best written: its size and its letter."""
     largest = max(values)
     return next(((size, unit) for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= size), (1.0, ""))
 
@@ -69,8 +83,8 @@ def tradeoff(results: dict[str, Any]) -> Figure:
     baseline."""
     summary = results["summary"]
     methods = summary["methods"]
-    figure, axes = _figure(len(methods), height=4.2, sharey=True)
-    size, unit = _scale(
+    figure, axes = new_figure(len(methods), height=4.2, sharey=True)
+    size, unit = scale(
         [row["macs"] for method in methods.values() for row in method["subsets"]]
         + [summary["baseline"]["macs"]["mean"]]
     )
@@ -215,7 +229,7 @@ def curves(results: dict[str, Any]) -> Figure:
     colormap = require("matplotlib", "train", "the report").colormaps["viridis_r"]
     count = results["network"]["exits"]
     families = list(results["summary"]["methods"])
-    figure, axes = _figure(len(families), 2, sharex=True, sharey="row", height=3.0)
+    figure, axes = new_figure(len(families), 2, sharex=True, sharey="row", height=3.0)
     baseline = [seed["baseline"]["fit"]["history"] for seed in results["seeds"]]
     for column, family in enumerate(families):
         histories = [seed["methods"][family]["fit"]["history"] for seed in results["seeds"]]
@@ -252,7 +266,7 @@ def curves(results: dict[str, Any]) -> Figure:
 def accuracy(results: dict[str, Any]) -> Figure:
     """Test top-1 of every model: one dot a seed, a bar at the mean."""
     rows = list(models(results))
-    figure, axes = _figure(1, width=7.6, height=0.9 + 0.34 * len(rows))
+    figure, axes = new_figure(1, width=7.6, height=0.9 + 0.34 * len(rows))
     axis = axes[0][0]
     for index, (name, model) in enumerate(rows):
         color = INK if index == 0 else GREEN if "within" in name else ORANGE if "pruned" in name else BLUE
@@ -267,25 +281,38 @@ def accuracy(results: dict[str, Any]) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[dict[str, Any]], Any]] = {"tradeoff": tradeoff, "curves": curves, "accuracy": accuracy}
+FIGURES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "tradeoff": (tradeoff, "Validation top-1 of every subset of the exits against its multiply-adds"),
+    "curves": (curves, "Validation accuracy and loss of every exit, the ensemble and the baseline over the epochs"),
+    "accuracy": (accuracy, "Test top-1 of every model, one dot a seed"),
+}
 
 
-def draw(results: dict[str, Any]) -> dict[str, tuple[bytes, str]]:
-    """Every figure by name, as PNG and as SVG that can stand inside a page."""
+def draw(results: dict[str, Any]) -> dict[str, Drawn]:
+    """Every figure of a run by name."""
+    return {name: render(name, lambda make=make: make(results), label) for name, (make, label) in FIGURES.items()}
+
+
+def render(name: str, make: Callable[[], Any], label: str) -> Drawn:
+    """One figure in the report's style.
+
+    Args:
+        name: of the figure; ids inside the SVG begin with it.
+        make: makes the matplotlib figure.
+        label: what it shows, for those who cannot see it.
+    """
     matplotlib = require("matplotlib", "train", "the report")
-    drawn = {}
-    for name, make in FIGURES.items():
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-            figure = make(results)
-            png, svg = io.BytesIO(), io.StringIO()
-            figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
-            figure.savefig(svg, format="svg", metadata={"Date": None})
-        drawn[name] = png.getvalue(), inline_svg(svg.getvalue(), name)
-    return drawn
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = make()
+        png, svg = io.BytesIO(), io.StringIO()
+        figure.savefig(png, format="png", dpi=150, metadata={"Software": None})
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return png.getvalue(), inline_svg(svg.getvalue(), name, label)
 
 
-def inline_svg(text: str, name: str) -> str:
-    """A stand-alone SVG file as an element of a page: no prologue, no metadata, no outside address, ids of its own."""
+def inline_svg(text: str, name: str, label: str = "") -> str:
+    """A stand-alone SVG file as an element of a page: no prologue, no metadata, no outside address, ids of its own, and
+    a label for those who cannot see it."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
@@ -293,4 +320,10 @@ def inline_svg(text: str, name: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
-    return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg class="figure" role="img" viewBox="\1">', text, count=1)
+    told = f' aria-label="{html.escape(label, quote=True)}"' if label else ""
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>',
+        lambda found: f'<svg class="figure" role="img"{told} viewBox="{found[1]}">',
+        text,
+        count=1,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .html import Markup, table, tag
@@ -20,6 +20,7 @@ body {
 main { max-width: 1240px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 28px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 0 0 4px; }
+h3 { font-size: 15px; margin: 22px 0 2px; }
 p { margin: 6px 0; }
 .sub { color: var(--grey); }
 .lead { font-size: 17px; max-width: 75ch; }
@@ -41,15 +42,18 @@ details { margin-top: 10px; }
 summary { cursor: pointer; color: var(--accent); }
 pre { background: #f6f7f9; border-radius: 8px; padding: 14px; overflow-x: auto; font-size: 12.5px; line-height: 1.45; }
 ul { margin: 6px 0; padding-left: 20px; }
+.weaker { background: #fff7ed; border-left: 3px solid #ea580c; border-radius: 4px; padding: 8px 16px; margin: 12px 0; }
+.weaker h3 { margin: 0; }
 """.strip()
 
 
-def page(results: dict[str, Any], figures: dict[str, str]) -> str:
+def page(results: dict[str, Any], figures: dict[str, str], more: Sequence[Markup] = ()) -> str:
     """The report.
 
     Args:
         results: the content of ``results.json``.
         figures: SVG elements by name, as :func:`aep_ext.report.figures.inline_svg` makes them.
+        more: sections about what was done with the run later.
     """
     title = f"{results['network']['name']} on {results['data']['title']}"
     head = tag(
@@ -67,6 +71,7 @@ def page(results: dict[str, Any], figures: dict[str, str]) -> str:
             _cards(results),
             _models(results, figures),
             _tradeoff(results, figures),
+            list(more),
             _curves(figures),
             _seeds(results),
             _how(results),

@@ -6,19 +6,24 @@ from pathlib import Path
 
 from .figures import draw
 from .files import UserError, read_json, write_bytes, write_text
+from .gates_figures import draw_gates
+from .gates_file import find_seed, read_bench, read_examples, read_gates
+from .gates_page import gates_section
 from .page import page
 
 RUN_FORMAT = "aep_ext.run"
 
 
 def write_report(folder: str | Path) -> Path:
-    """Make ``report.html`` and ``figures/*.png`` from ``results.json``, the only file that is read.
+    """Make ``report.html`` and ``figures/*.png`` from ``results.json`` and, where they are there, from ``gates.json``
+    with ``gates_examples.npz``, and ``bench.json``. No other file is read.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
-        UserError: there are no results, or they are not those of a run; or matplotlib is not installed.
+        UserError: there are no results, or they are not those of a run; one of the other files is there but not whole;
+            or matplotlib is not installed. Nothing is written then.
     """
     folder = Path(folder)
     path = folder / "results.json"
@@ -27,7 +32,17 @@ def write_report(folder: str | Path) -> Path:
     results = read_json(path)
     if not isinstance(results, dict) or results.get("format") != RUN_FORMAT:
         raise UserError(f"{path} is not a run's result file")
+    gates = read_gates(folder)
+    bench = read_bench(folder)
+    sections = []
     figures = draw(results)
+    if gates is not None:
+        shown = find_seed(gates, gates["delivered"] or results["delivered"])
+        examples = shown["examples"] if shown else {"first": [], "last": []}
+        images = read_examples(folder, examples) if shown else None
+        drawn = draw_gates(gates, results["data"]["classes"], examples, images)
+        sections.append(gates_section(gates, bench, {name: svg for name, (_, svg) in drawn.items()}))
+        figures |= drawn
     for name, (png, _) in figures.items():
         write_bytes(folder / "figures" / f"{name}.png", png)
-    return write_text(folder / "report.html", page(results, {name: svg for name, (_, svg) in figures.items()}))
+    return write_text(folder / "report.html", page(results, {name: svg for name, (_, svg) in figures.items()}, sections))
