@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._require import require
-from .figures import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, Drawn, new_figure, render, scale
+from .figures import BLUE, GREEN, GREY, INK, ORANGE, Drawn, new_figure, render, scale
 from .gates_tables import figure_of, matched_static
 from .gates_words import single_exits
 from .labels import Label, place
@@ -32,7 +33,7 @@ def short(text: str, longest: int = _LONGEST) -> str:
 def cost_curve(gates: dict[str, Any]) -> Figure:
     """Test top-1 against mean multiply-adds: the curve of every seed, the point that was chosen, and all rivals."""
     methods = gates["methods"]
-    figure, axes = new_figure(len(methods), width=5.2, height=4.9, sharey=True)
+    figure, axes = new_figure(len(methods), width=5.2, height=4.9, least=9.2, sharey=True)
     size, unit = scale([*_every_cost(gates)])
     found = {family: _points(gates, method) for family, method in methods.items()}
     low, high = _range(found)
@@ -69,7 +70,14 @@ def _every_cost(gates: dict[str, Any]) -> list[float]:
 _LOOK: dict[str, dict[str, Any]] = {
     "gated": {"marker": "*", "s": 230, "color": ORANGE, "label": "gated: the point that was chosen", "zorder": 5},
     "pruned": {"marker": "D", "s": 130, "color": BLUE, "label": "pruned ensemble", "zorder": 4, "hollow": True},
-    "full": {"marker": "s", "s": 110, "color": "#7c3aed", "label": "ensemble of all exits", "zorder": 4, "hollow": True},
+    "full": {
+        "marker": "s",
+        "s": 110,
+        "color": "#7c3aed",
+        "label": "ensemble of all exits",
+        "zorder": 4,
+        "hollow": True,
+    },
     "baseline": {"marker": "X", "s": 80, "color": INK, "label": "single-exit baseline", "zorder": 4},
     "exit": {"marker": "o", "s": 30, "color": GREY, "label": "an exit alone", "zorder": 3},
     "static": {"marker": "^", "s": 60, "color": GREEN, "label": "static network, same recipe", "zorder": 3},
@@ -99,17 +107,27 @@ def _points(gates: dict[str, Any], method: dict[str, Any]) -> list[dict[str, Any
         points.append(point("exit", f"exit {row['exit'] + 1}", row["macs"]["mean"], row["top1"]))
     matched = matched_static(gates, method)
     for entry in gates["static"]:
-        points.append(point("static", short(entry["name"], 30), entry["macs"], entry["top1"], matched=entry is matched))
+        points.append(
+            point(
+                "static",
+                textwrap.fill(short(entry["name"], 36), 18),
+                entry["macs"],
+                entry["top1"],
+                matched=entry is matched,
+            )
+        )
     return points
 
 
 def _range(found: dict[str, list[dict[str, Any]]]) -> tuple[float, float]:
-    """The accuracies that are shown: all that matter, and single exits only as far as they do not crush the rest."""
+    """The accuracies that are shown: those of ensembles and baseline, and rivals only as far as they do not crush
+    these."""
     points = [point for part in found.values() for point in part]
-    main = [point for point in points if point["kind"] not in ("exit", "static")]
+    main = min(point["low"] for point in points if point["kind"] not in ("exit", "static"))
+    static = min((point["low"] for point in points if point["kind"] == "static"), default=main)
     top = max(point["high"] for point in points)
-    least = min(point["low"] for point in main)
-    low = max(min(point["low"] for point in points), least - 2.5 * max(top - least, 1.0))
+    span = max(top - main, 1.0)
+    low = max(min(point["low"] for point in points), min(main - 2.5 * span, max(static - 0.5 * span, main - 6 * span)))
     return low, max(top, low + 0.5)
 
 
@@ -154,7 +172,9 @@ def _marks(axis: Axes, points: Sequence[dict[str, Any]], size: float, low: float
         seen.add(kind)
         color = look.pop("color")
         inside, edge = ("none", color) if look.pop("hollow", False) else (color, "white")
-        axis.scatter(x, point["top1"], facecolor=inside, edgecolor=edge, linewidth=1.8 if edge == color else 0.7, **look)
+        axis.scatter(
+            x, point["top1"], facecolor=inside, edgecolor=edge, linewidth=1.8 if edge == color else 0.7, **look
+        )
         look["color"] = color
         if point["high"] > point["low"]:
             axis.vlines(x, max(low, point["low"]), point["high"], color=look["color"], alpha=0.4, zorder=1)
@@ -182,12 +202,16 @@ def _labels(axis: Axes, points: Sequence[dict[str, Any]], size: float, low: floa
             continue
         text = point["name"] if point["top1"] >= low else f"{point['name']}: {point['top1']:.1f}"
         labels.append(Label(*where, text, _LOOK[point["kind"]]["color"], 8.0 if point.get("matched") else 4.0))
-    obstacles = list(plain)
+    obstacles = [(x, y, 7.0) for x, y in plain]
     for line in axis.get_lines():
         if line.get_color() == ORANGE:
-            obstacles += [(float(x), float(y)) for x, y in line.get_xydata()]
+            x, y = np.asarray(line.get_xydata()).T
+            steps = np.arange(0, len(x) - 1 + 1e-9, 0.2)  # a line is an obstacle between its points too
+            obstacles += [
+                (*pair, 1.5) for pair in zip(*(np.interp(steps, np.arange(len(x)), v) for v in (x, y)), strict=True)
+            ]
     level = next(point["top1"] for point in points if point["kind"] == "baseline")
-    obstacles += [(float(x), level) for x in np.linspace(*axis.get_xlim(), 80)]
+    obstacles += [(float(x), level, 1.5) for x in np.linspace(*axis.get_xlim(), 80)]
     place(axis, labels, obstacles)
 
 

@@ -10,7 +10,21 @@ from typing import Any
 import numpy as np
 
 from .files import UserError, read_arrays, read_json
-from .shape import COUNT, FLAG, FRACTION, INTERVAL, NOT_NEGATIVE, NUMBER, OBJECT, POSITIVE, TEXT, Each, Maybe, check, misfit
+from .shape import (
+    COUNT,
+    FLAG,
+    FRACTION,
+    INTERVAL,
+    NOT_NEGATIVE,
+    NUMBER,
+    OBJECT,
+    POSITIVE,
+    TEXT,
+    Each,
+    Maybe,
+    check,
+    misfit,
+)
 
 GATES_FORMAT, GATES_VERSION = "aep_ext.gates", 1
 BENCH_FORMAT = "aep_ext.bench"
@@ -62,7 +76,10 @@ _SEED = {
 _GATES = {
     "settings": {
         "policy": TEXT,
-        "budget": {"kind": TEXT, **{name: Maybe(NUMBER) for name in ("points", "epsilon", "delta", "mean", "fraction")}},
+        "budget": {
+            "kind": TEXT,
+            **{name: Maybe(NUMBER) for name in ("points", "epsilon", "delta", "mean", "fraction")},
+        },
     },
     "data": {
         "temperatures": _DATA,
@@ -86,9 +103,7 @@ _GATES = {
         },
         dict,
     ),
-    "static": Each(
-        {"name": TEXT, "macs": POSITIVE, "seeds": Each({"top1": FRACTION}), "top1": _SPREAD}, empty=True
-    ),
+    "static": Each({"name": TEXT, "macs": POSITIVE, "seeds": Each({"top1": FRACTION}), "top1": _SPREAD}, empty=True),
     "static_notice": Maybe(TEXT),
     "matched": Maybe(COUNT),
     "delivered": Maybe({"seed": COUNT, "exit_weights": TEXT}),
@@ -125,7 +140,9 @@ def read_gates(folder: str | Path) -> dict[str, Any] | None:
     if not isinstance(gates, dict) or gates.get("format") != GATES_FORMAT:
         raise UserError(f"{path} is not a file of gates (its format must be {GATES_FORMAT!r})")
     if gates.get("version") != GATES_VERSION:
-        raise misfit(str(path), "version", f"{GATES_VERSION}, the one this version of aep_ext reads", gates.get("version"))
+        raise misfit(
+            str(path), "version", f"{GATES_VERSION}, the one this version of aep_ext reads", gates.get("version")
+        )
     check_gates(gates, str(path))
     return gates
 
@@ -147,7 +164,7 @@ def check_gates(gates: Any, where: str = "gates.json") -> None:
                 raise misfit(where, f"methods.{family}.summary.{name}.values", rule, values)
         _check_matched(method, gates["static"], where, f"methods.{family}.matched")
     _check_matched(gates, gates["static"], where, "matched")
-    delivered = gates["delivered"]
+    delivered = gates.get("delivered")
     if delivered and find_seed(gates, delivered) is None:
         raise misfit(where, "delivered", "one of the seeds of one of the methods", delivered)
 
@@ -197,8 +214,8 @@ def find_seed(gates: dict[str, Any], named: dict[str, Any]) -> dict[str, Any] | 
 
 
 def read_examples(folder: str | Path, examples: dict[str, list[Any]]) -> np.ndarray | None:
-    """The example images, uint8 (n, H, W, C) with C 1 or 3: those that left first, then those that left last. None where
-    the file is not there.
+    """The example images, uint8 (n, H, W, C) with C 1 or 3: those that left first, then those that left last. None
+    where the file is not there.
 
     Args:
         folder: the run.

@@ -74,7 +74,7 @@ def _facts(gates: dict[str, Any]) -> Markup:
         for seed in method["seeds"]:
             if seed.get("guarantee"):
                 facts.append(f"{method_name(family)}, seed {seed['seed']}: {seed['guarantee']['text']}")
-    delivered = gates["delivered"]
+    delivered = gates.get("delivered")
     if delivered:
         facts.append(
             f"The gated network in {delivered.get('folder', 'gated')}/ is that of seed {delivered['seed']}, "
@@ -85,9 +85,9 @@ def _facts(gates: dict[str, Any]) -> Markup:
 
 def _cost(figures: dict[str, str]) -> list[Markup]:
     note = (
-        "The thresholds of every point of a curve were found on the images to select on and applied to the test images; "
-        "stars are points chosen there, the large one the mean over the seeds. Vertical lines span the seeds. A triangle at "
-        "the lower edge stands for an accuracy below it."
+        "The thresholds of every point of a curve were found on the images to select on and applied to the test "
+        "images; stars are points chosen there, the large one the mean over the seeds. Vertical lines span the seeds. "
+        "A triangle at the lower edge stands for an accuracy below it."
     )
     return [tag("h3", "Accuracy against cost"), tag("p", note, class_="sub"), Markup(figures["gates-cost"])]
 
@@ -119,9 +119,9 @@ def _examples(figures: dict[str, str]) -> list[Markup]:
 
 def _calibration(gates: dict[str, Any]) -> list[Markup]:
     note = (
-        "Probabilities of the exits so far together, on the test images, before and after the temperature. ECE: expected "
-        "calibration error; NLL in nats; AUROC: of telling right answers from wrong ones by confidence, which is what a "
-        "gate needs and a temperature hardly changes."
+        "Probabilities of the exits so far together, on the test images, before and after the temperature. ECE: "
+        "expected calibration error; NLL in nats; AUROC: of telling right answers from wrong ones by confidence, "
+        "which is what a gate needs and a temperature hardly changes."
     )
     tables = [
         tag(
@@ -141,9 +141,9 @@ def _bench(bench: dict[str, Any] | None) -> list[Markup]:
     threads = bench["threads"]
     note = (
         f"Measured on {bench['samples']:,} identical images, heads and gates included ({bench['engine']}, {threads} "
-        f"thread{'' if threads == 1 else 's'}). Ratio: how many times as long the ungated network takes, paired, with its "
-        "interval; predicted: the same from measured stage times and the exits taken; share: how much of the predicted "
-        "saving is there."
+        f"thread{'' if threads == 1 else 's'}). Ratio: how many times as long the ungated network takes, paired, with "
+        "its interval; predicted: the same from measured stage times and the exits taken; share: how much of the "
+        "predicted saving is there."
     )
     return [
         tag("h3", "Latency and throughput"),

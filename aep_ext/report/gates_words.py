@@ -26,8 +26,8 @@ def gates_headlines(gates: dict[str, Any]) -> Iterator[str]:
         saving = summary["saving"]["mean"]
         change = f"{abs(100 * saving):.1f} % {'fewer' if saving >= 0 else 'more'} multiply-adds"
         yield (
-            f"{method_name(family)}, stopping early{some}, reaches {percent_spread(summary['gated_top1'])} top-1 on the test "
-            f"images with {change} on average than its pruned ensemble: {drop['mean']:+.2f} "
+            f"{method_name(family)}, stopping early{some}, reaches {percent_spread(summary['gated_top1'])} top-1 on the "
+            f"test images with {change} on average than its pruned ensemble: {drop['mean']:+.2f} "
             f"[{drop['interval'][0]:+.2f}, {drop['interval'][1]:+.2f}] points of accuracy against it."
         )
 
@@ -37,7 +37,9 @@ def policy_words(gates: dict[str, Any]) -> str:
     settings = gates["settings"]
     first = next(iter(gates["methods"].values()))["seeds"][0]["policy"]
     judged = {"ensemble": "the ensemble of the exits so far", "exit": "each exit alone"}.get(first.get("on", ""), "")
-    return f"Policy: {settings['policy']}{f' of {judged}' if judged else ''}. Budget: {budget_words(settings['budget'])}."
+    return (
+        f"Policy: {settings['policy']}{f' of {judged}' if judged else ''}. Budget: {budget_words(settings['budget'])}."
+    )
 
 
 def budget_words(budget: dict[str, Any]) -> str:
@@ -82,9 +84,11 @@ def agreement_words(family: str, method: dict[str, Any]) -> str:
     seeds = f" of {len(found)} seeds" if len(found) > 1 else ""
     text = (
         f"{method_name(family)}: the live network and the simulator differ on {total['differing']:,} of {total['n']:,} "
-        f"answers to test images{seeds}; {total['near_threshold']:,} are within {found[0]['tolerance']:g} of a threshold"
+        f"answers to test images{seeds}; {total['near_threshold']:,} are within {found[0]['tolerance']:g} of a "
+        "threshold"
     )
-    apart = [part["max_confidence_difference"] for part in found if part["max_confidence_difference"] is not None]
+    apart = [part.get("max_confidence_difference") for part in found]
+    apart = [value for value in apart if value is not None]
     if apart:
         text += f"; confidences differ by at most {max(apart):.2g}"
     single = [part["single"] for part in found if part.get("single")]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _SIDES = tuple(
     (x * reach, y * reach)
-    for reach in (1.0, 1.7, 2.6, 3.8)
+    for reach in (1.0, 1.7, 2.6)
     for x, y in ((1, 0), (1, -1), (-1, 0), (0, -1), (0, 1), (1, 1), (-1, -1), (-1, 1))
 )
 _GAP = 4.0
@@ -30,7 +30,9 @@ class Label:
     reach: float = 4.0
 
 
-def place(axis: Axes, labels: Sequence[Label], obstacles: Sequence[tuple[float, float]] = (), size: float = 8) -> None:
+def place(
+    axis: Axes, labels: Sequence[Label], obstacles: Sequence[tuple[float, float, float]] = (), size: float = 8
+) -> None:
     """Write the labels, the first ones have the choice; where no place is free the one that covers least is taken.
 
     Limits of the axis and the layout of the figure must be final.
@@ -38,7 +40,7 @@ def place(axis: Axes, labels: Sequence[Label], obstacles: Sequence[tuple[float, 
     Args:
         axis: of a figure whose layout was computed (``figure.draw_without_rendering()``).
         labels: what to write.
-        obstacles: points in data coordinates that no label may cover, besides those that are labelled.
+        obstacles: points (x, y, reach) that no label should cover, besides those that are labelled.
         size: of the type, in points.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,7 +51,7 @@ def place(axis: Axes, labels: Sequence[Label], obstacles: Sequence[tuple[float, 
     pixel = figure.dpi / 72
     room = axis.get_window_extent(renderer)
     taken: list[Bbox] = []
-    for x, y, reach in [*((*point, 3.0) for point in obstacles), *((one.x, one.y, one.reach) for one in labels)]:
+    for x, y, reach in [*obstacles, *((one.x, one.y, one.reach) for one in labels)]:
         (across, up), half = axis.transData.transform((x, y)), reach * pixel
         taken.append(Bbox.from_extents(across - half, up - half, across + half, up + half))
 
@@ -60,8 +62,7 @@ def place(axis: Axes, labels: Sequence[Label], obstacles: Sequence[tuple[float, 
             for other in taken
         )
         outside = sum(
-            max(0.0, amount)
-            for amount in (room.x0 - box.x0, box.x1 - room.x1, room.y0 - box.y0, box.y1 - room.y1)
+            max(0.0, amount) for amount in (room.x0 - box.x0, box.x1 - room.x1, room.y0 - box.y0, box.y1 - room.y1)
         )
         return covered + 50 * outside
 

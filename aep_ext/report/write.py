@@ -32,17 +32,18 @@ def write_report(folder: str | Path) -> Path:
     results = read_json(path)
     if not isinstance(results, dict) or results.get("format") != RUN_FORMAT:
         raise UserError(f"{path} is not a run's result file")
-    gates = read_gates(folder)
-    bench = read_bench(folder)
+    gates, bench = read_gates(folder), read_bench(folder)
+    shown = find_seed(gates, gates.get("delivered") or results["delivered"]) if gates else None
+    examples = shown["examples"] if shown else {"first": [], "last": []}
+    images = read_examples(folder, examples) if shown else None
     sections = []
     figures = draw(results)
     if gates is not None:
-        shown = find_seed(gates, gates["delivered"] or results["delivered"])
-        examples = shown["examples"] if shown else {"first": [], "last": []}
-        images = read_examples(folder, examples) if shown else None
         drawn = draw_gates(gates, results["data"]["classes"], examples, images)
         sections.append(gates_section(gates, bench, {name: svg for name, (_, svg) in drawn.items()}))
         figures |= drawn
     for name, (png, _) in figures.items():
         write_bytes(folder / "figures" / f"{name}.png", png)
-    return write_text(folder / "report.html", page(results, {name: svg for name, (_, svg) in figures.items()}, sections))
+    return write_text(
+        folder / "report.html", page(results, {name: svg for name, (_, svg) in figures.items()}, sections)
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +11,11 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 
+from page_reader import read
+
 from aep_ext.report import UserError, figures, text_table, write_report
 from aep_ext.report.page import headlines, training
 from aep_ext.report.tables import HEAD, model_rows, seed_rows, subset_rows
-
-VOID = {"meta", "br", "hr", "img"}
-
-
-class _Reader(HTMLParser):
-    """Collects tags, ids and text, and checks that tags close in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.references: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attributes:
-            if name == "id":
-                self.ids.append(value or "")
-            if name in ("href", "src", "xlink:href"):
-                self.references.append(value or "")
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def read(path: Path) -> tuple[str, _Reader]:
-    text, reader = path.read_text(), _Reader()
-    reader.feed(text)
-    reader.close()
-    return text, reader
 
 
 def test_report_is_one_well_formed_page(folder: Path) -> None:

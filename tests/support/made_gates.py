@@ -144,8 +144,8 @@ def _seed(seed: int, family: int, exits: list[int], classes: int, images: int) -
         "curve": [
             {
                 "mean_macs": float(costs[0] + x * (costs[-1] - costs[0])),
-                "select_top1": 0.62 + 0.29 * (1 - (1 - x) ** 3.5),
-                "report_top1": float(0.62 + (pruned - 0.62) * (1 - (1 - x) ** 3.5) + random.normal(0, 0.0006)),
+                "select_top1": 0.62 + 0.29 * (1 - (1 - x) ** 10),
+                "report_top1": float(0.62 + (pruned - 0.62) * (1 - (1 - x) ** 10) + random.normal(0, 0.0006)),
             }
             for x in grid
         ],
