@@ -29,10 +29,10 @@ from .shape import (
 GATES_FORMAT, GATES_VERSION = "aep_ext.gates", 1
 BENCH_FORMAT = "aep_ext.bench"
 
-_SPREAD = {"mean": NUMBER, "std": Maybe(NOT_NEGATIVE), "values": Each(NUMBER)}
+_SPREAD = {"mean": NUMBER, "std": Maybe(NOT_NEGATIVE, absent=False), "values": Each(NUMBER)}
 _MODEL = {"top1": FRACTION, "macs": POSITIVE}
 _DATA = {"samples": COUNT}
-_EXAMPLE = {"label": COUNT, "predicted": COUNT, "exit": COUNT, "confidence": Maybe(NUMBER)}
+_EXAMPLE = {"label": COUNT, "predicted": COUNT, "exit": COUNT, "confidence": Maybe(NUMBER, absent=False)}
 _QUALITY = {"ece": Maybe(NUMBER), "nll": Maybe(NUMBER), "brier": Maybe(NUMBER), "auroc": Maybe(NUMBER)}
 _AGREEMENT = {
     "n": COUNT,

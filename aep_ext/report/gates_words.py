@@ -26,8 +26,8 @@ def gates_headlines(gates: dict[str, Any]) -> Iterator[str]:
         saving = summary["saving"]["mean"]
         change = f"{abs(100 * saving):.1f} % {'fewer' if saving >= 0 else 'more'} multiply-adds"
         yield (
-            f"{method_name(family)}, stopping early{some}, reaches {percent_spread(summary['gated_top1'])} top-1 on the "
-            f"test images with {change} on average than its pruned ensemble: {drop['mean']:+.2f} "
+            f"{method_name(family)}, stopping early{some}, reaches {percent_spread(summary['gated_top1'])} top-1 on "
+            f"the test images with {change} on average than its pruned ensemble: {drop['mean']:+.2f} "
             f"[{drop['interval'][0]:+.2f}, {drop['interval'][1]:+.2f}] points of accuracy against it."
         )
 

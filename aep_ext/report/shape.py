@@ -52,9 +52,10 @@ class Each:
 
 @dataclass(frozen=True)
 class Maybe:
-    """A shape, or null (which a number that does not exist becomes in JSON), or nothing at all."""
+    """A shape, or null (which a number that does not exist becomes in JSON), or, where ``absent`` says so, nothing."""
 
     of: Any
+    absent: bool = True
 
 
 def check(value: Any, shape: Any, where: str, what: str = "") -> None:
@@ -87,7 +88,7 @@ def check(value: Any, shape: Any, where: str, what: str = "") -> None:
             raise misfit(where, what, "an object", value)
         for key, inner in shape.items():
             place = f"{what}.{key}" if what else key
-            if key not in value and not isinstance(inner, Maybe):
+            if key not in value and not (isinstance(inner, Maybe) and inner.absent):
                 raise UserError(f"{where} is not complete: {place} is missing")
             check(value.get(key), inner, where, place)
 
