@@ -224,7 +224,7 @@ def histograms(gates: dict[str, Any], classes: Sequence[str]) -> Figure:
     most = max(number for seed in _seeds(gates) for number in [*seed["exits"], *_all_exits(seed)])
     color = {number: colormap(0.15 + 0.8 * number / max(1, most)) for number in numbers}
     bars = max(len(rows) for rows, _ in counted.values())
-    figure, axes = new_figure(len(methods), width=5.2, height=1.5 + 0.27 * bars)
+    figure, axes = new_figure(len(methods), width=5.2, height=1.5 + 0.27 * bars, least=9.2)
     for axis, (family, (rows, used)) in zip(axes[0], counted.items(), strict=True):
         places = [row["place"] for row in rows]
         left = np.zeros(len(rows))

@@ -146,17 +146,3 @@ def bench_rows(bench: dict[str, Any]) -> list[tuple[str, ...]]:
                 )
             rows.append((str(row["batch"]) if kind == "ungated" else "", kind, *figures, *ratio))
     return rows
-
-
-def as_text(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> str:
-    """A table for a terminal; the first ``left`` columns are aligned to the left, the others to the right."""
-    lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    written = [
-        "  ".join(
-            cell.ljust(width) if column < left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([written[0], "-" * max(map(len, written)), *written[1:]])

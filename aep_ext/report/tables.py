@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .numbers import amount, exits, exits_of_seeds, method_name, milliseconds, percent, percent_spread, points, relative
@@ -116,13 +116,18 @@ SEED_HEAD = (
 
 def text_table(results: dict[str, Any]) -> str:
     """The table of models for a terminal."""
-    rows = [HEAD, *model_rows(results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
-    lines = [
+    return as_text(HEAD, model_rows(results))
+
+
+def as_text(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> str:
+    """A table for a terminal; the first ``left`` columns are aligned to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    written = [
         "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for row in rows
+        for line in lines
     ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    return "\n".join([written[0], "-" * max(map(len, written)), *written[1:]])
