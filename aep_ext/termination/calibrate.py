@@ -172,7 +172,7 @@ def control_risk(
         path: see :class:`ThresholdPath`.
         budget: epsilon, delta, loss and method.
         costs: (E,) cost of a sample that is answered at each exit.
-        seed: kept in the result.
+        seed: of the order in which samples are looked at; kept in the result.
         allow_same_data: accept a path made from these data; the result is marked and nothing is guaranteed.
 
     Returns:
@@ -210,7 +210,7 @@ def _risk(
     taken, table = path.exits(cache)
     losses = losses_at(taken, table, budget.loss)
     test = (
-        learn_then_test(losses, budget.epsilon, budget.delta)
+        learn_then_test(losses, budget.epsilon, budget.delta, seed=seed)
         if budget.method == "ltt"
         else conformal_risk_control(losses, budget.epsilon)
     )

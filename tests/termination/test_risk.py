@@ -119,6 +119,20 @@ def test_the_whole_way_from_a_cache_keeps_the_promise(population, path):
     assert 1 - binomial_cdf(misses - 1, runs, delta) > 1e-3
 
 
+@pytest.mark.parametrize("p_value", ["auto", "betting", "hoeffding-bentkus"])
+def test_the_order_of_the_samples_cannot_buy_a_promise(p_value):
+    # A loader often goes through the classes one by one, so that the easy ones come first: to a gambler who bets while
+    # he reads, such data look safe for a long time. Independent draws sorted by their loss are the worst case.
+    rng = np.random.default_rng(3)
+    runs, epsilon, delta, misses = 300, 0.04, 0.1, 0
+    for _ in range(runs):
+        loss = np.sort(rng.choice([-1, 0, 1], size=(1, 600), p=[0.02, 0.91, 0.07]), axis=1)  # risk 0.05
+        misses += learn_then_test(loss, epsilon, delta, p_value=p_value).accepted > 0
+    assert 1 - binomial_cdf(misses - 1, runs, delta) > 1e-3
+    again = [learn_then_test(loss, epsilon, delta, p_value="betting", seed=s).p_values[0] for s in (0, 0, 1)]
+    assert again[0] == again[1] != again[2]
+
+
 def test_fixed_sequence_stops_at_the_first_step_that_fails():
     n = 200
     losses = np.zeros((5, n))
