@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .budget import AccuracyBudget, Budget, CostBudget, RiskBudget
 from .cache import ExitCache
-from .calibration import REPORTING_ROLES, Calibration, refuse_same_data
+from .calibration import Calibration, refuse_same_data
 from .curve import Thresholds
-from .identity import DataIdentity
+from .identity import DataIdentity, is_reported_on
 from .path import ThresholdPath, losses_at
 from .policies import Policy, as_policy
 from .risk import conformal_risk_control, learn_then_test
@@ -68,12 +68,7 @@ def calibrate(
         raise TypeError(
             f"calibrate: budget must be an AccuracyBudget, CostBudget or RiskBudget, got {type(budget).__name__}"
         )
-    same = cache.role in REPORTING_ROLES
-    if same and not allow_same_data:
-        raise ValueError(
-            f"calibrate: data must not have the role {cache.role!r}, which is reported on; "
-            "allow_same_data=True does it all the same and marks the result"
-        )
+    same = _refuse_reporting("calibrate", cache, allow_same_data)
     if path is not None:
         if not isinstance(budget, RiskBudget):
             raise ValueError(f"calibrate: path must be left out but for a RiskBudget, got {type(budget).__name__}")
@@ -111,7 +106,7 @@ def calibrate(
         )
         identities = (second.identity,) if first is second else (first.identity, second.identity)
         result = from_thresholds(
-            found, second, search.problem.costs.tolist(), budget=budget, data=identities, same_data=same
+            found, second, search.problem.costs.tolist(), budget=budget, data=identities, allow_same_data=same
         )
         if fitted and first is second:
             result = result.marked("temperatures and thresholds were fitted on the same samples")
@@ -126,10 +121,30 @@ def from_thresholds(
     *,
     budget: Budget | None = None,
     data: Sequence[DataIdentity] | None = None,
-    same_data: bool = False,
+    allow_same_data: bool = False,
     guarantee: str = "",
 ) -> Calibration:
-    """A :class:`Calibration` of thresholds that a :class:`ThresholdSearch` found on a cache."""
+    """A :class:`Calibration` of thresholds that a :class:`ThresholdSearch` found on a cache.
+
+    Args:
+        found: of a search on ``cache``.
+        cache: the data that were searched.
+        costs: (E,) those of the search.
+        budget: what was asked for.
+        data: identities of other data that were used, for temperatures say; the cache's own is added if it is missing.
+        allow_same_data: accept a cache for reporting (role "test" or "report"); the result is marked.
+        guarantee: what is promised, in words.
+
+    Raises:
+        ValueError: the thresholds were found on other data, or on data for reporting.
+    """
+    if found.data is not None and found.data.sha256 != cache.identity.sha256:
+        raise ValueError(
+            f"from_thresholds: cache must be the one that was searched, {found.data}, got {cache.identity}"
+        )
+    same_data = _refuse_reporting("from_thresholds", cache, allow_same_data)
+    used = tuple(data or ())
+    used = used if cache.identity in used else (*used, cache.identity)
     return Calibration(
         found.policy,
         found.thresholds,
@@ -149,7 +164,7 @@ def from_thresholds(
         found.bound,
         found.gap,
         guarantee,
-        (cache.identity,) if data is None else tuple(data),
+        used,
         same_data,
         found.seed,
         found.notice,
@@ -183,14 +198,20 @@ def control_risk(
         ValueError: the path was made from these data (or from data of their role), or a shape does not fit.
     """
     same = refuse_same_data("control_risk", cache, path.sources, allow_same_data)
-    if cache.role in REPORTING_ROLES:
-        if not allow_same_data:
-            raise ValueError(
-                f"control_risk: data must not have the role {cache.role!r}, which is reported on; "
-                "allow_same_data=True does it all the same and marks the result"
-            )
-        same = True
+    same |= _refuse_reporting("control_risk", cache, allow_same_data)
     return _risk(cache, path, budget, costs, seed, same, (*path.sources, cache.identity))
+
+
+def _refuse_reporting(function: str, cache: ExitCache, allow_same_data: bool) -> bool:
+    """Whether a cache is for reporting; an error unless that is allowed."""
+    if not is_reported_on(cache.role):
+        return False
+    if not allow_same_data:
+        raise ValueError(
+            f"{function}: data must not have the role {cache.role!r}, which is reported on; "
+            "allow_same_data=True does it all the same and marks the result"
+        )
+    return True
 
 
 def _risk(

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from .budget import Budget, budget_from_dict, budget_to_dict
 from .cache import ExitCache
-from .identity import DataIdentity
+from .identity import DataIdentity, same_role
 from .policies import POLICIES, Policy
 from .simulate import simulate
 from .table import GateTable
 from .tails import binomial_upper
 
-REPORTING_ROLES = ("test", "report")
-"""Roles whose data are there to be reported on, once."""
 NEAR = 1e-5
 """Samples so close to a threshold may fall to the other side where a batch of another shape changes low bits."""
 _SAME = "calibrated and reported on the same data"
@@ -33,7 +31,7 @@ def refuse_same_data(function: str, cache: ExitCache, used: Sequence[DataIdentit
     """
     for other in used:
         same_samples = other.overlaps(cache.identity, cache.hashes)
-        if same_samples or other.role == cache.role:
+        if same_samples or same_role(other.role, cache.role):
             if not allow_same_data:
                 what = "samples" if same_samples else "role"
                 raise ValueError(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .identity import DataIdentity
 from .policies import Policy
 
 
@@ -32,6 +33,7 @@ class Thresholds:
             accuracy for a cost budget. None where there is nothing to compare (infeasible) or it was not asked for.
         notice: says so where a budget is not met.
         seed, lines: of the search; how many line searches it made.
+        data: the samples that were searched.
     """
 
     policy: Policy
@@ -51,6 +53,7 @@ class Thresholds:
     notice: str = ""
     seed: int = 0
     lines: int = 0
+    data: DataIdentity | None = None
 
     @property
     def accuracy(self) -> float:
@@ -79,6 +82,7 @@ class ThresholdCurve:
         lowest_cost: (P,) float64: no thresholds that are right as often cost less; NaN where no bound was computed.
         n, full_correct, full_cost: as for :class:`Thresholds`.
         exact: whether every combination was tried.
+        data: the samples that were searched.
     """
 
     policy: Policy
@@ -92,6 +96,7 @@ class ThresholdCurve:
     full_correct: int
     full_cost: float
     exact: bool
+    data: DataIdentity | None = None
 
     def __len__(self) -> int:
         return len(self.correct)
@@ -123,6 +128,7 @@ class ThresholdCurve:
             self.full_correct,
             self.full_cost,
             self.exact,
+            self.data,
         )
 
     def to_dict(self, points: int = 200) -> dict[str, Any]:

@@ -140,6 +140,7 @@ class ThresholdSearch:
             exact=self.exact,
             seed=self.seed,
             lines=self.problem.lines,
+            data=self.cache.identity,
             **more,
         )
 
@@ -251,6 +252,7 @@ class ThresholdSearch:
             self.full_correct,
             float(self.problem.costs[-1]),
             self.exact,
+            self.cache.identity,
         )
 
     def _any_exit_right(self) -> int:

@@ -156,6 +156,28 @@ def test_identity_sees_order_labels_and_shared_samples():
     assert str(cache.identity).startswith("calibration (3000 samples, ")
 
 
+@pytest.mark.parametrize("samples", [1, 5, 20, 100, 1000])
+def test_a_small_part_of_a_large_set_is_recognised(samples):
+    cache = cache_of(2, 20_000)
+    part = cache.select(torch.randperm(20_000)[:samples], role="test")
+    assert cache.identity.overlaps(part.identity, part.hashes) and part.identity.overlaps(cache.identity, cache.hashes)
+    # Mixed among others: from one in a hundred on.
+    fresh = cache_of(2, 2000, seed=1, role="test")
+    for shared, expected in ((20, True), (1, False)):
+        logits = torch.cat([cache.logits[:, 7 : 7 + shared], fresh.logits[:, shared:]], dim=1)
+        target = torch.cat([cache.target[7 : 7 + shared], fresh.target[shared:]])
+        mixed = ExitCache.from_logits(logits, target, cache.weights, role="test")
+        assert cache.identity.overlaps(mixed.identity, mixed.hashes) is expected
+        assert mixed.identity.overlaps(cache.identity, cache.hashes) is expected
+    # From a file only the sketch is known: one in a hundred of the samples, or a part that holds some of the sketch.
+    stored = DataIdentity.from_dict(cache.identity.to_dict())
+    assert stored.hashes is None and stored == cache.identity
+    if samples == 1000:
+        assert stored.overlaps(part.identity, part.hashes)
+    holds_one = cache.select(cache.hashes == min(cache.hashes))
+    assert stored.overlaps(holds_one.identity, holds_one.hashes)
+
+
 def test_save_and_load(tmp_path):
     pytest.importorskip("safetensors", reason="files need safetensors")
     cache = cache_of(3, 17)

@@ -12,10 +12,13 @@ from aep_ext.termination import (
     CostBudget,
     Patience,
     RiskBudget,
+    ThresholdPath,
+    ThresholdSearch,
     budget_from_dict,
     budget_to_dict,
     calibrate,
     fit_temperatures,
+    from_thresholds,
     simulate,
 )
 
@@ -112,6 +115,36 @@ def test_reporting_on_the_calibration_data_needs_an_explicit_word(caches):
     marked = calibrate(test, costs=COSTS, budget=RiskBudget(0.05), allow_same_data=True)
     assert marked.same_data and marked.guarantee == "" and "SAME DATA" in str(marked)
     assert marked.evaluate(calibration, allow_same_data=True).same_data
+
+
+def test_roles_are_the_same_in_any_spelling(caches):
+    calibration, test = caches
+    found = calibrate(calibration, costs=COSTS, budget=AccuracyBudget(1))
+    with pytest.raises(ValueError, match="data must not share the role"):
+        found.evaluate(test.select(range(100), role="Calibration "))
+    with pytest.raises(ValueError, match="calibrate: data must not have the role 'Test'"):
+        calibrate(test.select(range(2000), role="Test"), costs=COSTS, budget=AccuracyBudget(1))
+
+
+def test_thresholds_keep_the_name_of_the_data_they_were_found_on(caches):
+    calibration, test = caches
+    on_test = ThresholdSearch(test, "confidence", COSTS).for_accuracy(1)
+    with pytest.raises(ValueError, match="from_thresholds: data must not have the role 'test'"):
+        from_thresholds(on_test, test, COSTS)
+    marked = from_thresholds(on_test, test, COSTS, allow_same_data=True)
+    assert marked.same_data and "SAME DATA" in str(marked)
+    with pytest.raises(ValueError, match="from_thresholds: cache must be the one that was searched, test .* got cal"):
+        from_thresholds(on_test, calibration, COSTS)
+    plain = from_thresholds(ThresholdSearch(calibration, "confidence", COSTS).for_accuracy(1), calibration, COSTS)
+    assert plain.data == (calibration.identity,) and not plain.same_data
+    # Whatever else is named, the data that were searched are among them.
+    more = from_thresholds(
+        ThresholdSearch(calibration, "confidence", COSTS).for_accuracy(1), calibration, COSTS, data=()
+    )
+    assert more.data == (calibration.identity,)
+    curve = ThresholdSearch(calibration, "confidence", COSTS).curve(points=10)
+    path = ThresholdPath.from_curve(curve, [cache_of(4, 20, role="pilot").identity])
+    assert calibration.identity in path.sources
 
 
 def test_a_budget_out_of_reach_is_stated(caches):
