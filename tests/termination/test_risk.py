@@ -113,12 +113,13 @@ def test_the_whole_way_from_a_cache_keeps_the_promise(population, path):
     rows = {
         (tuple(t.tolist()), tuple(e.tolist())): r for t, e, r in zip(path.thresholds, path.enabled, risk, strict=True)
     }
+    epsilon = risk[risk > 0.04].min() * (1 - 1e-9)  # the first unsafe step is hardly unsafe, see above
     misses, runs, delta = 0, 60, 0.2
     for _ in range(runs):
         cache = population.select(torch.from_numpy(rng.integers(0, 20_000, 400)), role="calibration")
-        found = control_risk(cache, path, RiskBudget(0.04, delta), costs=[1, 2, 3, 4])
+        found = control_risk(cache, path, RiskBudget(epsilon, delta), costs=[1, 2, 3, 4])
         if found.feasible:
-            misses += rows[tuple(found.thresholds.tolist()), tuple(found.enabled.tolist())] > 0.04
+            misses += rows[tuple(found.thresholds.tolist()), tuple(found.enabled.tolist())] > epsilon
             assert found.cost < 4 and not found.same_data
     assert 1 - binomial_cdf(misses - 1, runs, delta) > 1e-3
 
