@@ -138,6 +138,18 @@ def test_the_order_of_the_samples_cannot_buy_a_promise(p_value):
     assert again[0] == again[1] != again[2]
 
 
+@pytest.mark.parametrize("method", ["ltt", "crc"])
+def test_the_cheapest_of_the_accepted_steps_is_taken(path, method):
+    cache, costs = cache_of(4, 500, seed=16), np.array([1.0, 2, 3, 4])
+    found = control_risk(cache, path, RiskBudget(0.05, method=method), costs=costs)
+    losses = path_losses(cache, path, "degradation")
+    test = learn_then_test(losses, 0.05, 0.1) if method == "ltt" else conformal_risk_control(losses, 0.05)
+    means = costs[path.exits(cache)[0]].mean(axis=1)
+    assert 0 < test.accepted < len(path) and means[test.accepted] < means[: test.accepted].min() == found.cost
+    step = int(np.argmin(means[: test.accepted]))
+    assert torch.equal(found.thresholds, path.thresholds[step]) and torch.equal(found.enabled, path.enabled[step])
+
+
 def test_fixed_sequence_stops_at_the_first_step_that_fails():
     n = 200
     losses = np.zeros((5, n))
