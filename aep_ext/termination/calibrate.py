@@ -14,6 +14,7 @@ from .budget import AccuracyBudget, Budget, CostBudget, RiskBudget
 from .cache import ExitCache
 from .calibration import Calibration, refuse_same_data
 from .curve import Thresholds
+from .exit_costs import checked_costs
 from .identity import DataIdentity, is_reported_on
 from .path import ThresholdPath, losses_at
 from .policies import Policy, as_policy
@@ -89,9 +90,7 @@ def calibrate(
             raise ValueError(f"calibrate: cache must hold enough samples for a share of {part:g}, got {len(cache)}")
     fits = fit_temperatures(first, on=rule.on) if fitted else ()
     scales = [fit.temperature for fit in fits] if fitted else temperatures
-    notice = "; ".join(
-        f"exit {e + 1}: temperature at its bound {fit.temperature:g}" for e, fit in enumerate(fits) if fit.bounded
-    )
+    notice = "; ".join(f"exit {e + 1}: {fit.remark}" for e, fit in enumerate(fits) if fit.remark)
     if isinstance(budget, RiskBudget):
         search = ThresholdSearch(first, rule, costs, scales, loss=budget.loss, seed=seed, method=method)
         path = ThresholdPath.from_curve(search.curve(points=100), [first.identity])
@@ -223,9 +222,7 @@ def _risk(
     same: bool,
     data: tuple[DataIdentity, ...],
 ) -> Calibration:
-    prices = np.asarray(torch.as_tensor(costs, dtype=torch.float64))
-    if prices.shape != (cache.num_exits,):
-        raise ValueError(f"control_risk: costs must have {cache.num_exits} entries, got {list(prices.shape)}")
+    prices = checked_costs("control_risk", costs, cache.num_exits)
     if not len(cache):
         raise ValueError("control_risk: cache must hold at least one sample, got none")
     taken, table = path.exits(cache)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .agreement import near_threshold
 from .budget import Budget, budget_from_dict, budget_to_dict
 from .cache import ExitCache
 from .identity import DataIdentity, same_role
@@ -18,8 +18,6 @@ from .simulate import simulate
 from .table import GateTable
 from .tails import binomial_upper
 
-NEAR = 1e-5
-"""Samples so close to a threshold may fall to the other side where a batch of another shape changes low bits."""
 _SAME = "calibrated and reported on the same data"
 
 
@@ -54,7 +52,8 @@ class GateReport:
         improved: how many only the early answer did.
         cost, full_cost: mean per sample.
         counts: how many were answered at each exit.
-        near: how many, at a gate that they reached, were within 1e-5 of its threshold.
+        near: how many a live network may treat otherwise, since they pass within 1e-5 of a decision; see
+            :func:`near_threshold`.
     """
 
     data: DataIdentity
@@ -219,13 +218,15 @@ class Calibration:
             costs=self.costs,
         )
         table = GateTable.of(cache.logits, cache.weights, cache.target, self.policy, self.temperatures)
-        right, full, exits = outcome.correct.numpy(), table.right[-1], outcome.exits.numpy()
-        near = np.zeros(len(cache), dtype=bool)
-        if self.policy.name not in ("patience", "vote"):
-            sign = -1.0 if self.policy.name == "entropy" else 1.0
-            for e, (threshold, on) in enumerate(zip(self.thresholds.tolist(), self.enabled.tolist(), strict=True)):
-                if on:
-                    near |= (exits >= e) & (np.abs(table.scores[e] - sign * threshold) <= NEAR)
+        right, full = outcome.correct.numpy(), table.right[-1]
+        near = near_threshold(
+            cache.logits,
+            cache.weights,
+            self.policy,
+            self.thresholds,
+            temperatures=self.temperatures,
+            enabled=self.enabled,
+        )
         return GateReport(
             cache.identity,
             same,
@@ -273,8 +274,15 @@ class Calibration:
         """The reverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: the policy is unknown, or shapes do not fit.
+            ValueError: an entry is missing, the policy is unknown, or shapes do not fit.
         """
+        try:
+            return cls._from_dict(values)
+        except KeyError as error:
+            raise ValueError(f"Calibration.from_dict: values must have the entry {error}, got none") from error
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any]) -> Calibration:
         name = values["policy"]["name"]
         if name not in POLICIES:
             raise ValueError(f"Calibration.from_dict: policy must be one of {', '.join(POLICIES)}, got {name!r}")

@@ -14,6 +14,14 @@ from .identity import DataIdentity
 from .policies import Policy
 
 
+def spread(costs: NDArray[np.float64], points: int) -> NDArray[np.int64]:
+    """At most so many positions, evenly spread over ascending costs, both ends among them."""
+    if len(costs) <= points:
+        return np.arange(len(costs))
+    wanted = np.searchsorted(costs, np.linspace(costs[0], costs[-1], points)).clip(0, len(costs) - 1)
+    return np.unique(np.concatenate([[0], wanted[1:-1], [len(costs) - 1]]))
+
+
 @dataclass(frozen=True, eq=False)
 class Thresholds:
     """Thresholds found on cached logits, and what they do there.
@@ -112,10 +120,7 @@ class ThresholdCurve:
             raise ValueError(f"ThresholdCurve.thinned: points must be at least 2, got {points}")
         if len(self) <= points:
             return self
-        wanted = np.linspace(self.cost[0], self.cost[-1], points)
-        kept = np.unique(
-            np.concatenate([[0], np.searchsorted(self.cost, wanted).clip(0, len(self) - 1), [len(self) - 1]])
-        )
+        kept = spread(self.cost, points)
         return ThresholdCurve(
             self.policy,
             self.temperatures,

@@ -35,8 +35,7 @@ class TemperatureFit:
         iterations: evaluations of f' and f''.
         converged: the gradient vanished (within the tolerance), or a bound is the optimum inside the bounds.
         bounded: "low" or "high" where the optimum lies beyond a bound, which is then T; else None. Where every answer
-        is
-            right the likelihood rises for ever as T falls to 0: "low".
+            is right the likelihood rises for ever as T falls to 0: "low".
         used: rows that took part. A row is left out where a logit is NaN or +inf, or the label's is -inf.
         left_out: the others.
     """
@@ -51,9 +50,37 @@ class TemperatureFit:
     used: int
     left_out: int
 
+    @property
+    def remark(self) -> str:
+        """What a user should be told; empty for an ordinary fit."""
+        if not self.used:
+            return f"no temperature, none of {self.left_out} samples can be used"
+        if self.bounded:
+            return f"temperature at its bound {self.temperature:g}"
+        return "" if self.converged else f"temperature did not converge in {self.iterations} steps"
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
+        """As plain values for JSON; None where a number does not exist."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def check_labelled(function: str, logits: Tensor, target: Tensor) -> None:
+    """An error unless logits are floating (N, K), K at least 1, and labels (N,) integers within 0..K-1."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] < 1:
+        found = f"{logits.dtype} of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{function}: logits must be a floating tensor of shape [N, K], got {found}")
+    if not isinstance(target, Tensor) or tuple(target.shape) != (logits.shape[0],):
+        found = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"{function}: target must be a tensor of shape [{logits.shape[0]}], got {found}")
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"{function}: target must be integers, got {target.dtype}")
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+        raise ValueError(
+            f"{function}: target must be within 0..{logits.shape[1] - 1}, got {int(target.min())}..{int(target.max())}"
+        )
 
 
 def _prepared(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,22 +134,11 @@ def fit_temperature(
     Raises:
         ValueError: a shape, a label or a bound is out of its range.
     """
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] < 1:
-        raise ValueError(
-            "fit_temperature: logits must be a floating tensor of shape [N, K], got "
-            f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
-        )
-    if tuple(target.shape) != (logits.shape[0],):
-        raise ValueError(f"fit_temperature: target must have shape [{logits.shape[0]}], got {list(target.shape)}")
-    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
-        raise ValueError(
-            f"fit_temperature: target must be within 0..{logits.shape[1] - 1}, "
-            f"got {int(target.min())}..{int(target.max())}"
-        )
+    check_labelled("fit_temperature", logits, target)
     low, high = (float(b) for b in bounds)
     if not 0 < low <= 1 <= high < math.inf:
         raise ValueError(f"fit_temperature: bounds must be positive, finite and around 1, got {bounds}")
-    z, own = _prepared(logits.detach(), target.to(logits.device))
+    z, own = _prepared(logits.detach(), target.to(logits.device, torch.int64))
     used, left_out = len(z), len(target) - len(z)
     if used == 0:
         return TemperatureFit(1.0, math.nan, math.nan, math.nan, 0, False, None, 0, left_out)

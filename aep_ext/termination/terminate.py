@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def terminate(
             raise TypeError(f"terminate: pruned must be a MultiExitNet, got {type(pruned).__name__}")
         if pruned.num_exits < 2:
             raise ValueError(f"terminate: pruned must have at least two exits, got {pruned.num_exits}")
-        if isinstance(budget, (int, float)) and not isinstance(budget, bool):
+        if isinstance(budget, numbers.Real) and not isinstance(budget, bool):
             budget = AccuracyBudget(float(budget))
         if isinstance(calibration, ExitCache):
             cache = calibration

@@ -16,7 +16,8 @@ from .archive import Archive, Limits
 from .bound import LagrangianBound
 from .budget import LOSSES
 from .cache import ExitCache
-from .curve import ThresholdCurve, Thresholds
+from .curve import ThresholdCurve, Thresholds, spread
+from .exit_costs import checked_costs
 from .policies import Policy
 from .problem import Problem
 from .table import GateTable
@@ -72,17 +73,7 @@ class ThresholdSearch:
             raise ValueError(f"ThresholdSearch: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not len(self.cache):
             raise ValueError("ThresholdSearch: cache must hold at least one sample, got none")
-        prices = np.asarray(torch.as_tensor(self.costs, dtype=torch.float64))
-        if (
-            prices.shape != (exits,)
-            or not np.isfinite(prices).all()
-            or (prices <= 0).any()
-            or (np.diff(prices) < 0).any()
-        ):
-            raise ValueError(
-                f"ThresholdSearch: costs must be {exits} positive numbers in non-descending order, "
-                f"got {prices.tolist()}"
-            )
+        prices = checked_costs("ThresholdSearch", self.costs, exits)
         scales = torch.as_tensor(1.0 if self.temperatures is None else self.temperatures, dtype=torch.float32).cpu()
         if scales.dim() == 0:
             scales = scales.repeat(exits)
@@ -150,7 +141,12 @@ class ThresholdSearch:
         Args:
             drop: points; see ``AccuracyBudget``.
             bound_steps: of the bound's subgradient method at each of three prices; 0: no bound.
+
+        Raises:
+            ValueError: ``drop`` is out of its range.
         """
+        if not -100 <= drop <= 100:
+            raise ValueError(f"ThresholdSearch.for_accuracy: drop must be points within -100..100, got {drop}")
         n = len(self.cache)
         needed = math.ceil(self.full_correct - drop * n / 100 - 1e-9 * n)
         entry = (
@@ -182,6 +178,9 @@ class ThresholdSearch:
         Args:
             mean: in the unit of the costs.
             bound_steps: as for :meth:`for_accuracy`.
+
+        Raises:
+            ValueError: ``mean`` is not positive and finite.
         """
         if not 0 < mean < math.inf:
             raise ValueError(f"ThresholdSearch.for_cost: mean must be positive and finite, got {mean}")
@@ -217,7 +216,12 @@ class ThresholdSearch:
             points: at most so many, evenly spread over the cost, both ends kept.
             bound_steps: of the bound at each of eight prices; 0: no bound.
             polish: at so many costs along the curve the search is made better first.
+
+        Raises:
+            ValueError: ``points`` is less than 2.
         """
+        if points < 2:
+            raise ValueError(f"ThresholdSearch.curve: points must be at least 2, got {points}")
         if not self.exact and polish > 0:
             front = self.archive.front()
             for cost in np.linspace(self.archive.cost[front[0]], self.archive.cost[front[-1]], polish):
@@ -234,10 +238,8 @@ class ThresholdSearch:
             lowest = np.maximum(self.problem.costs[0] * n, np.max([(front - u) / p for p, u in uppers], axis=0))
             lowest = np.minimum(lowest, self.archive.cost[front])
         costs = self.archive.cost[front]
-        if len(front) > points:
-            wanted = np.searchsorted(costs, np.linspace(costs[0], costs[-1], points)).clip(0, len(front) - 1)
-            kept = np.unique(np.concatenate([[0], wanted, [len(front) - 1]]))
-            front, lowest, costs = front[kept], lowest[kept], costs[kept]
+        kept = spread(costs, points)
+        front, lowest, costs = front[kept], lowest[kept], costs[kept]
         numbers = [self._numbers(self._limits(int(entry))) for entry in front]
         gates = self.problem.gates
         return ThresholdCurve(

@@ -19,6 +19,7 @@ from aep_ext.termination import (
     calibrate,
     fit_temperatures,
     from_thresholds,
+    near_threshold,
     simulate,
 )
 
@@ -161,6 +162,13 @@ def test_the_gate_of_a_live_network_needs_room_around_thresholds(caches):
     found = calibrate(calibration, costs=COSTS, budget=AccuracyBudget(1))
     report = found.evaluate(test)
     assert 0 <= report.near < 10
+    for policy in ("entropy", "patience"):  # the same samples as the gated network's own account
+        found = calibrate(calibration, costs=COSTS, budget=AccuracyBudget(1), policy=policy)
+        near = near_threshold(
+            test.logits, test.weights, policy, found.thresholds, temperatures=found.temperatures, enabled=found.enabled
+        )
+        assert found.evaluate(test).near == int(near.sum())
+    found = calibrate(calibration, costs=COSTS, budget=AccuracyBudget(1))
     tight = Calibration.from_dict(found.to_dict() | {"thresholds": [1.0, 1.0, 1.0], "enabled": [True] * 3})
     sure = float((torch.softmax(test.running[0] / found.temperatures[0], 1).amax(1) > 1 - 9e-6).sum())
     assert tight.evaluate(test).near >= sure
@@ -171,6 +179,15 @@ def test_a_bounded_temperature_is_mentioned():
     sure = type(cache).from_logits(cache.logits, cache.logits[0].argmax(1), [1.0, 1.0], role="calibration")
     found = calibrate(sure, costs=[1, 2], budget=AccuracyBudget(1), share=0)
     assert "exit 1: temperature at its bound 0.05" in found.notice and found.temperature_fits[0]["bounded"] == "low"
+
+
+def test_temperatures_that_cannot_be_fitted_survive_json():
+    cache = cache_of(2, 60, seed=1)
+    broken = type(cache).from_logits(cache.logits * float("nan"), cache.target, [1.0, 1.0], role="calibration")
+    found = calibrate(broken, costs=[1, 2], budget=AccuracyBudget(1))
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    assert Calibration.from_dict(json.loads(text)).to_dict() == found.to_dict()
+    assert "exit 1: no temperature, none of 12 samples can be used" in found.notice and not found.enabled.any()
 
 
 @pytest.mark.parametrize(
@@ -188,6 +205,13 @@ def test_budgets_survive_json(budget):
         (lambda: CostBudget(mean=1, fraction=1), "exactly one of mean and fraction"),
         (lambda: CostBudget(mean=-1), "positive and finite, got -1"),
         (lambda: RiskBudget(1.0), r"within \(0, 1\), got 1.0 and 0.1"),
+        (lambda: CostBudget(mean=True), "CostBudget: the limit must be a number, got True"),
+        (lambda: AccuracyBudget("1"), "AccuracyBudget: drop must be a number, got '1'"),
+        (lambda: AccuracyBudget(None), "AccuracyBudget: drop must be a number, got None"),
+        (lambda: RiskBudget("0.1"), "RiskBudget: epsilon must be a number, got '0.1'"),
+        (lambda: RiskBudget(0.1, delta=None), "RiskBudget: delta must be a number, got None"),
+        (lambda: budget_from_dict({"kind": "AccuracyBudget", "fraction": 1}), "budget: AccuracyBudget must have other"),
+        (lambda: Calibration.from_dict({}), "Calibration.from_dict: values must have the entry 'policy'"),
         (lambda: RiskBudget(0.1, loss="x"), "loss must be"),
         (lambda: RiskBudget(0.1, method="x"), "method must be"),
         (lambda: RiskBudget(0.1, loss="drop", method="crc"), "got 'drop'"),

@@ -259,8 +259,9 @@ def test_a_path_of_the_users_own(path):
         control_risk(reported, path, budget, costs=[1, 2, 3, 4])
     marked = control_risk(reported, path, budget, costs=[1, 2, 3, 4], allow_same_data=True)
     assert marked.same_data and marked.guarantee == ""
-    with pytest.raises(ValueError, match=r"costs must have 4 entries, got \[2\]"):
-        control_risk(cache, path, budget, costs=[1, 2])
+    for costs in ([1, 2], [1, 2, 3, math.nan], [4, 3, 2, 1], [0, 1, 2, 3]):
+        with pytest.raises(ValueError, match="control_risk: costs must be 4 positive numbers in non-descending order"):
+            control_risk(cache, path, budget, costs=costs)
     with pytest.raises(ValueError, match="at least one sample, got none"):
         control_risk(cache.select([]), path, budget, costs=[1, 2, 3, 4])
 

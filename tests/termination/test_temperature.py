@@ -119,8 +119,11 @@ def test_every_exits_prefix_or_own_logits():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(3), torch.zeros(3)), r"logits must be a floating tensor of shape \[N, K\], got \[3\]"),
-        ((torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64)), r"target must have shape \[3\], got \[2\]"),
+        (
+            (torch.zeros(3), torch.zeros(3)),
+            r"logits must be a floating tensor of shape \[N, K\], got torch.float32 of shape \[3\]",
+        ),
+        ((torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64)), r"target must be a tensor of shape \[3\], got \[2\]"),
         ((torch.zeros(1, 2), torch.tensor([2])), "target must be within 0..1, got 2..2"),
     ],
 )

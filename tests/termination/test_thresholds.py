@@ -310,6 +310,10 @@ def test_too_many_exits():
         ThresholdSearch(cache, "confidence", list(range(1, 18)))
     with pytest.raises(ValueError, match="mean must be positive and finite, got -1"):
         ThresholdSearch(cache_of(2, 5), "confidence", [1, 2]).for_cost(-1)
+    with pytest.raises(ValueError, match="for_accuracy: drop must be points within -100..100, got nan"):
+        ThresholdSearch(cache_of(2, 5), "confidence", [1, 2]).for_accuracy(math.nan)
+    with pytest.raises(ValueError, match="curve: points must be at least 2, got 1"):
+        ThresholdSearch(cache_of(2, 5), "confidence", [1, 2]).curve(points=1)
 
 
 @pytest.mark.slow
