@@ -128,7 +128,7 @@ def fit_temperature(
         logits: (N, K) floating, K at least 1.
         target: (N,) int64 within 0..K-1.
         bounds: smallest and largest T, around 1.
-        tolerance: on \\|f'\\| relative to the mean spread of a row's logits.
+        tolerance: on \\|f'\\|, relative to the median distance of a logit to its row's largest.
         max_iterations: evaluations.
 
     Raises:
@@ -142,7 +142,9 @@ def fit_temperature(
     used, left_out = len(z), len(target) - len(z)
     if used == 0:
         return TemperatureFit(1.0, math.nan, math.nan, math.nan, 0, False, None, 0, left_out)
-    scale = float(-z.clamp_min(-1e6).mean())  # mean distance to the largest logit
+    below = -z[(z < 0) & (z > -1e100)]
+    # The usual distance to the largest logit; a median, which excluded classes (-inf) and outliers do not move.
+    scale = float(below.median()) if len(below) else 0.0
     limit = tolerance * max(scale, 1e-300)
     before, slope, curvature = _derivatives(z, own, 1.0)
     done = 1
@@ -157,6 +159,8 @@ def fit_temperature(
         done += 1
         return result(1.0 / low, value, slope, True, "low")
     # f' < 0 left of the optimum, > 0 right of it; the bracket is in inverse temperatures.
+    if abs(slope) > limit and (low == 1 and slope < 0 or high == 1 and slope > 0):
+        return result(1.0, before, slope, True, "low" if slope < 0 else "high")
     left, right = 1.0 / high, 1.0 / low
     inverse, value = 1.0, before
     at_bound = {left: False, right: False}

@@ -106,6 +106,27 @@ def test_rows_without_a_distribution_are_left_out(data):
     assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).temperature == 1
 
 
+def test_a_bound_at_one_is_a_bound():
+    logits, target = logits_and_labels(1, 500)
+    flat = fit_temperature(logits[0] / 10, target, bounds=(1, 5))
+    assert (flat.temperature, flat.bounded, flat.converged) == (1, "low", True) and flat.gradient < 0
+    sharp = fit_temperature(10 * logits[0], target, bounds=(0.5, 1))
+    assert (sharp.temperature, sharp.bounded, sharp.converged) == (1, "high", True) and sharp.gradient > 0
+    assert fit_temperature(logits[0], target, bounds=(1, 5)).bounded is None
+
+
+def test_excluded_classes_and_outliers_do_not_blunt_the_fit():
+    # A class that cannot be (-inf), or a single enormous logit, is no measure of what a small gradient is.
+    logits, target = logits_and_labels(1, 800)
+    wide = torch.cat([logits[0], torch.full((800, 5), -math.inf)], dim=1)
+    plain, excluded = fit_temperature(logits[0], target), fit_temperature(wide, target)
+    assert excluded.temperature == pytest.approx(plain.temperature, rel=1e-9) and excluded.used == 800
+    assert abs(excluded.gradient) < 1e-9
+    sure = torch.cat([logits[0], torch.tensor([[1e30, 0, 0, 0, 0]])])
+    outlier = fit_temperature(sure, torch.cat([target, torch.tensor([0])]))
+    assert outlier.temperature == pytest.approx(plain.temperature, rel=1e-9)
+
+
 def test_every_exits_prefix_or_own_logits():
     cache = cache_of(3, 500)
     for on, judged in (("ensemble", cache.running), ("exit", cache.logits)):
