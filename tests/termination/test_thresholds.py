@@ -227,6 +227,20 @@ def test_the_gap_is_small_where_little_accuracy_may_be_lost():
         assert not found.exact and 0 <= found.gap <= share * found.cost
 
 
+@pytest.mark.parametrize(
+    ("exits", "drop", "share"), [(4, 0.5, 0.01), (4, 2.0, 0.02), (4, 5.0, 0.08), (7, 0.5, 0.05), (7, 2.0, 0.1)]
+)
+def test_the_gap_is_known_for_larger_budgets_too(exits, drop, share):
+    # The bound is tried at prices below and above the curve's slope, as long as it rises.
+    cache = cache_of(exits, 2000, classes=10, seed=3)
+    search = ThresholdSearch(cache, "confidence", list(range(1, exits + 1)), method="search")
+    found = search.for_accuracy(drop)
+    assert 0 <= found.gap <= share * found.cost
+    # The same thresholds from the other side: no more right answers for this cost than the bound says.
+    turned = search.for_cost(found.cost)
+    assert turned.accuracy <= turned.bound and turned.gap <= 0.03
+
+
 def test_line_and_totals_agree_with_the_definition():
     rng = np.random.default_rng(1)
     for policy in ("confidence", "vote"):  # vote: merged columns
