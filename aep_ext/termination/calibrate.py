@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -167,6 +166,7 @@ def from_thresholds(
         same_data,
         found.seed,
         found.notice,
+        exit_ids=cache.exit_ids,
     )
 
 
@@ -249,7 +249,6 @@ def _risk(
     if test.accepted and not same:
         guarantee = _promise(budget, n, test.method)
     correct = int(table.right[answered, np.arange(n)].sum())
-    more: dict[str, Any] = {"notice": notice}
     return Calibration(
         path.policy,
         thresholds,
@@ -272,7 +271,8 @@ def _risk(
         data,
         same,
         seed,
-        **more,
+        notice,
+        exit_ids=cache.exit_ids,
     )
 
 

@@ -134,6 +134,7 @@ class Calibration:
         seed: of splits and search.
         notice: what a user should be told.
         temperature_fits: how the temperatures were found, one dict per exit; empty where they were given.
+        exit_ids: original numbers of the exits; empty where they are not known.
     """
 
     policy: Policy
@@ -159,6 +160,7 @@ class Calibration:
     seed: int
     notice: str = ""
     temperature_fits: tuple[dict[str, Any], ...] = ()
+    exit_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         exits = len(self.temperatures)
@@ -203,6 +205,10 @@ class Calibration:
             raise ValueError(
                 f"Calibration.evaluate: cache must have the output weights {self.weights.tolist()}, "
                 f"got {cache.weights.tolist()}"
+            )
+        if self.exit_ids and cache.exit_ids != self.exit_ids:
+            raise ValueError(
+                f"Calibration.evaluate: cache must hold the exits {list(self.exit_ids)}, got {list(cache.exit_ids)}"
             )
         if not len(cache):
             raise ValueError("Calibration.evaluate: cache must hold at least one sample, got none")
@@ -267,6 +273,7 @@ class Calibration:
             "seed": self.seed,
             "notice": self.notice,
             "temperature_fits": [dict(fit) for fit in self.temperature_fits],
+            "exit_ids": list(self.exit_ids),
         }
 
     @classmethod
@@ -316,6 +323,7 @@ class Calibration:
             budget=None if values["budget"] is None else budget_from_dict(values["budget"]),
             data=tuple(DataIdentity.from_dict(entry) for entry in values["data"]),
             temperature_fits=tuple(values["temperature_fits"]),
+            exit_ids=tuple(values.get("exit_ids", ())),
             **rest,
         )
 

@@ -84,6 +84,11 @@ def terminate(
             cache = ExitCache.collect(pruned, _noting(calibration, first), role="calibration")
             costs = exit_costs(pruned, first[0]) if costs is None else costs
         result = calibrate(cache, costs=costs, budget=budget, policy=policy, seed=seed)
+    ids = tuple(getattr(pruned, "exit_ids", ()))
+    if result.exit_ids and ids and ids != result.exit_ids:
+        raise ValueError(
+            f"terminate: pruned must have the exits {list(result.exit_ids)} that were calibrated, got {list(ids)}"
+        )
     if not result.feasible:
         raise RuntimeError(
             f"terminate: the budget {result.budget} cannot be met on these data: {result.notice} (nearest: "

@@ -238,7 +238,14 @@ def test_a_cache_of_another_network(caches):
         found.evaluate(cache_of(3, 10, role="test"))
     with pytest.raises(ValueError, match="at least one sample, got none"):
         found.evaluate(caches[1].select([]))
+    # Equal weights do not make equal exits.
+    logits, weights = caches[0].logits, caches[0].weights
+    other = type(caches[0]).from_logits(logits, caches[0].target, weights, role="test", exit_ids=[0, 1, 3, 4])
+    with pytest.raises(ValueError, match=r"evaluate: cache must hold the exits \[0, 1, 2, 3\], got \[0, 1, 3, 4\]"):
+        found.evaluate(other, allow_same_data=True)
     values = found.to_dict()
+    unknown = Calibration.from_dict({name: value for name, value in values.items() if name != "exit_ids"})
+    assert unknown.exit_ids == () and unknown.evaluate(other, allow_same_data=True).n == 3000
     with pytest.raises(ValueError, match="policy must be one of .*, got 'custom'"):
         Calibration.from_dict(values | {"policy": {"name": "custom", "on": "ensemble"}})
     with pytest.raises(ValueError, match="4 temperatures must come with 3 thresholds"):
