@@ -209,6 +209,20 @@ def test_the_search_finds_the_optimum_of_small_problems():
     assert hits >= 0.9 * total
 
 
+@settings(deadline=None, max_examples=8)
+@given(st.integers(0, 10**6), st.integers(3, 4), st.integers(4, 16), st.booleans(), st.integers(0, 40))
+def test_the_bound_alone_is_a_bound(seed, exits, samples, ties, steps):
+    # Told of a poor solution only: otherwise what a search reached would hide a bound that is too low.
+    cache = tied_cache(exits, samples, seed) if ties else cache_of(exits, samples, seed=seed)
+    search = ThresholdSearch(cache, "confidence", list(range(1, exits + 1)), method="exhaustive")
+    bound = LagrangianBound(search.problem)
+    for price in prices(search.problem, 4):
+        right = np.flatnonzero(np.isfinite(search.archive.cost))
+        optimum = float((right - price * search.archive.cost[right]).max())
+        off = (0,) * (exits - 1)
+        assert bound.upper(float(price), optimum - samples, off, steps) >= optimum - 1e-9 * samples
+
+
 def test_with_one_gate_the_bound_is_the_optimum():
     cache = cache_of(2, 400)
     search = ThresholdSearch(cache, "margin", [1, 3])
