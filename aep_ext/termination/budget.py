@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import asdict, dataclass
 from typing import Any
 
 LOSSES = ("degradation", "drop", "disagreement")
 """Losses of a sample against the full ensemble; see ``losses_at``."""
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class AccuracyBudget:
     drop: float
 
     def __post_init__(self) -> None:
+        _check_number("AccuracyBudget: drop", self.drop)
         if not math.isfinite(self.drop) or abs(self.drop) > 100:
             raise ValueError(f"AccuracyBudget: drop must be points within -100..100, got {self.drop}")
 
@@ -45,6 +52,7 @@ class CostBudget:
                 f"got mean={self.mean} and fraction={self.fraction}"
             )
         value = self.mean if self.mean is not None else self.fraction
+        _check_number("CostBudget: the limit", value)
         if value is None or not 0 < value < math.inf:
             raise ValueError(f"CostBudget: the limit must be positive and finite, got {value}")
 
@@ -60,7 +68,7 @@ class RiskBudget:
     Attributes:
         epsilon: largest risk, a fraction of 1.
         delta: "ltt": the largest probability, over the calibration data, of a larger risk. Unused by "crc".
-        loss: "degradation", "drop" or "disagreement", see ``path_losses``.
+        loss: "degradation", "drop" or "disagreement", see ``losses_at``.
         method: "ltt", with probability 1 - delta, or "crc", in expectation.
     """
 
@@ -70,6 +78,8 @@ class RiskBudget:
     method: str = "ltt"
 
     def __post_init__(self) -> None:
+        _check_number("RiskBudget: epsilon", self.epsilon)
+        _check_number("RiskBudget: delta", self.delta)
         if not 0 < self.epsilon < 1 or not 0 < self.delta < 1:
             raise ValueError(
                 f"RiskBudget: epsilon and delta must be within (0, 1), got {self.epsilon} and {self.delta}"
@@ -99,4 +109,7 @@ def budget_from_dict(values: dict[str, Any]) -> Budget:
     kind = rest.pop("kind", None)
     if kind not in kinds:
         raise ValueError(f"budget: kind must be one of {', '.join(kinds)}, got {kind!r}")
-    return kinds[kind](**rest)
+    try:
+        return kinds[kind](**rest)
+    except TypeError:
+        raise ValueError(f"budget: {kind} must have other entries, got {', '.join(map(str, rest)) or 'none'}") from None

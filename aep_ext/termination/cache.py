@@ -19,6 +19,43 @@ from ..surgery.multi_exit import MultiExitNet
 from .identity import DataIdentity, row_hashes
 
 
+def _check_role(role: Any) -> None:
+    if not isinstance(role, str) or not role:
+        raise ValueError(f"ExitCache: role must be a name such as 'calibration' or 'test', got {role!r}")
+
+
+def _check_range(function: str, kept: Tensor, given: Tensor) -> None:
+    """No finite logit may have become infinite in the type that is kept."""
+    if kept.dtype == given.dtype or (kept.dtype == torch.float32 and given.dtype != torch.float64):
+        return
+    if bool((kept.isinf() & ~given.detach().cpu().isinf()).any()):
+        limit = "65504 for half storage" if kept.dtype == torch.float16 else "3.40282e+38 for float32"
+        raise ValueError(
+            f"{function}: logits must be within +-{limit}, got {float(given[given.isfinite()].abs().max()):g}"
+        )
+
+
+def _labels(found: Any, samples: int, classes: int, batch: int) -> Tensor:
+    """A batch's labels on the CPU, looked at before the next batch is computed."""
+    try:
+        labels = torch.as_tensor(found).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"ExitCache.collect: labels must be integers, got {type(found).__name__} in batch {batch}"
+        ) from None
+    if tuple(labels.shape) != (samples,) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"ExitCache.collect: labels must be integers of shape [{samples}], "
+            f"got {labels.dtype} of shape {list(labels.shape)} in batch {batch}"
+        )
+    if samples and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"ExitCache.collect: labels must be within 0..{classes - 1}, "
+            f"got {int(labels.min())}..{int(labels.max())} in batch {batch}"
+        )
+    return labels.to(torch.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class ExitCache:
     """Exit logits and labels of N samples, on the CPU. Make one by :meth:`collect` or :meth:`from_logits`.
@@ -96,14 +133,9 @@ class ExitCache:
         ids = tuple(range(exits)) if exit_ids is None else tuple(int(i) for i in exit_ids)
         if len(ids) != exits:
             raise ValueError(f"ExitCache: exit_ids must have {exits} entries, got {len(ids)}")
-        if not isinstance(role, str) or not role:
-            raise ValueError(f"ExitCache: role must be a name such as 'calibration' or 'test', got {role!r}")
+        _check_role(role)
         kept = exit_logits.detach().to("cpu", torch.float16 if half else torch.float32, copy=copy).contiguous()
-        if half and bool((kept.isinf() & ~exit_logits.detach().cpu().isinf()).any()):
-            raise ValueError(
-                "ExitCache: logits must be within +-65504 for half storage, "
-                f"got {float(exit_logits[exit_logits.isfinite()].abs().max()):g}"
-            )
+        _check_range("ExitCache", kept, exit_logits)
         return cls(kept, labels, factors, role, ids)
 
     @classmethod
@@ -129,7 +161,7 @@ class ExitCache:
 
         Raises:
             TypeError: ``net`` is no MultiExitNet, or the loader yields something else.
-            ValueError: no sample, or labels out of range.
+            ValueError: no sample, or labels of another type, shape or range; said at the batch that holds them.
         """
         if not isinstance(net, MultiExitNet):
             raise TypeError(f"ExitCache.collect: net must be a MultiExitNet, got {type(net).__name__}")
@@ -146,13 +178,9 @@ class ExitCache:
                         )
                     found = net.exit_logits(batch[0].to(where, non_blocking=True))
                     part = found.to("cpu", torch.float16 if half else torch.float32)
-                    if half and bool((part.isinf() & ~found.cpu().isinf()).any()):
-                        raise ValueError(
-                            "ExitCache.collect: logits must be within +-65504 for half storage, "
-                            f"got {float(found[found.isfinite()].abs().max()):g}"
-                        )
+                    _check_range("ExitCache.collect", part, found)
+                    labels.append(_labels(batch[1], part.shape[1], part.shape[2], len(logits)))
                     logits.append(part)
-                    labels.append(torch.as_tensor(batch[1]).cpu())
                     done += part.shape[1]
                     if progress is not None:
                         progress(done)
@@ -221,7 +249,10 @@ class ExitCache:
 
         Raises:
             IndexError: a number is out of range.
+            ValueError: the role is no name.
         """
+        if role is not None:
+            _check_role(role)
         chosen = torch.as_tensor(indices)
         if chosen.dtype != torch.bool:
             chosen = chosen.to(torch.int64)
@@ -246,7 +277,7 @@ class ExitCache:
         Raises:
             ValueError: fractions or roles break these rules.
         """
-        if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
+        if not fractions or not all(part > 0 for part in fractions) or sum(fractions) > 1 + 1e-9:
             raise ValueError(f"ExitCache.split: fractions must be positive and sum to at most 1, got {list(fractions)}")
         if roles is not None and len(roles) != len(fractions):
             raise ValueError(f"ExitCache.split: roles must have {len(fractions)} entries, got {len(roles)}")

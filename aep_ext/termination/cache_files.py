@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,20 +35,6 @@ def _paths(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     return target, target.with_suffix(".json")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by a complete file, or leave it as it was."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def save_cache(cache: ExitCache, path: str | os.PathLike[str], *, metadata: dict[str, Any] | None = None) -> Path:
     """Write a cache; earlier files of the same name are replaced.
 
@@ -65,6 +50,8 @@ def save_cache(cache: ExitCache, path: str | os.PathLike[str], *, metadata: dict
         TypeError: the metadata cannot be written as JSON.
         ImportError: safetensors is missing.
     """
+    from ..report.files import write_bytes
+
     library = _safetensors()
     tensor_file, description_file = _paths(path)
     data = library.save({"logits": cache.logits, "target": cache.target, "weights": cache.weights})
@@ -81,10 +68,9 @@ def save_cache(cache: ExitCache, path: str | os.PathLike[str], *, metadata: dict
         text = json.dumps(description, indent=1)
     except TypeError as error:
         raise TypeError(f"ExitCache.save: metadata must be JSON-able, got {error}") from error
-    tensor_file.parent.mkdir(parents=True, exist_ok=True)
     # The description last: it names the hash of the tensors, so a kill in between is found out by load.
-    write_atomically(tensor_file, data)
-    write_atomically(description_file, text.encode())
+    write_bytes(tensor_file, data)
+    write_bytes(description_file, text.encode())
     return tensor_file
 
 
@@ -119,12 +105,14 @@ def load_cache(path: str | os.PathLike[str]) -> ExitCache:
             f"{str(description.get('sha256'))[:12]}, got {digest[:12]}"
         )
     tensors = library.load(data)
-    identity = DataIdentity.from_dict(description["identity"])
-    return ExitCache.from_logits(
-        tensors["logits"],
-        tensors["target"],
-        tensors["weights"],
-        role=identity.role,
-        exit_ids=description["exit_ids"],
-        half=tensors["logits"].dtype == torch.float16,
-    )
+    try:
+        return ExitCache.from_logits(
+            tensors["logits"],
+            tensors["target"],
+            tensors["weights"],
+            role=DataIdentity.from_dict(description["identity"]).role,
+            exit_ids=description["exit_ids"],
+            half=tensors["logits"].dtype == torch.float16,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"ExitCache.load: {description_file.name} must describe a cache, got {error!r}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from .budget import AccuracyBudget, Budget, CostBudget, RiskBudget
 from .cache import ExitCache
-from .calibration import REPORTING_ROLES, Calibration, refuse_same_data
+from .calibration import Calibration, refuse_same_data
 from .curve import Thresholds
-from .identity import DataIdentity
+from .exit_costs import checked_costs
+from .identity import DataIdentity, is_reported_on
 from .path import ThresholdPath, losses_at
 from .policies import Policy, as_policy
 from .risk import conformal_risk_control, learn_then_test
@@ -68,12 +68,7 @@ def calibrate(
         raise TypeError(
             f"calibrate: budget must be an AccuracyBudget, CostBudget or RiskBudget, got {type(budget).__name__}"
         )
-    same = cache.role in REPORTING_ROLES
-    if same and not allow_same_data:
-        raise ValueError(
-            f"calibrate: data must not have the role {cache.role!r}, which is reported on; "
-            "allow_same_data=True does it all the same and marks the result"
-        )
+    same = _refuse_reporting("calibrate", cache, allow_same_data)
     if path is not None:
         if not isinstance(budget, RiskBudget):
             raise ValueError(f"calibrate: path must be left out but for a RiskBudget, got {type(budget).__name__}")
@@ -94,9 +89,7 @@ def calibrate(
             raise ValueError(f"calibrate: cache must hold enough samples for a share of {part:g}, got {len(cache)}")
     fits = fit_temperatures(first, on=rule.on) if fitted else ()
     scales = [fit.temperature for fit in fits] if fitted else temperatures
-    notice = "; ".join(
-        f"exit {e + 1}: temperature at its bound {fit.temperature:g}" for e, fit in enumerate(fits) if fit.bounded
-    )
+    notice = "; ".join(f"exit {e + 1}: {fit.remark}" for e, fit in enumerate(fits) if fit.remark)
     if isinstance(budget, RiskBudget):
         search = ThresholdSearch(first, rule, costs, scales, loss=budget.loss, seed=seed, method=method)
         path = ThresholdPath.from_curve(search.curve(points=100), [first.identity])
@@ -111,7 +104,7 @@ def calibrate(
         )
         identities = (second.identity,) if first is second else (first.identity, second.identity)
         result = from_thresholds(
-            found, second, search.problem.costs.tolist(), budget=budget, data=identities, same_data=same
+            found, second, search.problem.costs.tolist(), budget=budget, data=identities, allow_same_data=same
         )
         if fitted and first is second:
             result = result.marked("temperatures and thresholds were fitted on the same samples")
@@ -126,10 +119,30 @@ def from_thresholds(
     *,
     budget: Budget | None = None,
     data: Sequence[DataIdentity] | None = None,
-    same_data: bool = False,
+    allow_same_data: bool = False,
     guarantee: str = "",
 ) -> Calibration:
-    """A :class:`Calibration` of thresholds that a :class:`ThresholdSearch` found on a cache."""
+    """A :class:`Calibration` of thresholds that a :class:`ThresholdSearch` found on a cache.
+
+    Args:
+        found: of a search on ``cache``.
+        cache: the data that were searched.
+        costs: (E,) those of the search.
+        budget: what was asked for.
+        data: identities of other data that were used, for temperatures say; the cache's own is added if it is missing.
+        allow_same_data: accept a cache for reporting (role "test" or "report"); the result is marked.
+        guarantee: what is promised, in words.
+
+    Raises:
+        ValueError: the thresholds were found on other data, or on data for reporting.
+    """
+    if found.data is not None and found.data.sha256 != cache.identity.sha256:
+        raise ValueError(
+            f"from_thresholds: cache must be the one that was searched, {found.data}, got {cache.identity}"
+        )
+    same_data = _refuse_reporting("from_thresholds", cache, allow_same_data)
+    used = tuple(data or ())
+    used = used if cache.identity in used else (*used, cache.identity)
     return Calibration(
         found.policy,
         found.thresholds,
@@ -149,10 +162,11 @@ def from_thresholds(
         found.bound,
         found.gap,
         guarantee,
-        (cache.identity,) if data is None else tuple(data),
+        used,
         same_data,
         found.seed,
         found.notice,
+        exit_ids=cache.exit_ids,
     )
 
 
@@ -172,7 +186,7 @@ def control_risk(
         path: see :class:`ThresholdPath`.
         budget: epsilon, delta, loss and method.
         costs: (E,) cost of a sample that is answered at each exit.
-        seed: kept in the result.
+        seed: of the order in which samples are looked at; kept in the result.
         allow_same_data: accept a path made from these data; the result is marked and nothing is guaranteed.
 
     Returns:
@@ -183,14 +197,20 @@ def control_risk(
         ValueError: the path was made from these data (or from data of their role), or a shape does not fit.
     """
     same = refuse_same_data("control_risk", cache, path.sources, allow_same_data)
-    if cache.role in REPORTING_ROLES:
-        if not allow_same_data:
-            raise ValueError(
-                f"control_risk: data must not have the role {cache.role!r}, which is reported on; "
-                "allow_same_data=True does it all the same and marks the result"
-            )
-        same = True
+    same |= _refuse_reporting("control_risk", cache, allow_same_data)
     return _risk(cache, path, budget, costs, seed, same, (*path.sources, cache.identity))
+
+
+def _refuse_reporting(function: str, cache: ExitCache, allow_same_data: bool) -> bool:
+    """Whether a cache is for reporting; an error unless that is allowed."""
+    if not is_reported_on(cache.role):
+        return False
+    if not allow_same_data:
+        raise ValueError(
+            f"{function}: data must not have the role {cache.role!r}, which is reported on; "
+            "allow_same_data=True does it all the same and marks the result"
+        )
+    return True
 
 
 def _risk(
@@ -202,15 +222,13 @@ def _risk(
     same: bool,
     data: tuple[DataIdentity, ...],
 ) -> Calibration:
-    prices = np.asarray(torch.as_tensor(costs, dtype=torch.float64))
-    if prices.shape != (cache.num_exits,):
-        raise ValueError(f"control_risk: costs must have {cache.num_exits} entries, got {list(prices.shape)}")
+    prices = checked_costs("control_risk", costs, cache.num_exits)
     if not len(cache):
         raise ValueError("control_risk: cache must hold at least one sample, got none")
     taken, table = path.exits(cache)
     losses = losses_at(taken, table, budget.loss)
     test = (
-        learn_then_test(losses, budget.epsilon, budget.delta)
+        learn_then_test(losses, budget.epsilon, budget.delta, seed=seed)
         if budget.method == "ltt"
         else conformal_risk_control(losses, budget.epsilon)
     )
@@ -231,7 +249,6 @@ def _risk(
     if test.accepted and not same:
         guarantee = _promise(budget, n, test.method)
     correct = int(table.right[answered, np.arange(n)].sum())
-    more: dict[str, Any] = {"notice": notice}
     return Calibration(
         path.policy,
         thresholds,
@@ -254,7 +271,8 @@ def _risk(
         data,
         same,
         seed,
-        **more,
+        notice,
+        exit_ids=cache.exit_ids,
     )
 
 

@@ -6,22 +6,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from .agreement import near_threshold
 from .budget import Budget, budget_from_dict, budget_to_dict
 from .cache import ExitCache
-from .identity import DataIdentity
+from .identity import DataIdentity, same_role
 from .policies import POLICIES, Policy
 from .simulate import simulate
 from .table import GateTable
 from .tails import binomial_upper
 
-REPORTING_ROLES = ("test", "report")
-"""Roles whose data are there to be reported on, once."""
-NEAR = 1e-5
-"""Samples so close to a threshold may fall to the other side where a batch of another shape changes low bits."""
 _SAME = "calibrated and reported on the same data"
 
 
@@ -33,7 +29,7 @@ def refuse_same_data(function: str, cache: ExitCache, used: Sequence[DataIdentit
     """
     for other in used:
         same_samples = other.overlaps(cache.identity, cache.hashes)
-        if same_samples or other.role == cache.role:
+        if same_samples or same_role(other.role, cache.role):
             if not allow_same_data:
                 what = "samples" if same_samples else "role"
                 raise ValueError(
@@ -56,7 +52,8 @@ class GateReport:
         improved: how many only the early answer did.
         cost, full_cost: mean per sample.
         counts: how many were answered at each exit.
-        near: how many, at a gate that they reached, were within 1e-5 of its threshold.
+        near: how many a live network may treat otherwise, since they pass within 1e-5 of a decision; see
+            :func:`near_threshold`.
     """
 
     data: DataIdentity
@@ -137,6 +134,7 @@ class Calibration:
         seed: of splits and search.
         notice: what a user should be told.
         temperature_fits: how the temperatures were found, one dict per exit; empty where they were given.
+        exit_ids: original numbers of the exits; empty where they are not known.
     """
 
     policy: Policy
@@ -162,6 +160,7 @@ class Calibration:
     seed: int
     notice: str = ""
     temperature_fits: tuple[dict[str, Any], ...] = ()
+    exit_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         exits = len(self.temperatures)
@@ -207,6 +206,10 @@ class Calibration:
                 f"Calibration.evaluate: cache must have the output weights {self.weights.tolist()}, "
                 f"got {cache.weights.tolist()}"
             )
+        if self.exit_ids and cache.exit_ids != self.exit_ids:
+            raise ValueError(
+                f"Calibration.evaluate: cache must hold the exits {list(self.exit_ids)}, got {list(cache.exit_ids)}"
+            )
         if not len(cache):
             raise ValueError("Calibration.evaluate: cache must hold at least one sample, got none")
         same = refuse_same_data("Calibration.evaluate", cache, self.data, allow_same_data) or self.same_data
@@ -221,13 +224,15 @@ class Calibration:
             costs=self.costs,
         )
         table = GateTable.of(cache.logits, cache.weights, cache.target, self.policy, self.temperatures)
-        right, full, exits = outcome.correct.numpy(), table.right[-1], outcome.exits.numpy()
-        near = np.zeros(len(cache), dtype=bool)
-        if self.policy.name not in ("patience", "vote"):
-            sign = -1.0 if self.policy.name == "entropy" else 1.0
-            for e, (threshold, on) in enumerate(zip(self.thresholds.tolist(), self.enabled.tolist(), strict=True)):
-                if on:
-                    near |= (exits >= e) & (np.abs(table.scores[e] - sign * threshold) <= NEAR)
+        right, full = outcome.correct.numpy(), table.right[-1]
+        near = near_threshold(
+            cache.logits,
+            cache.weights,
+            self.policy,
+            self.thresholds,
+            temperatures=self.temperatures,
+            enabled=self.enabled,
+        )
         return GateReport(
             cache.identity,
             same,
@@ -268,6 +273,7 @@ class Calibration:
             "seed": self.seed,
             "notice": self.notice,
             "temperature_fits": [dict(fit) for fit in self.temperature_fits],
+            "exit_ids": list(self.exit_ids),
         }
 
     @classmethod
@@ -275,8 +281,15 @@ class Calibration:
         """The reverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: the policy is unknown, or shapes do not fit.
+            ValueError: an entry is missing, the policy is unknown, or shapes do not fit.
         """
+        try:
+            return cls._from_dict(values)
+        except KeyError as error:
+            raise ValueError(f"Calibration.from_dict: values must have the entry {error}, got none") from error
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any]) -> Calibration:
         name = values["policy"]["name"]
         if name not in POLICIES:
             raise ValueError(f"Calibration.from_dict: policy must be one of {', '.join(POLICIES)}, got {name!r}")
@@ -310,6 +323,7 @@ class Calibration:
             budget=None if values["budget"] is None else budget_from_dict(values["budget"]),
             data=tuple(DataIdentity.from_dict(entry) for entry in values["data"]),
             temperature_fits=tuple(values["temperature_fits"]),
+            exit_ids=tuple(values.get("exit_ids", ())),
             **rest,
         )
 

@@ -10,7 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .identity import DataIdentity
 from .policies import Policy
+
+
+def spread(costs: NDArray[np.float64], points: int) -> NDArray[np.int64]:
+    """At most so many positions, evenly spread over ascending costs, both ends among them."""
+    if len(costs) <= points:
+        return np.arange(len(costs))
+    wanted = np.searchsorted(costs, np.linspace(costs[0], costs[-1], points)).clip(0, len(costs) - 1)
+    return np.unique(np.concatenate([[0], wanted[1:-1], [len(costs) - 1]]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +41,7 @@ class Thresholds:
             accuracy for a cost budget. None where there is nothing to compare (infeasible) or it was not asked for.
         notice: says so where a budget is not met.
         seed, lines: of the search; how many line searches it made.
+        data: the samples that were searched.
     """
 
     policy: Policy
@@ -51,6 +61,7 @@ class Thresholds:
     notice: str = ""
     seed: int = 0
     lines: int = 0
+    data: DataIdentity | None = None
 
     @property
     def accuracy(self) -> float:
@@ -79,6 +90,7 @@ class ThresholdCurve:
         lowest_cost: (P,) float64: no thresholds that are right as often cost less; NaN where no bound was computed.
         n, full_correct, full_cost: as for :class:`Thresholds`.
         exact: whether every combination was tried.
+        data: the samples that were searched.
     """
 
     policy: Policy
@@ -92,6 +104,7 @@ class ThresholdCurve:
     full_correct: int
     full_cost: float
     exact: bool
+    data: DataIdentity | None = None
 
     def __len__(self) -> int:
         return len(self.correct)
@@ -107,10 +120,7 @@ class ThresholdCurve:
             raise ValueError(f"ThresholdCurve.thinned: points must be at least 2, got {points}")
         if len(self) <= points:
             return self
-        wanted = np.linspace(self.cost[0], self.cost[-1], points)
-        kept = np.unique(
-            np.concatenate([[0], np.searchsorted(self.cost, wanted).clip(0, len(self) - 1), [len(self) - 1]])
-        )
+        kept = spread(self.cost, points)
         return ThresholdCurve(
             self.policy,
             self.temperatures,
@@ -123,6 +133,7 @@ class ThresholdCurve:
             self.full_correct,
             self.full_cost,
             self.exact,
+            self.data,
         )
 
     def to_dict(self, points: int = 200) -> dict[str, Any]:

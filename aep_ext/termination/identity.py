@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,11 @@ from torch import Tensor
 SKETCH = 256
 """Row hashes kept in a sketch."""
 SHARED = 0.05
-"""From this share of a sketch on, two sets of samples overlap; single duplicates are common in real data."""
+"""From this share of a sketch on, two sets of samples overlap."""
+SHARED_EXACT = 0.01
+"""From this share of the smaller set on, where all hashes are known; single duplicates are common in real data."""
+REPORTING_ROLES = ("test", "report")
+"""Roles whose data are there to be reported on, once."""
 
 _CHUNK = 4096
 
@@ -48,6 +52,16 @@ def row_hashes(exit_logits: Tensor, target: Tensor) -> NDArray[np.uint64]:
     return result ^ (result >> np.uint64(31))
 
 
+def same_role(a: str, b: str) -> bool:
+    """Whether two roles are one; spelling (case, spaces around) makes no difference."""
+    return a.strip().casefold() == b.strip().casefold()
+
+
+def is_reported_on(role: str) -> bool:
+    """Whether data of this role are there to be reported on."""
+    return any(same_role(role, name) for name in REPORTING_ROLES)
+
+
 @dataclass(frozen=True)
 class DataIdentity:
     """What is known of a set of samples without the samples.
@@ -58,18 +72,21 @@ class DataIdentity:
         sha256: of the samples' hashes in order.
         sketch: the smallest different hashes, at most 256: a random part of the samples, the same in every split and
             shuffle that holds them (A. Broder, "On the resemblance and containment of documents", 1997).
+        hashes: (N,) uint64 of all samples, as long as the identity lives in memory; None for one from a file, which
+            knows the sketch only.
     """
 
     role: str
     count: int
     sha256: str
     sketch: tuple[int, ...] = ()
+    hashes: NDArray[np.uint64] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, role: str, hashes: NDArray[np.uint64]) -> DataIdentity:
         """The identity of the samples with these hashes."""
         digest = hashlib.sha256(np.ascontiguousarray(hashes, dtype="<u8").tobytes()).hexdigest()
-        return cls(role, len(hashes), digest, tuple(int(value) for value in np.unique(hashes)[:SKETCH]))
+        return cls(role, len(hashes), digest, tuple(int(value) for value in np.unique(hashes)[:SKETCH]), hashes)
 
     def shared_with(self, hashes: NDArray[np.uint64]) -> float:
         """An estimate of the share of these samples that are among those with ``hashes``, from the sketch."""
@@ -80,10 +97,18 @@ class DataIdentity:
     def overlaps(self, other: DataIdentity, hashes: NDArray[np.uint64]) -> bool:
         """Whether the samples of ``other``, whose hashes are given, are in part these.
 
-        Both ways round, since a small set may lie inside a large one.
+        Both ways round, since a small set may lie inside a large one. With all hashes at hand it is found where more
+        than a duplicate or two are shared, and at least one in a hundred of the smaller set; from sketches alone,
+        where one in twenty is, and a set of less than about a hundredth of the other's size may go unnoticed.
         """
         if self.sha256 == other.sha256 and self.count:
             return True
+        if self.hashes is not None:
+            if not self.count or not len(hashes):
+                return False
+            shared = min(int(np.isin(hashes, self.hashes).sum()), int(np.isin(self.hashes, hashes).sum()))
+            smaller = min(len(hashes), self.count)
+            return shared >= max(min(2, smaller), SHARED_EXACT * smaller)
         if self.shared_with(hashes) >= SHARED:
             return True
         # The other's samples that hash below this sketch's largest entry would be in the sketch if they were here.
@@ -92,7 +117,9 @@ class DataIdentity:
         complete = len(self.sketch) < SKETCH
         below = [value for value in other.sketch if complete or value <= self.sketch[-1]]
         known = set(self.sketch)
-        return sum(value in known for value in below) >= max(2, SHARED * len(below))
+        shared = sum(value in known for value in below)
+        # A single one says nothing among many, but much where it is half of what could be known.
+        return shared >= max(2, SHARED * len(below)) or 0 < len(below) <= 2 * shared
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""

@@ -8,6 +8,7 @@ cannot be gated at all. What a gate needs is the order of the confidences, which
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .cache import ExitCache
-from .temperature import judged_logits
+from .temperature import check_labelled, judged_logits
 
 _ROWS = 8192
 
@@ -82,6 +83,10 @@ def expected_calibration_error(
         ValueError: a shape, the number of bins or the scheme breaks the rules.
     """
     sure, right = _pair("expected_calibration_error", confidence, correct)
+    if len(sure) and not 0 <= sure.min() <= sure.max() <= 1 + 1e-6:
+        raise ValueError(
+            f"expected_calibration_error: confidence must be within 0..1, got {sure.min():g}..{sure.max():g}"
+        )
     if bins < 1:
         raise ValueError(f"expected_calibration_error: bins must be at least 1, got {bins}")
     if scheme not in ("width", "mass"):
@@ -129,6 +134,8 @@ def _pair(function: str, confidence: Any, correct: Any) -> tuple[NDArray[np.floa
         )
     if np.isnan(sure).any():
         raise ValueError(f"{function}: confidence must not be NaN, got NaN at position {int(np.isnan(sure).argmax())}")
+    if not np.isin(right, (0, 1)).all():
+        raise ValueError(f"{function}: correct must be bool (or 0 and 1), got {right.min()}..{right.max()}")
     return sure, right.astype(np.float64)
 
 
@@ -142,13 +149,9 @@ def probability_metrics(logits: Tensor, target: Tensor, temperature: float = 1.0
         bins: of both ECEs.
 
     Raises:
-        ValueError: a shape or the temperature breaks these rules.
+        ValueError: a shape, a label or the temperature breaks these rules.
     """
-    if logits.dim() != 2 or tuple(target.shape) != (logits.shape[0],):
-        raise ValueError(
-            "probability_metrics: logits must have shape [N, K] and target [N], "
-            f"got {list(logits.shape)} and {list(target.shape)}"
-        )
+    check_labelled("probability_metrics", logits, target)
     if not 0 < temperature < math.inf:
         raise ValueError(f"probability_metrics: temperature must be positive and finite, got {temperature}")
     n = len(target)
@@ -194,7 +197,7 @@ def exit_metrics(
         ValueError: the number of temperatures, or as :func:`probability_metrics`.
     """
     values = temperatures.tolist() if isinstance(temperatures, Tensor) else temperatures
-    scales = [float(values)] * cache.num_exits if isinstance(values, (int, float)) else [float(v) for v in values]
+    scales = [float(values)] * cache.num_exits if isinstance(values, numbers.Real) else [float(v) for v in values]
     if len(scales) != cache.num_exits:
         raise ValueError(f"exit_metrics: temperatures must have {cache.num_exits} entries, got {len(scales)}")
     return tuple(

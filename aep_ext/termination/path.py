@@ -112,7 +112,8 @@ class ThresholdPath:
 
         Args:
             curve: of a :class:`ThresholdSearch`, best one with the ``loss`` that will be controlled.
-            sources: identities of the data behind the curve and its temperatures; at least one.
+            sources: identities of the data behind the curve and its temperatures; at least one. The data on which the
+                curve was found are added if they are missing.
 
         Raises:
             ValueError: no source is named.
@@ -120,12 +121,15 @@ class ThresholdPath:
         if not sources:
             raise ValueError("ThresholdPath.from_curve: sources must name the data behind the curve, got none")
         some = curve.thinned(max(2, steps))
+        used = tuple(sources)
+        if curve.data is not None and curve.data not in used:
+            used = (*used, curve.data)
         return cls(
             curve.policy,
             some.thresholds.flip(0),
             some.enabled.flip(0),
             curve.temperatures,
-            tuple(sources),
+            used,
             f"accuracy-cost curve of {sources[0]}, {len(some)} steps",
         )
 

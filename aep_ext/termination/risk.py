@@ -44,7 +44,9 @@ def _losses(function: str, losses: ArrayLike, lowest: float) -> NDArray[np.float
     return x
 
 
-def learn_then_test(losses: ArrayLike, epsilon: float, delta: float, *, p_value: str = "auto") -> RiskTest:
+def learn_then_test(
+    losses: ArrayLike, epsilon: float, delta: float, *, p_value: str = "auto", seed: int = 0
+) -> RiskTest:
     """Fixed-sequence testing: with probability 1 - delta every accepted step has a risk of at most epsilon.
 
     The risk is the expected loss.
@@ -56,11 +58,12 @@ def learn_then_test(losses: ArrayLike, epsilon: float, delta: float, *, p_value:
     early exits M. Jazbec et al., "Fast yet safe: early-exiting with risk control" (2024).
 
     Args:
-        losses: (M, N) the loss of each sample at each step, within [-1, 1]; the path careful first. The order of the
-            samples must not depend on their losses.
+        losses: (M, N) the loss of each sample at each step, within [-1, 1]; the path careful first.
         epsilon, delta: within (0, 1).
         p_value: "binomial": exact, for losses of 0 and 1. "hoeffding-bentkus" and "betting": losses within [-1, 1]
             (scaled to [0, 1] where one is negative). "auto": binomial where that applies, else betting.
+        seed: "betting" reads the samples one by one, and data in an order that has to do with their losses (class by
+            class, say) would deceive it; so they are shuffled, all steps alike, with this seed.
 
     Raises:
         ValueError: losses or numbers are out of their range, or the p-value does not suit the losses.
@@ -77,6 +80,8 @@ def learn_then_test(losses: ArrayLike, epsilon: float, delta: float, *, p_value:
     mean, n = x.mean(axis=1, dtype=np.float64), x.shape[1]
     signed = bool(x.min() < 0)
     found: list[float] = []
+    if method == "betting":
+        x = x[:, np.random.default_rng(seed).permutation(n)]
     for row in x:
         if method == "binomial":
             p = binomial_cdf(int(row.sum(dtype=np.int64)), n, epsilon)

@@ -35,8 +35,7 @@ class TemperatureFit:
         iterations: evaluations of f' and f''.
         converged: the gradient vanished (within the tolerance), or a bound is the optimum inside the bounds.
         bounded: "low" or "high" where the optimum lies beyond a bound, which is then T; else None. Where every answer
-        is
-            right the likelihood rises for ever as T falls to 0: "low".
+            is right the likelihood rises for ever as T falls to 0: "low".
         used: rows that took part. A row is left out where a logit is NaN or +inf, or the label's is -inf.
         left_out: the others.
     """
@@ -51,9 +50,37 @@ class TemperatureFit:
     used: int
     left_out: int
 
+    @property
+    def remark(self) -> str:
+        """What a user should be told; empty for an ordinary fit."""
+        if not self.used:
+            return f"no temperature, none of {self.left_out} samples can be used"
+        if self.bounded:
+            return f"temperature at its bound {self.temperature:g}"
+        return "" if self.converged else f"temperature did not converge in {self.iterations} steps"
+
     def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
+        """As plain values for JSON; None where a number does not exist."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def check_labelled(function: str, logits: Tensor, target: Tensor) -> None:
+    """An error unless logits are floating (N, K), K at least 1, and labels (N,) integers within 0..K-1."""
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] < 1:
+        found = f"{logits.dtype} of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"{function}: logits must be a floating tensor of shape [N, K], got {found}")
+    if not isinstance(target, Tensor) or tuple(target.shape) != (logits.shape[0],):
+        found = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"{function}: target must be a tensor of shape [{logits.shape[0]}], got {found}")
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(f"{function}: target must be integers, got {target.dtype}")
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
+        raise ValueError(
+            f"{function}: target must be within 0..{logits.shape[1] - 1}, got {int(target.min())}..{int(target.max())}"
+        )
 
 
 def _prepared(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,32 +128,23 @@ def fit_temperature(
         logits: (N, K) floating, K at least 1.
         target: (N,) int64 within 0..K-1.
         bounds: smallest and largest T, around 1.
-        tolerance: on \\|f'\\| relative to the mean spread of a row's logits.
+        tolerance: on \\|f'\\|, relative to the median distance of a logit to its row's largest.
         max_iterations: evaluations.
 
     Raises:
         ValueError: a shape, a label or a bound is out of its range.
     """
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] < 1:
-        raise ValueError(
-            "fit_temperature: logits must be a floating tensor of shape [N, K], got "
-            f"{list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}"
-        )
-    if tuple(target.shape) != (logits.shape[0],):
-        raise ValueError(f"fit_temperature: target must have shape [{logits.shape[0]}], got {list(target.shape)}")
-    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < logits.shape[1]:
-        raise ValueError(
-            f"fit_temperature: target must be within 0..{logits.shape[1] - 1}, "
-            f"got {int(target.min())}..{int(target.max())}"
-        )
+    check_labelled("fit_temperature", logits, target)
     low, high = (float(b) for b in bounds)
     if not 0 < low <= 1 <= high < math.inf:
         raise ValueError(f"fit_temperature: bounds must be positive, finite and around 1, got {bounds}")
-    z, own = _prepared(logits.detach(), target.to(logits.device))
+    z, own = _prepared(logits.detach(), target.to(logits.device, torch.int64))
     used, left_out = len(z), len(target) - len(z)
     if used == 0:
         return TemperatureFit(1.0, math.nan, math.nan, math.nan, 0, False, None, 0, left_out)
-    scale = float(-z.clamp_min(-1e6).mean())  # mean distance to the largest logit
+    below = -z[(z < 0) & (z > -1e100)]
+    # The usual distance to the largest logit; a median, which excluded classes (-inf) and outliers do not move.
+    scale = float(below.median()) if len(below) else 0.0
     limit = tolerance * max(scale, 1e-300)
     before, slope, curvature = _derivatives(z, own, 1.0)
     done = 1
@@ -141,6 +159,8 @@ def fit_temperature(
         done += 1
         return result(1.0 / low, value, slope, True, "low")
     # f' < 0 left of the optimum, > 0 right of it; the bracket is in inverse temperatures.
+    if abs(slope) > limit and (low == 1 and slope < 0 or high == 1 and slope > 0):
+        return result(1.0, before, slope, True, "low" if slope < 0 else "high")
     left, right = 1.0 / high, 1.0 / low
     inverse, value = 1.0, before
     at_bound = {left: False, right: False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def terminate(
             raise TypeError(f"terminate: pruned must be a MultiExitNet, got {type(pruned).__name__}")
         if pruned.num_exits < 2:
             raise ValueError(f"terminate: pruned must have at least two exits, got {pruned.num_exits}")
-        if isinstance(budget, (int, float)) and not isinstance(budget, bool):
+        if isinstance(budget, numbers.Real) and not isinstance(budget, bool):
             budget = AccuracyBudget(float(budget))
         if isinstance(calibration, ExitCache):
             cache = calibration
@@ -83,6 +84,11 @@ def terminate(
             cache = ExitCache.collect(pruned, _noting(calibration, first), role="calibration")
             costs = exit_costs(pruned, first[0]) if costs is None else costs
         result = calibrate(cache, costs=costs, budget=budget, policy=policy, seed=seed)
+    ids = tuple(getattr(pruned, "exit_ids", ()))
+    if result.exit_ids and ids and ids != result.exit_ids:
+        raise ValueError(
+            f"terminate: pruned must have the exits {list(result.exit_ids)} that were calibrated, got {list(ids)}"
+        )
     if not result.feasible:
         raise RuntimeError(
             f"terminate: the budget {result.budget} cannot be met on these data: {result.notice} (nearest: "

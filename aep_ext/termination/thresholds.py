@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,15 @@ from .archive import Archive, Limits
 from .bound import LagrangianBound
 from .budget import LOSSES
 from .cache import ExitCache
-from .curve import ThresholdCurve, Thresholds
+from .curve import ThresholdCurve, Thresholds, spread
+from .exit_costs import checked_costs
 from .policies import Policy
 from .problem import Problem
 from .table import GateTable
 
 _KICKS = 60
+_PRICE_STEP = 1.25
+_PRICE_STEPS = 5
 
 
 @dataclass(eq=False)
@@ -72,17 +75,7 @@ class ThresholdSearch:
             raise ValueError(f"ThresholdSearch: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not len(self.cache):
             raise ValueError("ThresholdSearch: cache must hold at least one sample, got none")
-        prices = np.asarray(torch.as_tensor(self.costs, dtype=torch.float64))
-        if (
-            prices.shape != (exits,)
-            or not np.isfinite(prices).all()
-            or (prices <= 0).any()
-            or (np.diff(prices) < 0).any()
-        ):
-            raise ValueError(
-                f"ThresholdSearch: costs must be {exits} positive numbers in non-descending order, "
-                f"got {prices.tolist()}"
-            )
+        prices = checked_costs("ThresholdSearch", self.costs, exits)
         scales = torch.as_tensor(1.0 if self.temperatures is None else self.temperatures, dtype=torch.float32).cpu()
         if scales.dim() == 0:
             scales = scales.repeat(exits)
@@ -140,6 +133,7 @@ class ThresholdSearch:
             exact=self.exact,
             seed=self.seed,
             lines=self.problem.lines,
+            data=self.cache.identity,
             **more,
         )
 
@@ -148,8 +142,13 @@ class ThresholdSearch:
 
         Args:
             drop: points; see ``AccuracyBudget``.
-            bound_steps: of the bound's subgradient method at each of three prices; 0: no bound.
+            bound_steps: of the bound's subgradient method at each price, of which three or more are tried; 0: no bound.
+
+        Raises:
+            ValueError: ``drop`` is out of its range.
         """
+        if not -100 <= drop <= 100:
+            raise ValueError(f"ThresholdSearch.for_accuracy: drop must be points within -100..100, got {drop}")
         n = len(self.cache)
         needed = math.ceil(self.full_correct - drop * n / 100 - 1e-9 * n)
         entry = (
@@ -169,8 +168,7 @@ class ThresholdSearch:
         bound = float(self.archive.cost[entry]) / n if self.exact else None
         if not self.exact and bound_steps > 0:
             lowest = self.problem.costs[0] * n
-            for price, upper in self._uppers(entry, bound_steps, (1.0, 1.4, 2.0)):
-                lowest = max(lowest, (needed - upper) / price)
+            lowest = max(lowest, self._tightest(entry, bound_steps, lambda price, upper: (needed - upper) / price))
             bound = min(lowest, float(self.archive.cost[entry])) / n
         gap = None if bound is None else max(0.0, float(self.archive.cost[entry]) / n - bound)
         return self._found(entry, bound=bound, gap=gap)
@@ -181,6 +179,9 @@ class ThresholdSearch:
         Args:
             mean: in the unit of the costs.
             bound_steps: as for :meth:`for_accuracy`.
+
+        Raises:
+            ValueError: ``mean`` is not positive and finite.
         """
         if not 0 < mean < math.inf:
             raise ValueError(f"ThresholdSearch.for_cost: mean must be positive and finite, got {mean}")
@@ -204,8 +205,7 @@ class ThresholdSearch:
         bound = entry / n if self.exact else None
         if not self.exact and bound_steps > 0:
             highest = float(self._any_exit_right())
-            for price, upper in self._uppers(entry, bound_steps, (1.0, 0.75, 0.5)):
-                highest = min(highest, upper + price * limit)
+            highest = min(highest, -self._tightest(entry, bound_steps, lambda price, upper: -upper - price * limit))
             bound = max(math.floor(highest + 1e-6), entry) / n
         return self._found(entry, bound=bound, gap=None if bound is None else bound - entry / n)
 
@@ -216,7 +216,12 @@ class ThresholdSearch:
             points: at most so many, evenly spread over the cost, both ends kept.
             bound_steps: of the bound at each of eight prices; 0: no bound.
             polish: at so many costs along the curve the search is made better first.
+
+        Raises:
+            ValueError: ``points`` is less than 2.
         """
+        if points < 2:
+            raise ValueError(f"ThresholdSearch.curve: points must be at least 2, got {points}")
         if not self.exact and polish > 0:
             front = self.archive.front()
             for cost in np.linspace(self.archive.cost[front[0]], self.archive.cost[front[-1]], polish):
@@ -233,10 +238,8 @@ class ThresholdSearch:
             lowest = np.maximum(self.problem.costs[0] * n, np.max([(front - u) / p for p, u in uppers], axis=0))
             lowest = np.minimum(lowest, self.archive.cost[front])
         costs = self.archive.cost[front]
-        if len(front) > points:
-            wanted = np.searchsorted(costs, np.linspace(costs[0], costs[-1], points)).clip(0, len(front) - 1)
-            kept = np.unique(np.concatenate([[0], wanted, [len(front) - 1]]))
-            front, lowest, costs = front[kept], lowest[kept], costs[kept]
+        kept = spread(costs, points)
+        front, lowest, costs = front[kept], lowest[kept], costs[kept]
         numbers = [self._numbers(self._limits(int(entry))) for entry in front]
         gates = self.problem.gates
         return ThresholdCurve(
@@ -251,20 +254,47 @@ class ThresholdSearch:
             self.full_correct,
             float(self.problem.costs[-1]),
             self.exact,
+            self.cache.identity,
         )
 
     def _any_exit_right(self) -> int:
         return int(self.table.right.any(axis=0).sum())
 
-    def _uppers(self, entry: int, steps: int, factors: tuple[float, ...]) -> list[tuple[float, float]]:
-        """Bounds at prices near the slope of the curve at an entry: the ones that say most about its budget.
+    def _tightest(self, entry: int, steps: int, bound: Callable[[float, float], float]) -> float:
+        """The largest ``bound(price, upper)`` over a row of prices around the curve's slope at an entry.
 
-        The bound is the looser the higher the price, in right answers: a budget of accuracy divides that by the price
-        and does better above the slope, a budget of cost below it.
+        Every price gives a valid one. It is concave in the price, or its inverse, where ``upper`` is at its lowest, so
+        a walk from the slope itself, down and then up, may stop where it falls.
         """
+        slope = self._slope(entry)
         front = self.archive.front()
         cost = self.archive.cost[front]
-        # The upper concave hull of right answers over cost; its slope is the price at which a point is optimal.
+
+        def at(step: int) -> float:
+            price = slope * _PRICE_STEP**step
+            values = front - price * cost
+            best = int(np.argmax(values))
+            return bound(price, self._bound.upper(price, float(values[best]), self._limits(int(front[best])), steps))
+
+        start = at(0)
+        tightest = start
+        for direction in (-1, 1):
+            last, step = start, direction
+            while abs(step) <= _PRICE_STEPS:
+                value = at(step)
+                tightest = max(tightest, value)
+                if value <= last:
+                    break
+                last, step = value, step + direction
+            if tightest > start:
+                break
+        return tightest
+
+    def _slope(self, entry: int) -> float:
+        """The price at which an entry, or its neighbours on the hull of the curve, would be optimal."""
+        front = self.archive.front()
+        cost = self.archive.cost[front]
+        # The upper concave hull of right answers over cost.
         hull: list[int] = []
         for i in range(len(front)):
             while len(hull) >= 2 and (front[i] - front[hull[-2]]) * (cost[hull[-1]] - cost[hull[-2]]) >= (
@@ -274,14 +304,7 @@ class ThresholdSearch:
             hull.append(i)
         positions = np.array(hull)
         if len(positions) < 2:
-            slope = float(search.prices(self.problem, 3)[1])
-        else:
-            at = int(np.clip(np.searchsorted(front[positions], entry), 1, len(positions) - 1))
-            a, b = positions[at - 1], positions[at]
-            slope = float((front[b] - front[a]) / (cost[b] - cost[a]))
-        result = []
-        for price in (factor * slope for factor in factors):
-            values = front - price * cost
-            best = int(np.argmax(values))
-            result.append((price, self._bound.upper(price, float(values[best]), self._limits(int(front[best])), steps)))
-        return result
+            return float(search.prices(self.problem, 3)[1])
+        at = int(np.clip(np.searchsorted(front[positions], entry), 1, len(positions) - 1))
+        a, b = positions[at - 1], positions[at]
+        return float((front[b] - front[a]) / (cost[b] - cost[a]))

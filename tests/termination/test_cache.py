@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_collect_keeps_every_exits_logits_in_the_loaders_order(net):
 
 def test_collect_restores_the_network_after_an_error(net):
     net.train()
-    with pytest.raises(ValueError, match=r"target must be within 0..3, got 9..9"):
+    with pytest.raises(ValueError, match=r"labels must be within 0..3, got 9..9 in batch 0"):
         ExitCache.collect(net, [(torch.zeros(1, 1, 16, 16), torch.tensor([9]))], role="calibration")
     with pytest.raises(TypeError, match=r"loader must yield \(x, y\) batches, got Tensor"):
         ExitCache.collect(net, [torch.zeros(1, 1, 16, 16)], role="calibration")
@@ -82,6 +83,8 @@ def test_prefixes_are_the_operators_ensembles():
         ({"weights": [1.0, 0.0]}, "weights must be 2 positive numbers"),
         ({"role": ""}, "role must be a name"),
         ({"exit_ids": [0]}, "exit_ids must have 2 entries, got 1"),
+        ({"exit_logits": torch.full((2, 3, 5), 1e39, dtype=torch.float64)}, r"within \+-3.40282e\+38 for float32"),
+        ({"role": 3}, "role must be a name"),
         ({"exit_logits": torch.full((2, 3, 5), 1e6), "half": True}, r"within \+-65504 for half storage, got 1e\+06"),
     ],
 )
@@ -99,6 +102,57 @@ def test_what_is_no_cache(change, message):
 def test_logits_that_are_no_floats():
     with pytest.raises(TypeError, match="exit_logits must be a floating tensor, got torch.int64"):
         ExitCache.from_logits(torch.zeros(1, 1, 1, dtype=torch.int64), torch.zeros(1), [1.0], role="x")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_logits_of_another_type(dtype):
+    logits, target = logits_and_labels(2, 6)
+    logits[0, 0, 0], logits[1, 1, 1] = math.nan, -math.inf
+    cache = ExitCache.from_logits(logits.to(dtype), target.to(torch.uint8), [1, 2], role="calibration")
+    assert cache.logits.dtype == torch.float32 and cache.target.dtype == torch.int64
+    torch.testing.assert_close(cache.logits, logits.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 4]), r"ExitCache.collect: labels must be within 0..3, got 0..4 in batch 1"),
+        (torch.tensor([-1, 0]), r"labels must be within 0..3, got -1..0 in batch 1"),
+        (
+            torch.tensor([0.0, 1.0]),
+            r"labels must be integers of shape \[2\], got torch.float32 of shape \[2\] in batch 1",
+        ),
+        (
+            torch.tensor([[0], [1]]),
+            r"labels must be integers of shape \[2\], got torch.int64 of shape \[2, 1\] in batch 1",
+        ),
+        (torch.tensor([0]), r"labels must be integers of shape \[2\], got torch.int64 of shape \[1\] in batch 1"),
+        (None, "labels must be integers, got NoneType in batch 1"),
+    ],
+)
+def test_a_bad_label_ends_the_pass_at_once(net, labels, message):
+    seen = []
+
+    def loader():
+        yield torch.zeros(2, 1, 16, 16), torch.tensor([0, 1])
+        yield torch.zeros(2, 1, 16, 16), labels
+        seen.append("more")
+        yield torch.zeros(2, 1, 16, 16), torch.tensor([0, 1])
+
+    with pytest.raises((ValueError, TypeError), match=message):
+        ExitCache.collect(net, loader(), role="calibration")
+    assert seen == []
+
+
+def test_roles_and_fractions_of_a_split():
+    cache = cache_of(2, 10)
+    with pytest.raises(ValueError, match="fractions must be positive and sum to at most 1"):
+        cache.split([math.nan], seed=0)
+    for wrong in ("", 3):
+        with pytest.raises(ValueError, match="role must be a name"):
+            cache.split([0.5], seed=0, roles=[wrong])
+        with pytest.raises(ValueError, match="role must be a name"):
+            cache.select([0], role=wrong)
 
 
 def test_the_cache_owns_its_memory():
@@ -156,6 +210,28 @@ def test_identity_sees_order_labels_and_shared_samples():
     assert str(cache.identity).startswith("calibration (3000 samples, ")
 
 
+@pytest.mark.parametrize("samples", [1, 5, 20, 100, 1000])
+def test_a_small_part_of_a_large_set_is_recognised(samples):
+    cache = cache_of(2, 20_000)
+    part = cache.select(torch.randperm(20_000)[:samples], role="test")
+    assert cache.identity.overlaps(part.identity, part.hashes) and part.identity.overlaps(cache.identity, cache.hashes)
+    # Mixed among others: from one in a hundred on.
+    fresh = cache_of(2, 2000, seed=1, role="test")
+    for shared, expected in ((20, True), (1, False)):
+        logits = torch.cat([cache.logits[:, 7 : 7 + shared], fresh.logits[:, shared:]], dim=1)
+        target = torch.cat([cache.target[7 : 7 + shared], fresh.target[shared:]])
+        mixed = ExitCache.from_logits(logits, target, cache.weights, role="test")
+        assert cache.identity.overlaps(mixed.identity, mixed.hashes) is expected
+        assert mixed.identity.overlaps(cache.identity, cache.hashes) is expected
+    # From a file only the sketch is known: one in a hundred of the samples, or a part that holds some of the sketch.
+    stored = DataIdentity.from_dict(cache.identity.to_dict())
+    assert stored.hashes is None and stored == cache.identity
+    if samples == 1000:
+        assert stored.overlaps(part.identity, part.hashes)
+    holds_one = cache.select(cache.hashes == min(cache.hashes))
+    assert stored.overlaps(holds_one.identity, holds_one.hashes)
+
+
 def test_save_and_load(tmp_path):
     pytest.importorskip("safetensors", reason="files need safetensors")
     cache = cache_of(3, 17)
@@ -185,6 +261,13 @@ def test_save_and_load(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="must have format"):
         ExitCache.load(tmp_path / "other")
+    description = path.with_suffix(".json")
+    half.save(path)
+    values = json.loads(description.read_text())
+    for broken in ({k: v for k, v in values.items() if k != "identity"}, values | {"identity": {"role": "test"}}):
+        description.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="ExitCache.load: validation.json must describe a cache, got"):
+            ExitCache.load(path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -12,10 +12,14 @@ from aep_ext.termination import (
     CostBudget,
     Patience,
     RiskBudget,
+    ThresholdPath,
+    ThresholdSearch,
     budget_from_dict,
     budget_to_dict,
     calibrate,
     fit_temperatures,
+    from_thresholds,
+    near_threshold,
     simulate,
 )
 
@@ -114,6 +118,36 @@ def test_reporting_on_the_calibration_data_needs_an_explicit_word(caches):
     assert marked.evaluate(calibration, allow_same_data=True).same_data
 
 
+def test_roles_are_the_same_in_any_spelling(caches):
+    calibration, test = caches
+    found = calibrate(calibration, costs=COSTS, budget=AccuracyBudget(1))
+    with pytest.raises(ValueError, match="data must not share the role"):
+        found.evaluate(test.select(range(100), role="Calibration "))
+    with pytest.raises(ValueError, match="calibrate: data must not have the role 'Test'"):
+        calibrate(test.select(range(2000), role="Test"), costs=COSTS, budget=AccuracyBudget(1))
+
+
+def test_thresholds_keep_the_name_of_the_data_they_were_found_on(caches):
+    calibration, test = caches
+    on_test = ThresholdSearch(test, "confidence", COSTS).for_accuracy(1)
+    with pytest.raises(ValueError, match="from_thresholds: data must not have the role 'test'"):
+        from_thresholds(on_test, test, COSTS)
+    marked = from_thresholds(on_test, test, COSTS, allow_same_data=True)
+    assert marked.same_data and "SAME DATA" in str(marked)
+    with pytest.raises(ValueError, match="from_thresholds: cache must be the one that was searched, test .* got cal"):
+        from_thresholds(on_test, calibration, COSTS)
+    plain = from_thresholds(ThresholdSearch(calibration, "confidence", COSTS).for_accuracy(1), calibration, COSTS)
+    assert plain.data == (calibration.identity,) and not plain.same_data
+    # Whatever else is named, the data that were searched are among them.
+    more = from_thresholds(
+        ThresholdSearch(calibration, "confidence", COSTS).for_accuracy(1), calibration, COSTS, data=()
+    )
+    assert more.data == (calibration.identity,)
+    curve = ThresholdSearch(calibration, "confidence", COSTS).curve(points=10)
+    path = ThresholdPath.from_curve(curve, [cache_of(4, 20, role="pilot").identity])
+    assert calibration.identity in path.sources
+
+
 def test_a_budget_out_of_reach_is_stated(caches):
     calibration, _ = caches
     cheap = calibrate(calibration, costs=COSTS, budget=CostBudget(mean=0.5))
@@ -128,6 +162,13 @@ def test_the_gate_of_a_live_network_needs_room_around_thresholds(caches):
     found = calibrate(calibration, costs=COSTS, budget=AccuracyBudget(1))
     report = found.evaluate(test)
     assert 0 <= report.near < 10
+    for policy in ("entropy", "patience"):  # the same samples as the gated network's own account
+        found = calibrate(calibration, costs=COSTS, budget=AccuracyBudget(1), policy=policy)
+        near = near_threshold(
+            test.logits, test.weights, policy, found.thresholds, temperatures=found.temperatures, enabled=found.enabled
+        )
+        assert found.evaluate(test).near == int(near.sum())
+    found = calibrate(calibration, costs=COSTS, budget=AccuracyBudget(1))
     tight = Calibration.from_dict(found.to_dict() | {"thresholds": [1.0, 1.0, 1.0], "enabled": [True] * 3})
     sure = float((torch.softmax(test.running[0] / found.temperatures[0], 1).amax(1) > 1 - 9e-6).sum())
     assert tight.evaluate(test).near >= sure
@@ -138,6 +179,15 @@ def test_a_bounded_temperature_is_mentioned():
     sure = type(cache).from_logits(cache.logits, cache.logits[0].argmax(1), [1.0, 1.0], role="calibration")
     found = calibrate(sure, costs=[1, 2], budget=AccuracyBudget(1), share=0)
     assert "exit 1: temperature at its bound 0.05" in found.notice and found.temperature_fits[0]["bounded"] == "low"
+
+
+def test_temperatures_that_cannot_be_fitted_survive_json():
+    cache = cache_of(2, 60, seed=1)
+    broken = type(cache).from_logits(cache.logits * float("nan"), cache.target, [1.0, 1.0], role="calibration")
+    found = calibrate(broken, costs=[1, 2], budget=AccuracyBudget(1))
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    assert Calibration.from_dict(json.loads(text)).to_dict() == found.to_dict()
+    assert "exit 1: no temperature, none of 12 samples can be used" in found.notice and not found.enabled.any()
 
 
 @pytest.mark.parametrize(
@@ -155,6 +205,13 @@ def test_budgets_survive_json(budget):
         (lambda: CostBudget(mean=1, fraction=1), "exactly one of mean and fraction"),
         (lambda: CostBudget(mean=-1), "positive and finite, got -1"),
         (lambda: RiskBudget(1.0), r"within \(0, 1\), got 1.0 and 0.1"),
+        (lambda: CostBudget(mean=True), "CostBudget: the limit must be a number, got True"),
+        (lambda: AccuracyBudget("1"), "AccuracyBudget: drop must be a number, got '1'"),
+        (lambda: AccuracyBudget(None), "AccuracyBudget: drop must be a number, got None"),
+        (lambda: RiskBudget("0.1"), "RiskBudget: epsilon must be a number, got '0.1'"),
+        (lambda: RiskBudget(0.1, delta=None), "RiskBudget: delta must be a number, got None"),
+        (lambda: budget_from_dict({"kind": "AccuracyBudget", "fraction": 1}), "budget: AccuracyBudget must have other"),
+        (lambda: Calibration.from_dict({}), "Calibration.from_dict: values must have the entry 'policy'"),
         (lambda: RiskBudget(0.1, loss="x"), "loss must be"),
         (lambda: RiskBudget(0.1, method="x"), "method must be"),
         (lambda: RiskBudget(0.1, loss="drop", method="crc"), "got 'drop'"),
@@ -181,7 +238,14 @@ def test_a_cache_of_another_network(caches):
         found.evaluate(cache_of(3, 10, role="test"))
     with pytest.raises(ValueError, match="at least one sample, got none"):
         found.evaluate(caches[1].select([]))
+    # Equal weights do not make equal exits.
+    logits, weights = caches[0].logits, caches[0].weights
+    other = type(caches[0]).from_logits(logits, caches[0].target, weights, role="test", exit_ids=[0, 1, 3, 4])
+    with pytest.raises(ValueError, match=r"evaluate: cache must hold the exits \[0, 1, 2, 3\], got \[0, 1, 3, 4\]"):
+        found.evaluate(other, allow_same_data=True)
     values = found.to_dict()
+    unknown = Calibration.from_dict({name: value for name, value in values.items() if name != "exit_ids"})
+    assert unknown.exit_ids == () and unknown.evaluate(other, allow_same_data=True).n == 3000
     with pytest.raises(ValueError, match="policy must be one of .*, got 'custom'"):
         Calibration.from_dict(values | {"policy": {"name": "custom", "on": "ensemble"}})
     with pytest.raises(ValueError, match="4 temperatures must come with 3 thresholds"):

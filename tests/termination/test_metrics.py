@@ -13,6 +13,7 @@ from aep_ext.termination import (
     exit_metrics,
     expected_calibration_error,
     failure_auroc,
+    fit_temperature,
     fit_temperatures,
     probability_metrics,
 )
@@ -137,5 +138,21 @@ def test_arguments():
         failure_auroc(np.array([0.5, math.nan]), np.ones(2))
     with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
         probability_metrics(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), 0)
+    with pytest.raises(ValueError, match="expected_calibration_error: confidence must be within 0..1, got 1..7"):
+        expected_calibration_error(np.array([1.0, 7.0]), np.ones(2))
+    with pytest.raises(ValueError, match=r"failure_auroc: correct must be bool \(or 0 and 1\), got 1..3"):
+        failure_auroc(ones, np.array([1, 3, 1]))
+    for logits, target, message in [
+        (torch.zeros(2, 3), torch.tensor([0, 3]), "target must be within 0..2, got 0..3"),
+        (torch.zeros(2, 3), torch.tensor([-1, 0]), "target must be within 0..2, got -1..0"),
+        (torch.zeros(2, 3), torch.tensor([0.0, 1.0]), "target must be integers, got torch.float32"),
+        (torch.zeros(2, 3), [0, 1], r"target must be a tensor of shape \[2\], got list"),
+        (torch.zeros(2, 3).long(), torch.tensor([0, 1]), r"logits must be a floating tensor .* got torch.int64 of"),
+    ]:
+        with pytest.raises(ValueError, match=f"probability_metrics: {message}"):
+            probability_metrics(logits, target)
+        with pytest.raises(ValueError, match=f"fit_temperature: {message}"):
+            fit_temperature(logits, target)
+    assert exit_metrics(cache_of(3, 5), np.float32(1.0)) == exit_metrics(cache_of(3, 5), 1)
     with pytest.raises(ValueError, match="temperatures must have 3 entries, got 2"):
         exit_metrics(cache_of(3, 5), [1.0, 1.0])

@@ -43,7 +43,9 @@ def test_against_a_search_of_the_likelihood(seed, n, classes, scale):
     target = torch.randint(0, classes, (n,), generator=generator)
     fit = fit_temperature(logits, target)
     assert fit.converged and 0.05 <= fit.temperature <= 100
-    best = min(likelihood(logits, target, float(t)) for t in torch.logspace(math.log10(0.05), 2, 300))
+    # In float64, and not by a rounding beyond the bounds, where the likelihood may still rise.
+    grid = torch.logspace(math.log10(0.05), 2, 300, dtype=torch.float64).clamp(0.05, 100)
+    best = min(likelihood(logits, target, float(t)) for t in grid)
     assert fit.nll <= best + 1e-9 * max(1.0, abs(best))
     if fit.bounded == "low":
         assert fit.temperature == 0.05 and fit.gradient <= 0
@@ -106,6 +108,27 @@ def test_rows_without_a_distribution_are_left_out(data):
     assert fit_temperature(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).temperature == 1
 
 
+def test_a_bound_at_one_is_a_bound():
+    logits, target = logits_and_labels(1, 500)
+    flat = fit_temperature(logits[0] / 10, target, bounds=(1, 5))
+    assert (flat.temperature, flat.bounded, flat.converged) == (1, "low", True) and flat.gradient < 0
+    sharp = fit_temperature(10 * logits[0], target, bounds=(0.5, 1))
+    assert (sharp.temperature, sharp.bounded, sharp.converged) == (1, "high", True) and sharp.gradient > 0
+    assert fit_temperature(logits[0], target, bounds=(1, 5)).bounded is None
+
+
+def test_excluded_classes_and_outliers_do_not_blunt_the_fit():
+    # A class that cannot be (-inf), or a single enormous logit, is no measure of what a small gradient is.
+    logits, target = logits_and_labels(1, 800)
+    wide = torch.cat([logits[0], torch.full((800, 5), -math.inf)], dim=1)
+    plain, excluded = fit_temperature(logits[0], target), fit_temperature(wide, target)
+    assert excluded.temperature == pytest.approx(plain.temperature, rel=1e-9) and excluded.used == 800
+    assert abs(excluded.gradient) < 1e-9
+    sure = torch.cat([logits[0], torch.tensor([[1e30, 0, 0, 0, 0]])])
+    outlier = fit_temperature(sure, torch.cat([target, torch.tensor([0])]))
+    assert outlier.temperature == pytest.approx(plain.temperature, rel=1e-9)
+
+
 def test_every_exits_prefix_or_own_logits():
     cache = cache_of(3, 500)
     for on, judged in (("ensemble", cache.running), ("exit", cache.logits)):
@@ -119,8 +142,11 @@ def test_every_exits_prefix_or_own_logits():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(3), torch.zeros(3)), r"logits must be a floating tensor of shape \[N, K\], got \[3\]"),
-        ((torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64)), r"target must have shape \[3\], got \[2\]"),
+        (
+            (torch.zeros(3), torch.zeros(3)),
+            r"logits must be a floating tensor of shape \[N, K\], got torch.float32 of shape \[3\]",
+        ),
+        ((torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64)), r"target must be a tensor of shape \[3\], got \[2\]"),
         ((torch.zeros(1, 2), torch.tensor([2])), "target must be within 0..1, got 2..2"),
     ],
 )

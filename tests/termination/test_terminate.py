@@ -74,5 +74,12 @@ def test_what_is_refused(net, loader):
         aep_ext.terminate(torch.nn.Linear(2, 2), loader)
     with pytest.raises(ValueError, match="terminate: pruned must have at least two exits, got 1"):
         aep_ext.terminate(aep_ext.prune(net, (3,)), loader)
+    some = aep_ext.prune(net, (0, 1, 3))
+    found = calibrate(
+        ExitCache.collect(some, loader, role="calibration"), costs=[1, 2, 3], budget=CostBudget(fraction=0.8)
+    )
+    with pytest.raises(ValueError, match=r"terminate: pruned must have the exits \[0, 1, 3\] .* got \[0, 2, 3\]"):
+        aep_ext.terminate(aep_ext.prune(net, (0, 2, 3)), found)
+    assert aep_ext.terminate(some, found).num_exits == 3
     with pytest.raises(RuntimeError, match="terminate: the budget .* cannot be met"):
         aep_ext.terminate(net, loader, budget=CostBudget(mean=1.0))

@@ -209,6 +209,20 @@ def test_the_search_finds_the_optimum_of_small_problems():
     assert hits >= 0.9 * total
 
 
+@settings(deadline=None, max_examples=8)
+@given(st.integers(0, 10**6), st.integers(3, 4), st.integers(4, 16), st.booleans(), st.integers(0, 40))
+def test_the_bound_alone_is_a_bound(seed, exits, samples, ties, steps):
+    # Told of a poor solution only: otherwise what a search reached would hide a bound that is too low.
+    cache = tied_cache(exits, samples, seed) if ties else cache_of(exits, samples, seed=seed)
+    search = ThresholdSearch(cache, "confidence", list(range(1, exits + 1)), method="exhaustive")
+    bound = LagrangianBound(search.problem)
+    for price in prices(search.problem, 4):
+        right = np.flatnonzero(np.isfinite(search.archive.cost))
+        optimum = float((right - price * search.archive.cost[right]).max())
+        off = (0,) * (exits - 1)
+        assert bound.upper(float(price), optimum - samples, off, steps) >= optimum - 1e-9 * samples
+
+
 def test_with_one_gate_the_bound_is_the_optimum():
     cache = cache_of(2, 400)
     search = ThresholdSearch(cache, "margin", [1, 3])
@@ -225,6 +239,20 @@ def test_the_gap_is_small_where_little_accuracy_may_be_lost():
         )
         found = search.for_accuracy(0.5)
         assert not found.exact and 0 <= found.gap <= share * found.cost
+
+
+@pytest.mark.parametrize(
+    ("exits", "drop", "share"), [(4, 0.5, 0.01), (4, 2.0, 0.02), (4, 5.0, 0.08), (7, 0.5, 0.05), (7, 2.0, 0.1)]
+)
+def test_the_gap_is_known_for_larger_budgets_too(exits, drop, share):
+    # The bound is tried at prices below and above the curve's slope, as long as it rises.
+    cache = cache_of(exits, 2000, classes=10, seed=3)
+    search = ThresholdSearch(cache, "confidence", list(range(1, exits + 1)), method="search")
+    found = search.for_accuracy(drop)
+    assert 0 <= found.gap <= share * found.cost
+    # The same thresholds from the other side: no more right answers for this cost than the bound says.
+    turned = search.for_cost(found.cost)
+    assert turned.accuracy <= turned.bound and turned.gap <= 0.03
 
 
 def test_line_and_totals_agree_with_the_definition():
@@ -310,6 +338,10 @@ def test_too_many_exits():
         ThresholdSearch(cache, "confidence", list(range(1, 18)))
     with pytest.raises(ValueError, match="mean must be positive and finite, got -1"):
         ThresholdSearch(cache_of(2, 5), "confidence", [1, 2]).for_cost(-1)
+    with pytest.raises(ValueError, match="for_accuracy: drop must be points within -100..100, got nan"):
+        ThresholdSearch(cache_of(2, 5), "confidence", [1, 2]).for_accuracy(math.nan)
+    with pytest.raises(ValueError, match="curve: points must be at least 2, got 1"):
+        ThresholdSearch(cache_of(2, 5), "confidence", [1, 2]).curve(points=1)
 
 
 @pytest.mark.slow
