@@ -5,6 +5,7 @@ The costs are those of the machine, the thread count and the dtype they were mea
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from .settings import GateSettings
 from .units import Run
 
 
-def _interpolated(sizes: Sequence[int], values: Sequence[float], n: int) -> float:
+def _interpolated(sizes: Sequence[int], values: Sequence[float], n: float) -> float:
     """Linear between the sizes; below the first its value, beyond the last in proportion to n."""
     if n >= sizes[-1]:
         return values[-1] * n / sizes[-1]
@@ -59,15 +60,15 @@ class StageCosts:
                     f"got {[len(row) for row in table]}"
                 )
 
-    def stage(self, e: int, n: int) -> float:
+    def stage(self, e: int, n: float) -> float:
         """Milliseconds of the stages and the head of exit e on n rows, interpolated."""
         return _interpolated(self.sizes, self.stages[e], n)
 
-    def gate(self, e: int, n: int) -> float:
+    def gate(self, e: int, n: float) -> float:
         """Milliseconds of gate e on n rows, interpolated."""
         return _interpolated(self.sizes, self.gates[e], n)
 
-    def copy(self, e: int, n: int) -> float:
+    def copy(self, e: int, n: float) -> float:
         """Milliseconds to copy n rows of the features of exit e, interpolated."""
         return _interpolated(self.sizes, self.copies[e], n)
 
@@ -78,6 +79,44 @@ class StageCosts:
     def ungated(self, n: int) -> float:
         """Milliseconds of the whole network on n rows, without gates."""
         return self.rest(-1, n)
+
+    def predicted(self, counts: Sequence[float] | Tensor, rows: int = 1, *, gates: bool = False) -> float:
+        """Expected milliseconds per sample where ``counts[e]`` samples are answered at exit e.
+
+        With one row and without gates the ideal that a gated net is measured against,
+        ``sum_e counts[e] * sum_{j<=e} stages[j] / sum(counts)``, the stages' times being those of one row.
+
+        In larger batches exit e sees as many rows as are there on average, cut down at every exit; an average below one
+        counts as a batch of one in so many of the batches. (So a batch that is carried on whole costs more than this.)
+
+        Args:
+            counts: E numbers (counts or shares), none negative, not all 0.
+            rows: the size of the batch, at least the smallest one measured.
+            gates: whether to count the gates too, and in batches the copies of those that stay.
+
+        Raises:
+            ValueError: a number is out of its range, or there are too few or too many.
+        """
+        shares = [float(c) for c in (counts.tolist() if isinstance(counts, Tensor) else counts)]
+        if len(shares) != len(self.stages):
+            raise ValueError(f"StageCosts.predicted: counts must have {len(self.stages)} entries, got {len(shares)}")
+        if not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
+            raise ValueError(f"StageCosts.predicted: counts must be finite, none negative, not all 0, got {shares}")
+        if rows < self.sizes[0]:
+            raise ValueError(
+                f"StageCosts.predicted: rows must be at least {self.sizes[0]}, the smallest size measured, got {rows}"
+            )
+        total, spent = sum(shares), 0.0
+        for e in range(len(self.stages)):
+            present = rows * sum(shares[e:]) / total
+            batch, often = max(present, 1.0), min(present, 1.0)
+            spent += often * self.stage(e, batch)
+            if gates:
+                spent += often * self.gate(e, batch)
+                stay = rows * sum(shares[e + 1 :]) / total
+                if rows > 1 and 0 < stay < present:
+                    spent += min(stay, 1.0) * self.copy(e, max(stay, 1.0))
+        return spent / rows
 
     def compacts(self, e: int, rows: int, stay: int) -> bool:
         """Whether ``rows`` rows at exit e are best cut down to ``stay`` now, and not later or never.
