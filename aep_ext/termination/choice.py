@@ -11,14 +11,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .executor import start, step, survivors, take
+from .executor import start, step, survivors
 from .policies import Policy
 from .settings import GateSettings
-from .units import Run
+from .units import Run, take
 
 
 def _interpolated(sizes: Sequence[int], values: Sequence[float], n: float) -> float:
@@ -137,53 +138,66 @@ class StageCosts:
         return any(gate < leaving * self.rest(e, n) for n, gate in zip(self.sizes, self.gates[e], strict=True))
 
 
-def _milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The shortest of ``repeats`` timed calls after one that is not: an interruption only ever adds time."""
+class _Clock:
+    """The shortest of several times of each part: an interruption only ever adds time."""
 
-    def wait() -> None:
-        if device.type in ("cuda", "xpu", "mps"):
-            getattr(torch, device.type).synchronize()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.begin = device, 0.0
+        self.best: dict[Any, float] = {}
 
-    function()
-    wait()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        wait()
-        times.append(time.perf_counter() - begin)
-    return min(times) * 1e3
+    def start(self) -> None:
+        self._wait()
+        self.begin = time.perf_counter()
+
+    def stop(self, part: Any) -> None:
+        self._wait()
+        milliseconds = (time.perf_counter() - self.begin) * 1e3
+        self.best[part] = min(self.best.get(part, math.inf), milliseconds)
+
+    def _wait(self) -> None:
+        if self.device.type in ("cuda", "xpu", "mps"):
+            getattr(torch, self.device.type).synchronize()
 
 
 def measure_costs(
-    run: Run, policy: Policy, settings: GateSettings, example: Tensor, sizes: Sequence[int], repeats: int
+    begin: Callable[[], Run],
+    policy: Policy,
+    settings: GateSettings,
+    example: Tensor,
+    sizes: Sequence[int],
+    repeats: int,
 ) -> StageCosts:
-    """Times every part on the first n rows of ``example`` for each n of ``sizes``, ascending."""
-    exits = len(settings.live)
+    """Times every part on the first n rows of ``example`` for each n of ``sizes``, ascending.
+
+    In whole walks from the first exit to the last, so that every part meets the caches as the one before left them.
+    """
+    exits, clock = len(settings.live), _Clock(example.device)
     nobody = replace(settings, live=(False,) * exits)  # a step that leaves every row in its place
-    tables: dict[str, list[list[float]]] = {
-        "stages": [[] for _ in range(exits)],
-        "gates": [[] for _ in range(exits)],
-        "copies": [[] for _ in range(exits - 1)],
-    }
-    for n in sizes:
-        features, rows = example[:n], None
-        for e in range(exits):
-            # A stage may write on its input, so each call gets a copy; its cost is taken off.
-            source, device = features, features.device
-            copied = _milliseconds(lambda source=source: source.clone(), device, repeats)
-            both = _milliseconds(lambda source=source, e=e: run(e, source.clone()), device, repeats)
-            tables["stages"][e].append(max(both - copied, 0.0))
-            features, logits = run(e, source.clone())
-            rows = start(policy, logits, torch.arange(n, device=logits.device)) if rows is None else rows
-            gate = _milliseconds(
-                lambda e=e, rows=rows, logits=logits: step(policy, settings, e, rows, logits).count.item(),
-                device,
-                repeats,
-            )
-            tables["gates"][e].append(gate)
-            rows = survivors(step(policy, nobody, e, rows, logits), n)
-            if e < exits - 1:
-                copy = _milliseconds(lambda features=features, rows=rows: take(features, rows.indices), device, repeats)
-                tables["copies"][e].append(copy)
-    return StageCosts(tuple(sizes), *(tuple(map(tuple, tables[name])) for name in ("stages", "gates", "copies")))
+    run = begin()
+    try:
+        for n in sizes:
+            for _ in range(repeats + 1):
+                features, rows = example[:n].clone(), None  # a stage may write on its input
+                for e in range(exits):
+                    clock.start()
+                    features, logits = run(e, features)
+                    clock.stop(("stages", e, n))
+                    rows = start(policy, logits, torch.arange(n, device=logits.device)) if rows is None else rows
+                    clock.start()
+                    step(policy, settings, e, rows, logits).count.item()
+                    clock.stop(("gates", e, n))
+                    rows = survivors(step(policy, nobody, e, rows, logits), n)
+                    if e < exits - 1:
+                        held = run.tensor(features)
+                        clock.start()
+                        take(held, rows.indices)
+                        clock.stop(("copies", e, n))
+    finally:
+        run.close()
+    return StageCosts(
+        tuple(sizes),
+        *(
+            tuple(tuple(clock.best[name, e, n] for n in sizes) for e in range(count))
+            for name, count in (("stages", exits), ("gates", exits), ("copies", exits - 1))
+        ),
+    )
