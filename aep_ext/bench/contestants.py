@@ -94,7 +94,7 @@ class Contestants:
 def contestants(
     gated: GatedNet, pruned: MultiExitNet, x: Tensor, backend: str, threads: int, batches: Sequence[int]
 ) -> Contestants:
-    """Gets the networks ready on ``backend`` and measures their parts, after their answers were compared.
+    """Gets the networks ready on ``backend``, measures their parts and compares their answers.
 
     Args:
         gated, pruned: on one device, in eval mode.
@@ -121,20 +121,12 @@ def contestants(
     judge.use_costs(many)
     without = GatedNet(small, "confidence", 2.0).eval()  # for its parts' times alone
     pruned_one, pruned_many = (one, many) if same else _stage_times(without, x, batches)
-    live = judge.live
-    answer: Callable[[Tensor], Any] = judge
-    if backend != "eager":
-        gates = large.gates(*numbers[:2], temperatures=numbers[2], enabled=list(live))
-
-        def answer(images: Tensor) -> Any:
-            return large.gated(images, gates)
-
-    calls: dict[str, Callable[[Tensor], object]] = {"ungated": small, "subset": large, "gated": answer}
+    calls: dict[str, Callable[[Tensor], object]] = {"ungated": small, "subset": large, "gated": judge}
     if same:
         del calls["subset"]
-    _compare(judge, large, answer, x)
+    _compare(judge, large, x)
     return Contestants(
-        engine, calls, lambda images: answer(images).exit, live, one, many, pruned_one, pruned_many, tuple(notices)
+        engine, calls, lambda images: judge(images).exit, judge.live, one, many, pruned_one, pruned_many, tuple(notices)
     )
 
 
@@ -154,10 +146,10 @@ def _stage_times(net: GatedNet, x: Tensor, batches: Sequence[int]) -> tuple[Stag
     return net.measure(x[:1], repeats=_REPEATS), net.measure(x)
 
 
-def _compare(judge: GatedNet, subset: Any, answer: Callable[[Tensor], Any], x: Tensor) -> None:
+def _compare(judge: GatedNet, subset: Any, x: Tensor) -> None:
     """The gated network's exits and logits against the simulator's, on the subset's exit logits."""
     logits = subset.exit_logits(x)
-    expected, found = judge.simulate(logits), answer(x)
+    expected, found = judge.simulate(logits), judge(x)
     same = expected.exits == found.exit
     near = judge.near_threshold(logits, _TOLERANCE)
     if bool((~same & ~near).any()):
