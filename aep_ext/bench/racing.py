@@ -21,6 +21,7 @@ LEAST_TURNS = 5
 DISTINCT_BATCHES = (
     8  # at least so many different ones, where there are more samples than fit one: an interval needs them
 )
+REPEATS = 5  # of every batch: fewer batches are taken where the time does not last for all
 DRAWS = 2000
 SHORT = 5e-3  # seconds; calls below begin with a call that is not timed
 
@@ -73,6 +74,9 @@ def race(
 ) -> dict[str, Times]:
     """Times the contestants in turn, batch by batch, around and around until ``seconds`` have passed.
 
+    Of the batches so many are taken that the time lasts for :data:`REPEATS` times around (and :data:`DISTINCT_BATCHES`
+    at least), so that an interruption can be told from a batch that takes long.
+
     Whoever begins changes from turn to turn. A short call comes after one of the same contestant, on the batch before,
     that is not timed: another's turn leaves the caches cold, which a loop of its own never meets.
 
@@ -83,7 +87,7 @@ def race(
         wait: returns when the device has done what it was given.
         clock: seconds.
     """
-    names, count = list(contestants), len(batches)
+    names = list(contestants)
     taken: dict[str, list[list[float]]] = {name: [[] for _ in batches] for name in names}
 
     def timed(name: str, x: Tensor) -> float:
@@ -93,14 +97,17 @@ def race(
         return clock() - begin
 
     with _no_garbage_collection():
-        short = {name: min(timed(name, batches[0]) for _ in range(2)) < SHORT for name in names}
+        alone = {name: min(timed(name, batches[0]) for _ in range(2)) for name in names}
+        short = {name: found < SHORT for name, found in alone.items()}
+        one_turn = max(sum(found * (1 + short[name]) for name, found in alone.items()), 1e-9)
+        count = min(len(batches), max(DISTINCT_BATCHES, int(seconds / one_turn / REPEATS)))
         turn, end = 0, clock() + seconds
         while turn < LEAST_TURNS or clock() < end:
             batch = turn % count
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 if short[name]:
-                    contestants[name](batches[batch - 1])
+                    contestants[name](batches[(turn - 1) % count])
                     wait()
                 taken[name][batch].append(timed(name, batches[batch]))
             turn += 1

@@ -133,10 +133,22 @@ class LastExit(torch.nn.Module):
         return self.head(x)
 
 
-def contestants(gated: GatedNet, wrapper: Any, rows: int) -> dict[str, Callable[[Tensor], object]]:
+def on_engine(gated: GatedNet, x: Tensor, backend: str, batches: Sequence[int]) -> GatedNet:
+    """The same gates over the network prepared for an engine, its costs measured."""
+    prepared = deploy.prepare(gated.net, x[:MEASURED_ROWS], backend, threads=torch.get_num_threads(), batches=batches)
+    result = GatedNet(prepared, gated.policy, gated.thresholds, gated.temperatures, gated.enabled).eval()
+    result.measure(x[:MEASURED_ROWS])
+    return result
+
+
+def contestants(
+    gated: GatedNet, prepared: GatedNet | None, wrapper: Any, rows: int
+) -> dict[str, Callable[[Tensor], object]]:
     """Who is timed at a batch size: for larger batches earlyon's own way for them, and its quickest way one by one."""
     net, stages = gated.net, peer.staged(wrapper)
     both: dict[str, Callable[[Tensor], object]] = {"aep_ext": gated, "ensemble": net, "last_exit": LastExit(net).eval()}
+    if prepared is not None:
+        both["aep_ext_on_engine"] = prepared
     if rows == 1:
         return {**both, "earlyon_wrapper": wrapper, "earlyon_staged": stages.infer}
     return {
@@ -147,15 +159,22 @@ def contestants(gated: GatedNet, wrapper: Any, rows: int) -> dict[str, Callable[
 
 
 def timed(
-    gated: GatedNet, wrapper: Any, x: Tensor, batches: Sequence[int], seconds: float, write: Callable[[str], None]
+    gated: GatedNet,
+    wrapper: Any,
+    x: Tensor,
+    batches: Sequence[int],
+    seconds: float,
+    backend: str | None,
+    write: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Times all in turn on the images x, after their answers were compared; one row for every batch size."""
     peer.check_paths(wrapper, peer.staged(wrapper), x)
     gated.measure(x[:MEASURED_ROWS])
+    prepared = None if backend is None else on_engine(gated, x, backend, batches)
     rows = []
     with torch.inference_mode():
         for n in batches:
-            calls = contestants(gated, wrapper, n)
+            calls = contestants(gated, prepared, wrapper, n)
             times = race(calls, [x[part] for part in draw_batches(len(x), n, SEED)], seconds)
             rows.append(_row(n, times))
             write(_line(rows[-1]))
@@ -198,6 +217,7 @@ def compare_run(
     samples: int = 512,
     seconds: float = 20.0,
     batches: Sequence[int] = (1, 64),
+    backend: str | None = None,
     write: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """The whole comparison on a run's trained networks; see the module.
@@ -211,6 +231,7 @@ def compare_run(
         samples: test images to time on.
         seconds: how long to time at each batch size.
         batches: batch sizes.
+        backend: an engine of ``deploy.prepare`` that aep_ext's gates are timed on too (earlyon brings no engine).
         write: takes lines of progress.
     """
     import earlyon
@@ -245,7 +266,7 @@ def compare_run(
     assert first is not None
     chosen = torch.randperm(len(images.report[0]), generator=torch.Generator().manual_seed(SEED))[:samples]
     batched = {n: peer.judge_batched(first[0].net, first[1], *images.report, n, images.shape) for n in batches if n > 1}
-    rows = timed(*first, images.report[0][chosen], batches, seconds, write)
+    rows = timed(*first, images.report[0][chosen], batches, seconds, backend, write)
     for row in rows:
         row["earlyon_batched"] = batched.get(row["batch"])
     return {
@@ -266,7 +287,13 @@ def compare_run(
             for name in ("aep_ext", "earlyon")
         },
         "seeds": seeds,
-        "timed": {"seed": seeds[0]["seed"], "samples": len(chosen), "seconds": seconds, "rows": rows},
+        "timed": {
+            "seed": seeds[0]["seed"],
+            "samples": len(chosen),
+            "seconds": seconds,
+            "engine": backend,
+            "rows": rows,
+        },
     }
 
 
@@ -283,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--samples", type=int, default=512, metavar="N")
     parser.add_argument("--seconds", type=float, default=20.0, metavar="S")
+    parser.add_argument("--backend", help="an engine to time aep_ext on too: openvino, onnxruntime, inductor or auto")
     options = vars(parser.parse_args(arguments))
     output = options.pop("output")
     result = compare_run(options.pop("run"), **options, write=lambda line: print(line, flush=True))

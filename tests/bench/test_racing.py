@@ -60,6 +60,16 @@ def test_short_calls_follow_one_that_is_not_timed():
     assert np.allclose(times["a"].typical(), [1e-4, 2e-4])
 
 
+def test_fewer_batches_where_the_time_does_not_last_for_all():
+    """An interruption can only be told by repeating."""
+    for seconds, expected in ((0.0, 5), (10.0, 8), (100.0, 20), (1000.0, 40)):
+        clock = Clock()
+        times = race({"a": clock.contestant("a", 1.0)}, [torch.tensor(1.0)] * 40, seconds, clock=clock)
+        lengths = [len(taken) for taken in times["a"].batches if taken]
+        assert len(lengths) == expected and max(lengths) - min(lengths) <= 1
+        assert times["a"].batches[:expected] == tuple((1.0,) * n for n in lengths)
+
+
 def test_a_batch_without_a_call_is_left_out():
     times = Times(((1.0, 3.0, 2.0), (), (4.0,)))
     assert times.typical().tolist() == [2.0, 4.0] and sorted(times.calls()) == [1.0, 2.0, 3.0, 4.0]

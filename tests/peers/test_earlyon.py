@@ -156,6 +156,7 @@ def test_the_whole_comparison_on_a_small_run(tmp_path):
             assert sum(figures["exit_shares"]) == pytest.approx(1)
             assert 0 < figures["mean_macs"] <= figures["ungated_macs"] * 1.01
     one, many = found["timed"]["rows"]
+    assert found["timed"]["engine"] is None
     assert (one["batch"], many["batch"]) == (1, 64) and one["quickest_earlyon"].startswith("earlyon")
     assert {"aep_ext", "ensemble", "last_exit", "earlyon_wrapper", "earlyon_staged"} == set(one["times"])
     assert many["earlyon_batched"]["mean_macs"] > 0
