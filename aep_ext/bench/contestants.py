@@ -27,16 +27,17 @@ def load_nets(folder: Path) -> tuple[GatedNet, MultiExitNet]:
     Raises:
         UserError: one of them is not there, or they are not of one training.
     """
+    gates = read_json(folder / "gates.json") if (folder / "gates.json").is_file() else {}
     if not (folder / GATED / deploy.save_load.DESCRIPTION).is_file():
+        if gates:
+            raise UserError(f"{folder} has no gated network: aep calibrate found no gate that saves within its budget")
         raise UserError(f"{folder} has no gated network: run aep calibrate {folder} first")
     gated = deploy.load(folder / GATED)
     if not isinstance(gated, GatedNet):
         raise UserError(f"{folder / GATED} holds a network without gates: run aep calibrate {folder} again")
-    place = folder
-    if (folder / "gates.json").is_file():
-        delivered = read_json(folder / "gates.json").get("delivered", {})
-        unit = folder / f"seed-{delivered.get('seed')}" / str(delivered.get("exit_weights")) / "pruned"
-        place = unit if unit.is_dir() else folder
+    delivered = gates.get("delivered") or {}
+    unit = folder / f"seed-{delivered.get('seed')}" / str(delivered.get("exit_weights")) / "pruned"
+    place = unit if unit.is_dir() else folder
     try:
         pruned = deploy.load(place)
     except FileNotFoundError as error:

@@ -6,7 +6,9 @@ RUN is a finished folder of ``aep run``. Both get the network's exits, the same 
 on (a fifth) and to search thresholds on (the rest), and the same loss of accuracy in points, each against its own
 answer without gates: aep_ext against the ensemble of all exits, earlyon, which has no ensemble, against the last exit.
 Both are judged on the same test images, their multiply-adds counted by aep_ext. Times are taken in turn on the same
-images, of the network of the first seed.
+images, of the network of the first seed. Beside both stand, where RUN was calibrated, the figures of ``aep calibrate``,
+which chooses the exits too and holds its loss against the pruned ensemble (``aep_calibrate``), and its gated network's
+times where it is of that seed (``aep_calibrate`` too).
 
 The data is where RUN's configuration says, or where ``--data`` or the environment variable AEP_PEER_DATA say
 (``cifar10-jpeg:FILE``). earlyon is on the registry: ``pip install earlyon``; it needs torchvision.
@@ -28,7 +30,7 @@ from torch import Tensor
 from aep_ext import MultiExitNet, deploy
 from aep_ext.bench.racing import Times, draw_batches, latency, race, ratio_of_sums
 from aep_ext.pruning import prune
-from aep_ext.report.files import write_json
+from aep_ext.report.files import read_json, write_json
 from aep_ext.termination import AccuracyBudget, ExitCache, GatedNet, calibrate, exit_costs, fit_temperatures
 from aep_ext.training import ImageDataModule
 from aep_ext.training.folder import RunFolder
@@ -120,6 +122,37 @@ def gated_by_earlyon(net: MultiExitNet, images: Images, drop: float) -> tuple[An
     }
 
 
+def delivered(folder: RunFolder, method: str) -> dict[int, dict[str, Any]]:
+    """What ``aep calibrate`` wrote of each seed, which also chooses the exits: their numbers, accuracy and mean cost.
+
+    Its budget is against the pruned ensemble, by validation images split and cross-validated in its own way.
+    """
+    path = folder.path / "gates.json"
+    if not path.is_file():
+        return {}
+    return {
+        part["seed"]: {
+            "exits": part["exits"],
+            "top1": part["report"]["gated"]["top1"],
+            "ungated_top1": part["report"]["pruned"]["top1"],
+            "mean_macs": part["report"]["gated"]["mean_macs"],
+            "ungated_macs": part["report"]["pruned"]["macs"],
+        }
+        for part in read_json(path)["methods"][method]["seeds"]
+    }
+
+
+def load_delivered(folder: RunFolder, seed: int, method: str) -> GatedNet | None:
+    """The gated network that ``aep calibrate`` delivered, if it is this seed's."""
+    path = folder.path / "gates.json"
+    named = read_json(path).get("delivered") if path.is_file() else None
+    if not named or (named["seed"], named["exit_weights"]) != (seed, method):
+        return None
+    net = deploy.load(folder.path / named["folder"])
+    assert isinstance(net, GatedNet)
+    return net
+
+
 class LastExit(torch.nn.Module):
     """The stages and the last head alone: the network without early exits."""
 
@@ -142,13 +175,12 @@ def on_engine(gated: GatedNet, x: Tensor, backend: str, batches: Sequence[int]) 
 
 
 def contestants(
-    gated: GatedNet, prepared: GatedNet | None, wrapper: Any, rows: int
+    gated: GatedNet, wrapper: Any, rows: int, others: dict[str, GatedNet | None]
 ) -> dict[str, Callable[[Tensor], object]]:
     """Who is timed at a batch size: for larger batches earlyon's own way for them, and its quickest way one by one."""
     net, stages = gated.net, peer.staged(wrapper)
     both: dict[str, Callable[[Tensor], object]] = {"aep_ext": gated, "ensemble": net, "last_exit": LastExit(net).eval()}
-    if prepared is not None:
-        both["aep_ext_on_engine"] = prepared
+    both |= {name: net for name, net in others.items() if net is not None}
     if rows == 1:
         return {**both, "earlyon_wrapper": wrapper, "earlyon_staged": stages.infer}
     return {
@@ -165,16 +197,22 @@ def timed(
     batches: Sequence[int],
     seconds: float,
     backend: str | None,
+    calibrated: GatedNet | None,
     write: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Times all in turn on the images x, after their answers were compared; one row for every batch size."""
     peer.check_paths(wrapper, peer.staged(wrapper), x)
     gated.measure(x[:MEASURED_ROWS])
-    prepared = None if backend is None else on_engine(gated, x, backend, batches)
+    others = {"aep_calibrate": calibrated, "aep_ext_on_engine": None, "aep_calibrate_on_engine": None}
+    if calibrated is not None:
+        calibrated.measure(x[:MEASURED_ROWS])
+    if backend is not None:
+        others["aep_ext_on_engine"] = on_engine(gated, x, backend, batches)
+        others["aep_calibrate_on_engine"] = calibrated and on_engine(calibrated, x, backend, batches)
     rows = []
     with torch.inference_mode():
         for n in batches:
-            calls = contestants(gated, prepared, wrapper, n)
+            calls = contestants(gated, wrapper, n, others)
             times = race(calls, [x[part] for part in draw_batches(len(x), n, SEED)], seconds)
             rows.append(_row(n, times))
             write(_line(rows[-1]))
@@ -249,6 +287,7 @@ def compare_run(
         parts.append(dataset.__getitems__(list(range(len(dataset)))))
     images, roles = split_images(*parts)
     method, seeds, first = config.exit_weights[0], [], None
+    chosen_exits = delivered(folder, method)
     for seed in config.seeds or ():
         began = time.monotonic()
         net = deploy.load(folder.unit(seed, method) / "full")
@@ -256,7 +295,7 @@ def compare_run(
         gated, ours = gated_by_us(net, images, drop)
         wrapper, theirs = gated_by_earlyon(net, images, drop)
         first = first or (gated, wrapper)
-        seeds.append({"seed": seed, "aep_ext": ours, "earlyon": theirs})
+        seeds.append({"seed": seed, "aep_ext": ours, "earlyon": theirs, "aep_calibrate": chosen_exits.get(seed)})
         told = ", ".join(
             f"{name} {part['top1']:.4f} at {part['mean_macs']:.0f} multiply-adds "
             f"(ungated {part['ungated_top1']:.4f} at {part['ungated_macs']})"
@@ -266,7 +305,8 @@ def compare_run(
     assert first is not None
     chosen = torch.randperm(len(images.report[0]), generator=torch.Generator().manual_seed(SEED))[:samples]
     batched = {n: peer.judge_batched(first[0].net, first[1], *images.report, n, images.shape) for n in batches if n > 1}
-    rows = timed(*first, images.report[0][chosen], batches, seconds, backend, write)
+    calibrated = load_delivered(folder, seeds[0]["seed"], method)
+    rows = timed(*first, images.report[0][chosen], batches, seconds, backend, calibrated, write)
     for row in rows:
         row["earlyon_batched"] = batched.get(row["batch"])
     return {
@@ -284,7 +324,8 @@ def compare_run(
                 key: spread([seed[name][key] for seed in seeds])
                 for key in ("top1", "ungated_top1", "mean_macs", "ungated_macs")
             }
-            for name in ("aep_ext", "earlyon")
+            for name in ("aep_ext", "earlyon", "aep_calibrate")
+            if all(seed[name] for seed in seeds)
         },
         "seeds": seeds,
         "timed": {

@@ -127,6 +127,9 @@ def test_errors_before_anything_is_measured(folder, tmp_path):
     shutil.rmtree(folder / "gated")
     with pytest.raises(UserError, match="run aep calibrate .* first"):
         bench_run(folder)
+    write_json(folder / "gates.json", {"delivered": None})
+    with pytest.raises(UserError, match="found no gate"):
+        bench_run(folder)
     (folder / "results.json").unlink()
     with pytest.raises(UserError, match="--resume"):
         bench_run(folder)
