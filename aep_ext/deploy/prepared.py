@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -11,9 +10,11 @@ from torch import Tensor
 
 from aep_ext import ops
 from aep_ext.deploy.engines.chain import Engine
-from aep_ext.deploy.gates import Gated, Gates, make_gates, run_gates
+from aep_ext.deploy.gates import Gated, Gates, make_gates
 from aep_ext.deploy.verify import Verification, compare
+from aep_ext.deploy.walk import PreparedRun, Turns
 from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.termination.executor import First, answer
 from aep_ext.termination.policies import Judged, Policy
 
 __all__ = ["PreparedNet", "Unit"]
@@ -73,7 +74,8 @@ class PreparedNet:
         self._shape = self._input_shapes[0]
         self._dtype = inputs[0].dtype
         self._device = inputs[0].device
-        self._lock = threading.Lock()
+        self._turns = Turns()
+        self._known: dict[Any, First] = {}
 
     @property
     def output_weights(self) -> Tensor:
@@ -95,13 +97,13 @@ class PreparedNet:
     def __call__(self, x: Tensor) -> Tensor:
         """The ensemble's logits (N, K): ``sum_e output_weights[e] * exit_logits[e]``, unnormalised."""
         x = self._checked(x)
-        with self._lock, torch.no_grad():
+        with self._turns, torch.no_grad():
             return ops.ensemble(self._run(x), self._output_weights)
 
     def exit_logits(self, x: Tensor) -> Tensor:
         """Logits of every exit, (E, N, K)."""
         x = self._checked(x)
-        with self._lock:
+        with self._turns:
             return self._run(x).clone()
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -168,15 +170,15 @@ class PreparedNet:
             raise ValueError("PreparedNet.gated: thresholds must be given with a policy, got None")
         else:
             gates = self.gates(policy, thresholds, temperatures=temperatures, enabled=enabled)
-        x = self._checked(x)
-        if len(x) == 0:
-            return Gated(
-                x.new_empty(0, self.num_classes),
-                torch.empty(0, dtype=torch.int64, device=self._device),
-                torch.empty(0, dtype=torch.float32, device=self._device),
-            )
-        with self._lock:
-            return run_gates(self._engine, gates, x, self.num_classes)
+        with torch.no_grad():
+            return answer(self.begin(), gates.policy, gates.settings, x, _always, self._known)
+
+    def begin(self) -> PreparedRun:
+        """For executors: the units for one walk of a batch, without copies between them.
+
+        Other calls wait until the walk is closed (:meth:`PreparedRun.close`); of the same thread they are errors.
+        """
+        return PreparedRun(self)
 
     def verify(self, data: Tensor | Iterable[Any]) -> Verification:
         """Compares all exits with the network as it was when it was prepared (an eager copy is kept for this).
@@ -219,6 +221,11 @@ class PreparedNet:
         return chain.run_all()
 
 
+def _always(e: int, rows: int, stay: int) -> bool:
+    """Whoever stays goes on without those that left."""
+    return True
+
+
 class Unit:
     """One compiled unit of a :class:`PreparedNet`: ``unit(features) -> (features, logits)``.
 
@@ -257,7 +264,7 @@ class Unit:
             empty = None if last else features.new_empty(0, *net._input_shapes[position + 1])
             return empty, features.new_empty(0, net.num_classes)
         features = features.detach().resolve_neg().contiguous()
-        with net._lock:
+        with net._turns:
             chain = engine.chain(n)
             chain.load(position, engine.to_engine(features) if position else features)
             logits = chain.run(position).clone()

@@ -5,22 +5,24 @@ The costs are those of the machine, the thread count and the dtype they were mea
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .executor import start, step, survivors, take
+from .executor import start, step, survivors
 from .policies import Policy
 from .settings import GateSettings
-from .units import Run
+from .units import Run, take
 
 
-def _interpolated(sizes: Sequence[int], values: Sequence[float], n: int) -> float:
+def _interpolated(sizes: Sequence[int], values: Sequence[float], n: float) -> float:
     """Linear between the sizes; below the first its value, beyond the last in proportion to n."""
     if n >= sizes[-1]:
         return values[-1] * n / sizes[-1]
@@ -59,15 +61,15 @@ class StageCosts:
                     f"got {[len(row) for row in table]}"
                 )
 
-    def stage(self, e: int, n: int) -> float:
+    def stage(self, e: int, n: float) -> float:
         """Milliseconds of the stages and the head of exit e on n rows, interpolated."""
         return _interpolated(self.sizes, self.stages[e], n)
 
-    def gate(self, e: int, n: int) -> float:
+    def gate(self, e: int, n: float) -> float:
         """Milliseconds of gate e on n rows, interpolated."""
         return _interpolated(self.sizes, self.gates[e], n)
 
-    def copy(self, e: int, n: int) -> float:
+    def copy(self, e: int, n: float) -> float:
         """Milliseconds to copy n rows of the features of exit e, interpolated."""
         return _interpolated(self.sizes, self.copies[e], n)
 
@@ -78,6 +80,44 @@ class StageCosts:
     def ungated(self, n: int) -> float:
         """Milliseconds of the whole network on n rows, without gates."""
         return self.rest(-1, n)
+
+    def predicted(self, counts: Sequence[float] | Tensor, rows: int = 1, *, gates: bool = False) -> float:
+        """Expected milliseconds per sample where ``counts[e]`` samples are answered at exit e.
+
+        With one row and without gates the ideal that a gated net is measured against,
+        ``sum_e counts[e] * sum_{j<=e} stages[j] / sum(counts)``, the stages' times being those of one row.
+
+        In larger batches exit e sees as many rows as are there on average, cut down at every exit; an average below one
+        counts as a batch of one in so many of the batches. (So a batch that is carried on whole costs more than this.)
+
+        Args:
+            counts: E numbers (counts or shares), none negative, not all 0.
+            rows: the size of the batch, at least the smallest one measured.
+            gates: whether to count the gates too, and in batches the copies of those that stay.
+
+        Raises:
+            ValueError: a number is out of its range, or there are too few or too many.
+        """
+        shares = [float(c) for c in (counts.tolist() if isinstance(counts, Tensor) else counts)]
+        if len(shares) != len(self.stages):
+            raise ValueError(f"StageCosts.predicted: counts must have {len(self.stages)} entries, got {len(shares)}")
+        if not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
+            raise ValueError(f"StageCosts.predicted: counts must be finite, none negative, not all 0, got {shares}")
+        if rows < self.sizes[0]:
+            raise ValueError(
+                f"StageCosts.predicted: rows must be at least {self.sizes[0]}, the smallest size measured, got {rows}"
+            )
+        total, spent = sum(shares), 0.0
+        for e in range(len(self.stages)):
+            present = rows * sum(shares[e:]) / total
+            batch, often = max(present, 1.0), min(present, 1.0)
+            spent += often * self.stage(e, batch)
+            if gates:
+                spent += often * self.gate(e, batch)
+                stay = rows * sum(shares[e + 1 :]) / total
+                if rows > 1 and 0 < stay < present:
+                    spent += min(stay, 1.0) * self.copy(e, max(stay, 1.0))
+        return spent / rows
 
     def compacts(self, e: int, rows: int, stay: int) -> bool:
         """Whether ``rows`` rows at exit e are best cut down to ``stay`` now, and not later or never.
@@ -98,53 +138,66 @@ class StageCosts:
         return any(gate < leaving * self.rest(e, n) for n, gate in zip(self.sizes, self.gates[e], strict=True))
 
 
-def _milliseconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The shortest of ``repeats`` timed calls after one that is not: an interruption only ever adds time."""
+class _Clock:
+    """The shortest of several times of each part: an interruption only ever adds time."""
 
-    def wait() -> None:
-        if device.type in ("cuda", "xpu", "mps"):
-            getattr(torch, device.type).synchronize()
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.begin = device, 0.0
+        self.best: dict[Any, float] = {}
 
-    function()
-    wait()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        wait()
-        times.append(time.perf_counter() - begin)
-    return min(times) * 1e3
+    def start(self) -> None:
+        self._wait()
+        self.begin = time.perf_counter()
+
+    def stop(self, part: Any) -> None:
+        self._wait()
+        milliseconds = (time.perf_counter() - self.begin) * 1e3
+        self.best[part] = min(self.best.get(part, math.inf), milliseconds)
+
+    def _wait(self) -> None:
+        if self.device.type in ("cuda", "xpu", "mps"):
+            getattr(torch, self.device.type).synchronize()
 
 
 def measure_costs(
-    run: Run, policy: Policy, settings: GateSettings, example: Tensor, sizes: Sequence[int], repeats: int
+    begin: Callable[[], Run],
+    policy: Policy,
+    settings: GateSettings,
+    example: Tensor,
+    sizes: Sequence[int],
+    repeats: int,
 ) -> StageCosts:
-    """Times every part on the first n rows of ``example`` for each n of ``sizes``, ascending."""
-    exits = len(settings.live)
+    """Times every part on the first n rows of ``example`` for each n of ``sizes``, ascending.
+
+    In whole walks from the first exit to the last, so that every part meets the caches as the one before left them.
+    """
+    exits, clock = len(settings.live), _Clock(example.device)
     nobody = replace(settings, live=(False,) * exits)  # a step that leaves every row in its place
-    tables: dict[str, list[list[float]]] = {
-        "stages": [[] for _ in range(exits)],
-        "gates": [[] for _ in range(exits)],
-        "copies": [[] for _ in range(exits - 1)],
-    }
-    for n in sizes:
-        features, rows = example[:n], None
-        for e in range(exits):
-            # A stage may write on its input, so each call gets a copy; its cost is taken off.
-            source, device = features, features.device
-            copied = _milliseconds(lambda source=source: source.clone(), device, repeats)
-            both = _milliseconds(lambda source=source, e=e: run(e, source.clone()), device, repeats)
-            tables["stages"][e].append(max(both - copied, 0.0))
-            features, logits = run(e, source.clone())
-            rows = start(policy, logits, torch.arange(n, device=logits.device)) if rows is None else rows
-            gate = _milliseconds(
-                lambda e=e, rows=rows, logits=logits: step(policy, settings, e, rows, logits).count.item(),
-                device,
-                repeats,
-            )
-            tables["gates"][e].append(gate)
-            rows = survivors(step(policy, nobody, e, rows, logits), n)
-            if e < exits - 1:
-                copy = _milliseconds(lambda features=features, rows=rows: take(features, rows.indices), device, repeats)
-                tables["copies"][e].append(copy)
-    return StageCosts(tuple(sizes), *(tuple(map(tuple, tables[name])) for name in ("stages", "gates", "copies")))
+    run = begin()
+    try:
+        for n in sizes:
+            for _ in range(repeats + 1):
+                features, rows = example[:n].clone(), None  # a stage may write on its input
+                for e in range(exits):
+                    clock.start()
+                    features, logits = run(e, features)
+                    clock.stop(("stages", e, n))
+                    rows = start(policy, logits, torch.arange(n, device=logits.device)) if rows is None else rows
+                    clock.start()
+                    step(policy, settings, e, rows, logits).count.item()
+                    clock.stop(("gates", e, n))
+                    rows = survivors(step(policy, nobody, e, rows, logits), n)
+                    if e < exits - 1:
+                        held = run.tensor(features)
+                        clock.start()
+                        take(held, rows.indices)
+                        clock.stop(("copies", e, n))
+    finally:
+        run.close()
+    return StageCosts(
+        tuple(sizes),
+        *(
+            tuple(tuple(clock.best[name, e, n] for n in sizes) for e in range(count))
+            for name, count in (("stages", exits), ("gates", exits), ("copies", exits - 1))
+        ),
+    )

@@ -87,18 +87,6 @@ def survivors(result: GateResult, stay: int) -> Rows:
     return Rows(result.running[:stay], result.indices[:stay], result.state[:stay])
 
 
-def take(features: Tensor, positions: Tensor) -> Tensor:
-    """Copies rows, (n, ...) and (m,) int64 -> (m, ...), in the memory order of ``features``.
-
-    Equivalent to ``features[positions]``, but channels_last stays so.
-    """
-    if not features.is_contiguous() and features.dim() in (4, 5):
-        form = torch.channels_last if features.dim() == 4 else torch.channels_last_3d
-        if features.is_contiguous(memory_format=form):
-            return features.movedim(1, -1).index_select(0, positions).movedim(-1, 1)
-    return features.index_select(0, positions)
-
-
 class First(NamedTuple):
     """What the walk of one sample starts from: made once for each form of logits, never written on."""
 
@@ -123,16 +111,30 @@ def first_of(policy: Policy, logits: Tensor, exits: int) -> First:
     return First(policy, rows, rows.running.new_empty((1, 0)), marks)
 
 
-def run_one(run: Run, policy: Policy, settings: GateSettings, x: Tensor, known: dict[Any, First]) -> GatedOutput:
-    """One sample, (1, ...): no rows to sort, so nothing is gathered or scattered.
+def answer(
+    run: Run, policy: Policy, settings: GateSettings, x: Tensor, compacts: Compacts, known: dict[Any, First]
+) -> GatedOutput:
+    """A batch, (n, ...) of any size, from the first unit on; closes the run.
 
-    ``known`` keeps where to start from, by form of the logits.
+    ``known`` keeps where single samples start from, by form of the logits.
     """
-    features, logits = run(0, x)
+    try:
+        features, logits = run(0, x)
+        if logits.shape[0] == 1:
+            return _one(run, policy, settings, features, logits, known)
+        return _batch(run, policy, settings, features, logits, compacts)
+    finally:
+        run.close()
+
+
+def _one(
+    run: Run, policy: Policy, settings: GateSettings, features: Any, logits: Tensor, known: dict[Any, First]
+) -> GatedOutput:
+    """One sample: no rows to sort, so nothing is gathered or scattered."""
     last, adds, dtype = len(settings.live) - 1, only_adds(policy), logits.dtype
-    key = (logits.shape, dtype, logits.device, logits.is_inference())
+    key = (logits.shape[1], dtype, logits.device, logits.is_inference())
     first = known.get(key)
-    if first is None or first.policy is not policy:
+    if first is None or (first.policy is not policy and first.policy != policy):
         first = known[key] = first_of(policy, logits, last + 1)
     _, rows, nothing, marks = first
     for e in range(last + 1):
@@ -173,14 +175,16 @@ class Answers:
         return GatedOutput(self.logits.to(self.dtype), self.exit, self.confidence)
 
 
-def run_batch(run: Run, policy: Policy, settings: GateSettings, x: Tensor, compacts: Compacts) -> GatedOutput:
-    """A batch, (n, ...), of any size."""
-    n, last, adds = len(x), len(settings.live) - 1, only_adds(policy)
-    features, logits = run(0, x)
+def _batch(
+    run: Run, policy: Policy, settings: GateSettings, features: Any, logits: Tensor, compacts: Compacts
+) -> GatedOutput:
+    """Any number of samples but one."""
+    n, last, adds = len(logits), len(settings.live) - 1, only_adds(policy)
     rows = start(policy, logits, torch.arange(n, device=logits.device))
     dtype = logits.dtype
     answers: Answers | None = None
-    places: Tensor | None = None  # where in `features` the rows are; None: they are all of it, in order
+    carried = n  # rows of features
+    places: Tensor | None = None  # where among these the rows are; None: they are all of them, in order
     for e in range(last + 1):
         if e:
             features, logits = run(e, features)
@@ -195,7 +199,7 @@ def run_batch(run: Run, policy: Policy, settings: GateSettings, x: Tensor, compa
             if stay == 0 and answers is None:  # all leave together, in order
                 taken = torch.full((n,), e, dtype=torch.int64, device=logits.device)
                 return GatedOutput(result.running.to(dtype), taken, result.stats[:, 0].contiguous())
-            before, rows = rows, survivors(result, stay)
+            before, rows = rows, survivors(result, stay) if stay < present else _all(result)
             if stay < present:
                 if answers is None:
                     answers = Answers(n, result.running, dtype)
@@ -204,6 +208,11 @@ def run_batch(run: Run, policy: Policy, settings: GateSettings, x: Tensor, compa
                     break
                 positions = torch.searchsorted(before.indices, rows.indices)
                 places = positions if places is None else places.index_select(0, positions)
-        if places is not None and compacts(e, len(features), stay):
-            features, places = take(features, places), None
+        if places is not None and compacts(e, carried, stay):
+            features, places, carried = run.take(features, places), None, stay
     return answers.output()
+
+
+def _all(result: GateResult) -> Rows:
+    """The rows of a gate's result where nobody left."""
+    return Rows(result.running, result.indices, result.state)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .agreement import near_threshold
 from .choice import StageCosts, measure_costs
-from .executor import First, GatedOutput, run_batch, run_one
+from .executor import First, GatedOutput, answer
 from .policies import Policy, as_policy
 from .refill import Refill, images_of, predicted
 from .settings import GateSettings, check_modes, flags_buffer, numbers_buffer, settings_of
@@ -175,15 +175,12 @@ class GatedNet(nn.Module):
         return self._answer(x)
 
     def _answer(self, x: Tensor) -> GatedOutput:
-        settings, run = self.settings(), self._units.begin()
-        if len(x) == 1:
-            return run_one(run, self.policy, settings, x, self._known)
-        return run_batch(run, self.policy, settings, x, self._compacts)
+        return answer(self._units.begin(), self.policy, self.settings(), x, self._compacts, self._known)
 
     def refill(self, capacity: int | None = None, max_delay: int | None = 64) -> Refill:
         """A pooled executor to feed by hand, with the numbers as they are now; arguments as for :class:`Refill`."""
         self._check_mode()
-        return Refill(self._units.begin, self.policy, self.settings(), capacity=capacity, max_delay=max_delay)
+        return Refill(self._units.begin_owning, self.policy, self.settings(), capacity=capacity, max_delay=max_delay)
 
     def predict(
         self, loader: Iterable[Any], refill: bool = True, capacity: int | None = None, max_delay: int | None = 64
@@ -258,7 +255,7 @@ class GatedNet(nn.Module):
         if repeats < 1:
             raise ValueError(f"GatedNet.measure: repeats must be at least 1, got {repeats}")
         with torch.no_grad():
-            costs = measure_costs(self._units.begin(), self.policy, self.settings(), example, sorted(wanted), repeats)
+            costs = measure_costs(self._units.begin, self.policy, self.settings(), example, sorted(wanted), repeats)
         self.use_costs(costs, leaving)
         return costs
 
@@ -350,5 +347,7 @@ def _parts(pruned: Any) -> tuple[NetUnits | GivenUnits, Tensor | None, int]:
             f"GatedNet: pruned must have one stage for each of its {len(weights)} output_weights, "
             f"got {len(units.units)}"
         )
-    given = None if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float64)
+    # A tensor that is another one each time it is asked for is a copy of what does not change.
+    own = isinstance(weights, Tensor) and weights is pruned.output_weights
+    given = None if own else weights if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float64)
     return units, given, len(weights)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .executor import Answers, GatedOutput, Rows, start, step, survivors, take
+from .executor import Answers, GatedOutput, Rows, start, step, survivors
 from .policies import Policy
 from .settings import GateSettings
-from .units import Run
+from .units import Run, take
 
 
 class _Pool:
@@ -74,7 +74,7 @@ class Refill:
     samples more.
 
     Args:
-        begin: gives a run of the units (``units.begin``).
+        begin: gives a run of the units whose features may be held (``units.begin_owning``).
         policy: the policy.
         settings: the numbers to go by, for the whole stream.
         capacity: how many rows make a full batch; by default the size of the first one pushed.

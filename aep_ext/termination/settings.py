@@ -48,15 +48,20 @@ def settings_of(
     limits = check_values("thresholds", thresholds.tolist(), positive=False)
     scales = check_values("temperatures", temperatures.tolist(), positive=True)
     live = [bool(flag) and on for flag, on in zip(enabled.tolist(), gated, strict=True)]
+    return GateSettings(tuple(factors), (*limits, 0.0), tuple(scales), (*live, False), sums_of(factors))
+
+
+def sums_of(weights: Sequence[float]) -> dict[torch.dtype, tuple[float, ...]]:
+    """For each accumulation dtype the sum of the weights before each exit, as the operator would have it."""
     sums: dict[torch.dtype, tuple[float, ...]] = {}
     for dtype in (torch.float32, torch.float64):
         # Step by step in this dtype: a sum in double precision could differ in the last bit, and with it a confidence.
         total, before = torch.zeros((), dtype=dtype), []
-        for factor in factors:
+        for weight in weights:
             before.append(total.item())
-            total = total + torch.tensor(factor, dtype=dtype)
+            total = total + torch.tensor(weight, dtype=dtype)
         sums[dtype] = tuple(before)
-    return GateSettings(tuple(factors), (*limits, 0.0), tuple(scales), (*live, False), sums)
+    return sums
 
 
 def check_values(name: str, values: Sequence[float], *, positive: bool) -> list[float]:

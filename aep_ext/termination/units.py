@@ -6,28 +6,95 @@ A :class:`MultiExitNet` is cut into units here; a prepared net of ``aep_ext.depl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..surgery.multi_exit import MultiExitNet
 
-Run = Callable[[int, Tensor], tuple[Tensor | None, Tensor]]
-"""``run(e, features)`` -> (features at exit e, or None after the last; logits of exit e)."""
+Unit = Callable[[Tensor], tuple[Tensor | None, Tensor]]
+"""``unit(features)`` -> (features or None, logits)."""
+
+
+class Run(Protocol):
+    """The units, for one walk of one batch from exit to exit. Whoever began it closes it.
+
+    Features are only handed back: tensors, or whatever stands for those that lie in the run's own memory. There they
+    are good until the next call of the run, and so are the logits.
+    """
+
+    def __call__(self, e: int, features: Any) -> tuple[Any, Tensor]:
+        """From the input (e = 0) or the features at exit e-1: the features and the logits (n, K) at exit e."""
+        ...
+
+    def take(self, features: Any, positions: Tensor) -> Any:
+        """The features of fewer rows, at ``positions`` (m,) int64 among those at hand, m at least 1."""
+        ...
+
+    def tensor(self, features: Any) -> Tensor:
+        """Features (n, ...) to look at."""
+        ...
+
+    def close(self) -> None:
+        """The walk is over, wherever it ended."""
+        ...
+
+
+def take(features: Tensor, positions: Tensor) -> Tensor:
+    """Copies rows, (n, ...) and (m,) int64 -> (m, ...), in the memory order of ``features``.
+
+    Equivalent to ``features[positions]``, but channels_last stays so.
+    """
+    if not features.is_contiguous() and features.dim() in (4, 5):
+        form = torch.channels_last if features.dim() == 4 else torch.channels_last_3d
+        if features.is_contiguous(memory_format=form):
+            return features.movedim(1, -1).index_select(0, positions).movedim(-1, 1)
+    return features.index_select(0, positions)
+
+
+class _TensorRun:
+    """What runs share whose features are tensors of their own."""
+
+    __slots__ = ()
+
+    def take(self, features: Tensor, positions: Tensor) -> Tensor:
+        return take(features, positions)
+
+    def tensor(self, features: Tensor) -> Tensor:
+        return features
+
+    def close(self) -> None:
+        pass
 
 
 class GivenUnits:
-    """Units that a network brings: ``unit(features) -> (features or None, logits)``, one per exit."""
+    """Units that a network brings: ``unit(features) -> (features or None, logits)``, one per exit.
 
-    def __init__(self, net: Any, units: Sequence[Callable[[Tensor], tuple[Tensor | None, Tensor]]]) -> None:
+    Where the network offers ``begin``, a :class:`Run` of its own making, batches walk by that.
+    """
+
+    def __init__(self, net: Any, units: Sequence[Unit]) -> None:
         self.net, self.units = net, tuple(units)
+        self._begins = callable(getattr(net, "begin", None))
 
     def begin(self) -> Run:
         """A run for one forward pass."""
-        return self._run
+        return self.net.begin() if self._begins else _GivenRun(self.units)
 
-    def _run(self, e: int, features: Tensor) -> tuple[Tensor | None, Tensor]:
+    def begin_owning(self) -> Run:
+        """A run whose features and logits stay good for as long as they are held."""
+        return _GivenRun(self.units)
+
+
+class _GivenRun(_TensorRun):
+    __slots__ = ("units",)
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+
+    def __call__(self, e: int, features: Tensor) -> tuple[Tensor | None, Tensor]:
         return self.units[e](features)
 
 
@@ -50,8 +117,10 @@ class NetUnits:
         """A run for one forward pass."""
         return _NetRun(self)
 
+    begin_owning = begin
 
-class _NetRun:
+
+class _NetRun(_TensorRun):
     __slots__ = ("bounds", "heads", "last", "linears", "plans", "stages", "writers")
 
     def __init__(self, units: NetUnits) -> None:

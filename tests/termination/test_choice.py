@@ -43,6 +43,30 @@ def test_cutting_down_is_never_dearer_than_carrying_all_on():
                     assert costs.copy(e, stay) + costs.rest(e, stay) <= costs.rest(e, 16) + 1e-9
 
 
+def test_the_expected_time_of_a_sample():
+    costs = StageCosts((1, 8), ((1.0, 4.0), (2.0, 8.0), (4.0, 16.0)), ((0.1, 0.2),) * 3, ((0.5, 1.0),) * 2)
+    assert costs.predicted([1, 0, 0]) == 1.0 and costs.predicted([0, 0, 5]) == 7.0
+    # By the formula: 2 samples of 1 ms, 1 of 1 + 2, 1 of 1 + 2 + 4.
+    assert costs.predicted(torch.tensor([2, 1, 1])) == costs.predicted([0.5, 0.25, 0.25]) == (2 * 1 + 3 + 7) / 4
+    assert math.isclose(costs.predicted([2, 1, 1], gates=True), 12 / 4 + (2 * 0.1 + 0.2 + 0.3) / 4)
+    # All to the end in a batch of eight; then half leave at the first exit and four rows are copied.
+    assert math.isclose(costs.predicted([0, 0, 3], rows=8), 28 / 8)
+    half = 4.0 + costs.stage(1, 4) + costs.stage(2, 4)
+    assert math.isclose(costs.predicted([1, 0, 1], rows=8), half / 8)
+    gates = 0.2 + 2 * costs.gate(1, 4) + costs.copy(0, 4)
+    assert math.isclose(costs.predicted([1, 0, 1], rows=8, gates=True), (half + gates) / 8)
+    for counts, message in (
+        ([1, 2], "counts must have 3 entries, got 2"),
+        ([0, 0, 0], r"counts must be finite, none negative, not all 0, got \[0.0, 0.0, 0.0\]"),
+        ([1, -1, 3], "none negative"),
+        ([1, math.nan, 3], "must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            costs.predicted(counts)
+    with pytest.raises(ValueError, match="rows must be at least 1, the smallest size measured, got 0"):
+        costs.predicted([1, 1, 1], rows=0)
+
+
 @pytest.mark.parametrize(("costs", "expected"), [(None, [8, 4, 4]), (LINEAR, [8, 4, 4]), (FLAT, [8, 8, 8])])
 def test_auto_goes_by_the_costs_and_by_hand_does_not(costs, expected):
     logits = torch.zeros(3, 8, 2)
