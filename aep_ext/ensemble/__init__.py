@@ -3,5 +3,6 @@ from __future__ import annotations
 
 from .exit_weights import ExitWeights
 from .loss import JointCrossEntropy
+from .output_weights import OutputWeightsFit, fit_output_weights
 
-__all__ = ["ExitWeights", "JointCrossEntropy"]
+__all__ = ["ExitWeights", "JointCrossEntropy", "OutputWeightsFit", "fit_output_weights"]
