@@ -23,7 +23,7 @@ CALIBRATE_EPILOG = """examples:
   aep calibrate runs/photos --risk 0.01 --delta 0.1   with a guarantee: at most 1 point, with probability 0.9
   aep calibrate runs/photos --static 0.5,0.75         and train smaller static networks as rivals
 """
-_GATE_OPTIONS = ("budget", "risk", "delta", "policy", "judge", "caution")
+_GATE_OPTIONS = ("budget", "risk", "delta", "policy", "judge", "caution", "images")
 
 
 def _list_of(kind: type) -> object:
@@ -62,6 +62,12 @@ def _gate_options(group: argparse._ArgumentGroup, static: str) -> None:
         type=float,
         metavar="N",
         help="standard errors added to the cross-validated drop before it is held against the budget (default: 1)",
+    )
+    group.add_argument(
+        "--images",
+        metavar="WHICH",
+        help="what to choose on: select: the run's validation images; spare: training images that --train-samples "
+        "left aside; auto (default): spare where they are as many",
     )
     group.add_argument(
         "--static",
@@ -233,7 +239,7 @@ def _run(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if name not in aside}
     if isinstance(given.get("seeds"), int):
         given["seeds"] = (given["seeds"],)
-    asked = _calibration(options, static=("auto",))
+    settings, static = _calibration(options, static=("auto",))
     if not options.terminate and any(name in options for name in (*_GATE_OPTIONS, "static")):
         from .report.files import UserError
 
@@ -246,7 +252,7 @@ def _run(options: argparse.Namespace) -> None:
         from .training.gating import calibrate_run, gates_table
 
         runtime = {name: given[name] for name in ("device", "threads") if name in given}
-        tables.append(gates_table(calibrate_run(results["output"], *asked, **runtime, write=write)))
+        tables.append(gates_table(calibrate_run(results["output"], settings, static=static, write=write, **runtime)))
     report = os.path.join(results["output"], "report.html")
     print("\n" + "\n\n".join([*tables, f"report: {report} ({time.monotonic() - began:.0f} s)"]))
 

@@ -1,4 +1,4 @@
-"""The choice of gated exits and thresholds: what is a candidate, what cross-validation says, when nothing is cheaper."""
+"""The choice of gated exits and thresholds: candidates, cross-validation, and what is said when nothing is cheaper."""
 
 from __future__ import annotations
 

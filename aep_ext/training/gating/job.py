@@ -11,13 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from ... import deploy
 from ...report import write_report
 from ...report._require import require
-from ...report.files import UserError, read_json, write_arrays, write_json
+from ...report.files import UserError, read_arrays, read_json, write_arrays, write_json
+from ..data import SCORING_BATCH, ImageDataModule
+from ..dataset import batches
+from ..evaluate import collect
 from ..folder import MODEL_FILES, RunFolder
 from ..run import Job, using_threads
+from ..splits import split_sha256
 from .choice import Choice, costs_of, subset_cache
 from .decide import data_rows, decide
 from .figures import (
@@ -30,7 +35,7 @@ from .figures import (
     select_figures,
 )
 from .live import agreement, gated_network
-from .settings import CalibrationSettings
+from .settings import SPARE_LIMIT, CalibrationSettings
 from .static import matched, static_names, train_static
 from .summary import data_roles, delivered, method_summary
 from .unit import Unit
@@ -54,11 +59,13 @@ def calibrate_run(
 ) -> dict[str, Any]:
     """Choose the gate of every network of a finished run, judge it on the test images, and deliver one.
 
-    Everything is chosen on the images to select on: temperatures on a fifth of them, the gated exits together with
-    their thresholds on the rest (:mod:`.choice`), or with ``settings.risk`` along a path that is then tested on images
-    of its own (:mod:`.guarantee`). Exit logits are those that the run stored; the images are needed to hold the live
-    network against them and for examples. The network's epoch and the pruned subset were chosen on all images to
-    select on before, so the pruned ensemble's accuracy there, which is the floor, is a little high: on the safe side.
+    Temperatures are fitted on a fifth of the calibration images, the gated exits chosen together with their thresholds
+    on the rest (:mod:`.choice`), or with ``settings.risk`` along a path that is then tested on images of its own
+    (:mod:`.guarantee`). Calibration images are the run's images to select on, whose exit logits it stored; on them the
+    network's epoch (by the accuracy of all exits together) and the pruned subset were chosen before, which leans the
+    comparison a little either way. Where ``train_samples`` left enough training images aside, these are taken instead
+    (``settings.images``): nothing was learned or chosen on them. The test images are needed to hold the live network
+    against the simulator, and for examples.
 
     Writes ``gates.json``, ``gates_examples.npz``, ``gated/`` (for ``deploy.load``) and the report. After a kill the
     same call goes on where it was; ``seed-S/METHOD/gates.json`` holds what is finished. The same call again makes the
@@ -157,12 +164,13 @@ class _Calibration:
     def run(self, job: Job) -> None:
         """Do what is left."""
         self._check_images(job)
+        self.images = _calibration_images(self.settings, job.data)
         parts = []
         for unit in self.units:
             path = self._part(unit)
             kept = read_json(path) if path.is_file() else None
             if kept is None or kept.get("fingerprint") != self.fingerprint:
-                found, images = self._unit(job, unit)
+                found, images = self._unit(job, self._on_calibration_images(job, unit))
                 write_arrays(path.with_name("gates_examples.npz"), images=images)
                 write_json(path, {"fingerprint": self.fingerprint, "judged": self.judged, **found})
                 kept = read_json(path)
@@ -187,6 +195,22 @@ class _Calibration:
                     f"the images of {job.config.data} are not those of the run: their labels differ "
                     "(--data says where they lie now)"
                 )
+
+    def _on_calibration_images(self, job: Job, unit: Unit) -> Unit:
+        """The unit with the logits of the images that thresholds are chosen on; spare ones are passed over once."""
+        if self.images == "select":
+            return unit
+        path = self.folder.unit(unit.seed, unit.name) / "spare.npz"
+        identity = f"{unit.digest} {split_sha256(_rows(job.data, 'spare'))}"
+        kept = read_arrays(path) if path.is_file() else {}
+        if str(kept.get("identity")) != identity:
+            full = deploy.load(self.folder.unit(unit.seed, unit.name) / "full")
+            data = Subset(job.data.dataset("spare"), range(len(_rows(job.data, "spare"))))
+            job.say(f"seed {unit.seed} / {unit.name}: {len(data):,} spare images")
+            logits, labels = collect(full, batches(data, SCORING_BATCH, workers=job.data.workers), job.device)
+            kept = {"logits": logits.numpy(), "labels": labels.numpy(), "identity": np.array(identity)}
+            write_arrays(path, **kept)
+        return unit.calibrated_on(torch.from_numpy(kept["logits"]), torch.from_numpy(kept["labels"]))
 
     def _unit(self, job: Job, unit: Unit) -> tuple[dict[str, Any], np.ndarray]:
         """Everything about one network: an entry of a method's ``seeds``, and its example images."""
@@ -259,9 +283,7 @@ class _Calibration:
             "fingerprint": self.fingerprint,
             "judged": self.judged,
             "settings": self.settings.to_dict(),
-            "data": data_roles(
-                data_rows(len(self.units[0].select), self.settings), job.data, self.settings, self.judged
-            ),
+            "data": data_roles(_rows(job.data, self.images), self.images, job.data, self.settings, self.judged),
             "methods": methods,
             "delivered": delivered(self.units, parts, self.results["delivered"]),
             "static_notice": self.static_notice,
@@ -280,6 +302,21 @@ class _Calibration:
         part = next(s for s in gates["methods"][unit.name]["seeds"] if s["seed"] == unit.seed)
         full = deploy.load(self.folder.unit(unit.seed, unit.name) / "full")
         deploy.save(gated_network(full, Gate.from_part(part)), self.folder.path / "gated", metadata=job.metadata())
+
+
+def _calibration_images(settings: CalibrationSettings, data: ImageDataModule) -> str:
+    """ "select" or "spare"."""
+    spare = len(data.spare[1])
+    if settings.images == "spare" and spare < FEWEST:
+        raise UserError(f"too few spare images: the run left {spare} training images aside, {FEWEST} are needed")
+    if settings.images != "auto":
+        return settings.images
+    return "spare" if spare >= max(FEWEST, len(data.roles.parts["select"][1])) else "select"
+
+
+def _rows(data: ImageDataModule, images: str) -> torch.Tensor:
+    """The indices of the calibration images in their source."""
+    return data.spare[1][:SPARE_LIMIT] if images == "spare" else data.roles.parts["select"][1]
 
 
 _NO_FIT = {"converged": True, "bounded": None}

@@ -10,6 +10,8 @@ from ...report.files import UserError
 from ...termination import POLICIES
 
 FOLDS = 5
+SPARE_LIMIT = 20_000
+"""So many spare images are used."""
 TEMPERATURE_SHARE = 0.2
 TEST_SHARE = 0.5
 
@@ -27,6 +29,9 @@ class CalibrationSettings:
         judge: "ensemble" or "exit": what the policy judges; the answer is the ensemble's in either case.
         caution: so many standard errors are added to the cross-validated drop before it is held against the budget; 0:
             the plain estimate, which is missed as often as it is kept.
+        images: "select": choose on the run's images to select on. "spare": on the training images that it left aside
+            (``train_samples``), which had no part in anything: the network passes over them once. "auto": on the spare
+            ones where they are at least as many.
         seed: of the splits and the search.
     """
 
@@ -36,6 +41,7 @@ class CalibrationSettings:
     policy: str = "confidence"
     judge: str = "ensemble"
     caution: float = 1.0
+    images: str = "auto"
     seed: int = 0
 
     def checked(self) -> CalibrationSettings:
@@ -48,6 +54,8 @@ class CalibrationSettings:
             raise UserError(f"no such policy: {self.policy!r} (there are: {', '.join(POLICIES)})")
         if self.judge not in ("ensemble", "exit"):
             raise UserError(f"judge must be ensemble or exit, got {self.judge!r}")
+        if self.images not in ("auto", "select", "spare"):
+            raise UserError(f"images must be auto, select or spare, got {self.images!r}")
         if not math.isfinite(self.budget) or abs(self.budget) > 100:
             raise UserError(f"budget must be points within -100..100, got {self.budget}")
         if self.risk is not None and not 0 < self.risk < 1:

@@ -12,26 +12,30 @@ from ..splits import split_sha256
 from ..summary import spread
 from ..verdict import paired_verdict
 from .choice import subset_cache
+from .decide import data_rows
 from .figures import Gate
 from .settings import FOLDS, CalibrationSettings
 from .unit import Unit
 
 
 def data_roles(
-    rows: dict[str, Tensor], data: ImageDataModule, settings: CalibrationSettings, judged: int
+    calibration: Tensor, images: str, data: ImageDataModule, settings: CalibrationSettings, judged: int
 ) -> dict[str, Any]:
     """Which images were used for what, and what must be said of that.
 
     Args:
-        rows: of the images to select on, by what they were for.
+        calibration: indices of the calibration images in their source.
+        images: "select" or "spare": which images these are.
         data: the run's images.
         judged: how often calibrations of this run have looked at the test images.
     """
-    (_, select), (_, report) = data.roles.parts["select"], data.roles.parts["report"]
-    used = {name: {"samples": len(part), "sha256": split_sha256(select[part])} for name, part in rows.items()}
+    _, report = data.roles.parts["report"]
+    rows = data_rows(len(calibration), settings)
+    used = {name: {"samples": len(part), "sha256": split_sha256(calibration[part])} for name, part in rows.items()}
     count = {name: f"{len(part):,}" for name, part in rows.items()}
+    pool = {"select": "images to select on", "spare": "training images that the run left aside"}[images]
     notices = [
-        f"temperatures were fitted on {count['temperatures']} of the images to select on, the gated exits and "
+        f"temperatures were fitted on {count['temperatures']} of the {pool}, the gated exits and "
         f"their thresholds chosen on {count['thresholds']} others by {FOLDS}-fold cross-validation"
         + (
             f", with {settings.caution:g} standard error{'s' * (settings.caution != 1)} of the drop "
@@ -39,12 +43,18 @@ def data_roles(
             if settings.caution
             else ""
         ),
-        "epochs and pruned subsets were chosen on all images to select on before",
     ]
+    if images == "select":
+        notices.append("epochs and pruned subsets had been chosen on all images to select on before")
     if "test" in rows:
         notices.append(
-            f"the guarantee was tested on {count['test']} more; its premise, images that had no part in anything "
-            "before, holds but for the choice of epoch and pruned subset"
+            f"the guarantee was tested on {count['test']} more"
+            + (
+                "; its premise, images that had no part in anything before, holds but for the choice of epoch and "
+                "pruned subset"
+                if images == "select"
+                else ""
+            )
         )
     if judged > 1:
         notices.append(
@@ -52,7 +62,7 @@ def data_roles(
             "chosen knowing what others gave there make these figures optimistic"
         )
     report_identity = {"samples": len(report), "sha256": split_sha256(report)}
-    return {**used, "report": report_identity, "shared": False, "notices": notices, "judged": judged}
+    return {**used, "images": images, "report": report_identity, "shared": False, "notices": notices, "judged": judged}
 
 
 def delivered(units: list[Unit], parts: list[dict[str, Any]], wanted: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Unit:
         seed, name: which one; ``name`` is the family of exit weights.
         part: the content of its ``part.json``.
         baseline: that of the single-exit network of its seed.
-        select, report: exit logits and labels of all exits on the images to select and to report on.
+        select, report: exit logits and labels of all exits on the images to select (or to calibrate) and to report on.
         baseline_right: (N,) whether the single-exit network is right on the images to report on.
         digest: SHA-256 of the files that all of this was read from.
     """
@@ -74,6 +74,11 @@ class Unit:
             torch.from_numpy(read_arrays(wanted[3])["report_right_full"]),
             digest.hexdigest(),
         )
+
+    def calibrated_on(self, logits: Tensor, labels: Tensor) -> Unit:
+        """The same with other images instead of those to select on: exit logits (E, N, K) and labels (N,)."""
+        cache = ExitCache.from_logits(logits, labels, self.select.weights, role="calibration", copy=False)
+        return replace(self, select=cache)
 
     @property
     def macs(self) -> list[int]:
