@@ -1,4 +1,4 @@
-"""The command ``aep``: parses, calls, prints. ``aep run``, ``aep report``, ``aep info``."""
+"""The command ``aep``: parses, calls, prints. ``aep run``, ``calibrate``, ``bench``, ``report``, ``info``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ EPILOG = """examples:
   aep run --data photos/ --network torchvision/resnet18 --weights DEFAULT --image-size 224 --output runs/photos
   aep run --seeds 0,1,2 --exit-weights mixed,descending
   aep run --output runs/photos --resume               after a kill
+  aep run --terminate --budget 0.5                    and stop early where the answer is sure
 """
+CALIBRATE_EPILOG = """examples:
+  aep calibrate runs/photos                           at most half a point below the pruned ensemble
+  aep calibrate runs/photos --budget 1 --policy entropy
+  aep calibrate runs/photos --risk 0.01 --delta 0.1   with a guarantee: at most 1 point, with probability 0.9
+  aep calibrate runs/photos --static 0.5,0.75         and train smaller static networks as rivals
+"""
+_GATE_OPTIONS = ("budget", "risk", "delta", "policy", "judge", "caution", "images")
 
 
 def _list_of(kind: type) -> object:
@@ -24,6 +32,50 @@ def _list_of(kind: type) -> object:
 
     parse.__name__ = f"comma-separated {kind.__name__}s"
     return parse
+
+
+def _gate_options(group: argparse._ArgumentGroup, static: str) -> None:
+    """What a calibration is asked; of ``aep calibrate`` and ``aep run --terminate``."""
+    group.add_argument(
+        "--budget",
+        type=float,
+        metavar="POINTS",
+        help="top-1 that may be lost against the pruned ensemble (default: 0.5)",
+    )
+    group.add_argument(
+        "--risk",
+        type=float,
+        metavar="EPSILON",
+        help="instead: a guarantee that at most this fraction of the answers is lost, see --delta",
+    )
+    group.add_argument(
+        "--delta", type=float, metavar="P", help="the guarantee fails with at most this probability (default: 0.1)"
+    )
+    group.add_argument(
+        "--policy", metavar="NAME", help="confidence (default), entropy, margin, patience or vote: when to stop"
+    )
+    group.add_argument(
+        "--judge", metavar="WHAT", help="ensemble (default): of all exits so far, or exit: of the one at hand alone"
+    )
+    group.add_argument(
+        "--caution",
+        type=float,
+        metavar="N",
+        help="standard errors added to the cross-validated drop before it is held against the budget (default: 1)",
+    )
+    group.add_argument(
+        "--images",
+        metavar="WHICH",
+        help="what to choose on: select: the run's validation images; spare: training images that --train-samples "
+        "left aside; auto (default): spare where they are as many",
+    )
+    group.add_argument(
+        "--static",
+        type=_list_of(str),
+        metavar="LIST",
+        help="train smaller static networks as rivals: widths such as 0.5,0.75 of the run's network, names of "
+        f"networks, auto, or none (default: {static})",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -89,9 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="weight the classes in the training loss (default: where the data is unbalanced)",
     )
-    how.add_argument(
-        "--precision", metavar="NAME", help="32-true (default), 16-mixed or bf16-mixed"
-    )
+    how.add_argument("--precision", metavar="NAME", help="32-true (default), 16-mixed or bf16-mixed")
     how.add_argument(
         "--margin",
         type=float,
@@ -103,6 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     seeds.add_argument(
         "--seeds", type=_list_of(int), metavar="N,N,...", help="several seeds: means and spreads in the report"
     )
+    gate = run.add_argument_group("stopping early")
+    gate.add_argument(
+        "--terminate",
+        action="store_true",
+        default=False,
+        help="then calibrate gates: samples leave at the first exit that is sure enough (see aep calibrate)",
+    )
+    _gate_options(gate, "auto")
     where = run.add_argument_group("where")
     where.add_argument("--output", metavar="DIR", help="the run folder (default: a new one under runs/)")
     where.add_argument(
@@ -120,6 +178,47 @@ def _parser() -> argparse.ArgumentParser:
     )
     where.add_argument("--quiet", action="store_true", default=False, help="print nothing but the outcome")
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        parents=[debug],
+        argument_default=argparse.SUPPRESS,
+        epilog=CALIBRATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="add gates to a finished run: which exits, at which thresholds, and what that saves",
+        description="Choose the gated exits and their thresholds on the validation images, judge them on the test "
+        "images, write gates.json and gated/ into the run folder, and make its report again.",
+    )
+    calibrate.add_argument("folder", metavar="RUN", help="the folder of a finished run")
+    _gate_options(calibrate.add_argument_group("what"), "none")
+    where = calibrate.add_argument_group("where")
+    where.add_argument("--data", metavar="DATA", help="where the run's images lie now, if they moved")
+    where.add_argument("--data-root", metavar="DIR", help="the same for torchvision's data sets")
+    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1 (default: as the run)")
+    where.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as the run)")
+    where.add_argument("--quiet", action="store_true", default=False, help="print nothing but the outcome")
+
+    bench = commands.add_parser(
+        "bench",
+        parents=[debug],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="measure a calibrated run's gated network against the ungated one",
+        description="Latency and throughput of the gated network and of the same network ungated, taking turns on "
+        "identical test images, at several batch sizes.",
+    )
+    bench.add_argument("folder", metavar="RUN", help="the folder of a run that was calibrated")
+    bench.add_argument(
+        "--batches", type=_list_of(int), default=(1, 4, 16, 64, 256), metavar="N,N,...", help="batch sizes"
+    )
+    bench.add_argument(
+        "--backend",
+        default="eager",
+        choices=("auto", "eager", "openvino", "onnxruntime", "inductor"),
+        help="what runs the stages",
+    )
+    bench.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads")
+    bench.add_argument("--samples", type=int, default=512, metavar="N", help="test images")
+    bench.add_argument("--seconds", type=float, default=10.0, metavar="S", help="time for each batch size")
+
     report = commands.add_parser(
         "report", parents=[debug], help="make the report of a run folder again, from its results.json"
     )
@@ -136,15 +235,66 @@ def _run(options: argparse.Namespace) -> None:
     from .report import text_table
     from .training import run
 
-    given = {
-        name: value for name, value in vars(options).items() if name not in ("command", "debug", "resume", "quiet")
-    }
+    aside = ("command", "debug", "resume", "quiet", "terminate", "static", *_GATE_OPTIONS)
+    given = {name: value for name, value in vars(options).items() if name not in aside}
     if isinstance(given.get("seeds"), int):
         given["seeds"] = (given["seeds"],)
+    settings, static = _calibration(options, static=("auto",))
+    if not options.terminate and any(name in options for name in (*_GATE_OPTIONS, "static")):
+        from .report.files import UserError
+
+        raise UserError("--budget, --policy and the like go with --terminate")
     began = time.monotonic()
-    results = run(given, resume=options.resume, write=None if options.quiet else lambda line: print(line, flush=True))
+    write = None if options.quiet else lambda line: print(line, flush=True)
+    results = run(given, resume=options.resume, write=write)
+    tables = [text_table(results)]
+    if options.terminate:
+        from .training.gating import calibrate_run, gates_table
+
+        runtime = {name: given[name] for name in ("device", "threads") if name in given}
+        tables.append(gates_table(calibrate_run(results["output"], settings, static=static, write=write, **runtime)))
     report = os.path.join(results["output"], "report.html")
-    print(f"\n{text_table(results)}\n\nreport: {report} ({time.monotonic() - began:.0f} s)")
+    print("\n" + "\n\n".join([*tables, f"report: {report} ({time.monotonic() - began:.0f} s)"]))
+
+
+def _calibration(options: argparse.Namespace, static: tuple[str, ...] | None) -> tuple[object, tuple[str, ...] | None]:
+    """The settings of a calibration and its static rivals, checked before anything is trained."""
+    from .training.gating import CalibrationSettings
+
+    settings = CalibrationSettings(**{name: getattr(options, name) for name in _GATE_OPTIONS if name in options})
+    asked = getattr(options, "static", static)
+    return settings.checked(), None if asked in (("none",), ()) else asked
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from .training.gating import calibrate_run, gates_table
+
+    settings, static = _calibration(options, static=None)
+    given = {name: getattr(options, name) for name in ("data", "data_root", "device", "threads") if name in options}
+    began = time.monotonic()
+    gates = calibrate_run(
+        options.folder,
+        settings,
+        static=static,
+        write=None if options.quiet else lambda line: print(line, flush=True),
+        **given,
+    )
+    report = os.path.join(options.folder, "report.html")
+    print(f"\n{gates_table(gates)}\n\nreport: {report} ({time.monotonic() - began:.0f} s)")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from .bench import bench_run
+
+    bench_run(
+        options.folder,
+        batches=options.batches,
+        backend=options.backend,
+        threads=options.threads,
+        samples=options.samples,
+        seconds=options.seconds,
+        write=lambda line: print(line, flush=True),
+    )
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -172,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        {"run": _run, "report": _report, "info": _info}[options.command](options)
+        commands = {"run": _run, "calibrate": _calibrate, "bench": _bench, "report": _report, "info": _info}
+        commands[options.command](options)
         return 0
     except KeyboardInterrupt:
         print("aep: interrupted", file=sys.stderr)

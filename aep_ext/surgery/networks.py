@@ -28,10 +28,12 @@ __all__ = [
     "densenet169",
     "efficientnet_b5",
     "efficientnet_b5_full",
+    "known",
     "mobilenet_v3_small",
     "mobilenet_v3_small_full",
     "resnet50",
     "resnet_small",
+    "scalable",
     "vgg16",
     "vgg16_full",
 ]
@@ -331,10 +333,34 @@ _BUILDERS: dict[str, Callable[..., MultiExitNet]] = {
     )
 }
 
+_SCALABLE = ("resnet_small",)
+
 
 def available() -> list[str]:
     """Names that :func:`build` knows; it also takes "torchvision/<name>" and "timm/<name>"."""
     return sorted(_BUILDERS)
+
+
+def known(name: str) -> bool:
+    """Whether :func:`build` would look further than the name; networks of other libraries are looked up there."""
+    return name.partition("/")[0] in _LIBRARIES or name.partition("@")[0] in _BUILDERS
+
+
+def scalable(name: str) -> bool:
+    """Whether there are narrower networks of this kind, ``<name>@<width>``."""
+    return name in _SCALABLE
+
+
+def _scaled(name: str, num_classes: int, in_channels: int, weights: str | None) -> MultiExitNet:
+    """The network ``<base>@<width>``."""
+    base, _, text = name.partition("@")
+    if base not in _SCALABLE:
+        raise ValueError(f"build: only {', '.join(_SCALABLE)} can be scaled by @<width>, got {name!r}")
+    try:
+        width = float(text)
+    except ValueError as error:
+        raise ValueError(f"build: the width behind @ must be a number, got {name!r}") from error
+    return _BUILDERS[base](num_classes, in_channels=in_channels, weights=weights, width=width)
 
 
 def build(name: str, num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
@@ -342,7 +368,7 @@ def build(name: str, num_classes: int, in_channels: int = 3, weights: str | None
 
     Args:
         name: one of :func:`available`, or "torchvision/<name>" or "timm/<name>": any classifier of these libraries,
-            given exits by :func:`aep_ext.anticipate`.
+            given exits by :func:`aep_ext.anticipate`. "resnet_small@0.5" has half of the channels of "resnet_small".
         num_classes: K.
         in_channels: channels of the images; other than 3 the first convolution is new (timm adapts pretrained ones).
         weights: None, "DEFAULT", or a name of torchvision's weights or timm's pretrained tag. Pretrained values go into
@@ -367,6 +393,8 @@ def build(name: str, num_classes: int, in_channels: int = 3, weights: str | None
             "cuts": net.origin["cuts"],
         }
         return net
+    if "@" in name:
+        return _scaled(name, num_classes, in_channels, weights)
     if name not in _BUILDERS:
         raise ValueError(
             f"build: no network named {name!r}; there are: {', '.join(available())}, torchvision/<name>, timm/<name>"

@@ -131,7 +131,8 @@ class ImageDataModule(pl.LightningDataModule):
 
     ``train_dataloader`` and ``val_dataloader`` serve ``fit`` and ``select``. ``report_dataloader(model)`` hands out the
     test images once for every name of a model and refuses a second time; ``test_dataloader``, which Lightning calls,
-    counts as the model "test".
+    counts as the model "test". ``spare`` is a source and the int64 indices of the images that ``train_samples`` leaves
+    aside: nothing is learned or chosen on them.
 
     Raises:
         UserError: no such data, too few images for the three roles, or fewer classes asked for than the data has
@@ -152,7 +153,10 @@ class ImageDataModule(pl.LightningDataModule):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.roles = _limited(load_roles(spec, data_root), train_samples)
+        roles = load_roles(spec, data_root)
+        self.roles = _limited(roles, train_samples)
+        source, indices = roles.parts["fit"]
+        self.spare = source, indices[len(self.roles.parts["fit"][1]) :]
         self.spec, self.image_size, self.batch_size, self.seed, self.workers = (
             spec,
             image_size,
@@ -196,9 +200,10 @@ class ImageDataModule(pl.LightningDataModule):
         return (mean * repeat)[: self.channels], (std * repeat)[: self.channels]
 
     def dataset(self, role: str) -> ImageDataset:
-        """The images of a role (``fit``, ``select`` or ``report``), decoded at the first call."""
+        """The images of a role (``fit``, ``select`` or ``report``), or those that ``train_samples`` leaves aside
+        (``spare``), decoded at the first call."""
         if role not in self._datasets:
-            source, indices = self.roles.parts[role]
+            source, indices = self.spare if role == "spare" else self.roles.parts[role]
             self._datasets[role] = ImageDataset(
                 source, indices, size=self.image_size, channels=self.channels, mean=self.mean, std=self.std
             )

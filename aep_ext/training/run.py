@@ -52,16 +52,17 @@ def run(
     if resume and folder.results.is_file():
         results = read_json(folder.results)
     else:
-        job = _Job(config, folder, write)
+        job = Job(config, folder, write)
         begin(config, folder)
-        with _threads(job.threads):
+        with using_threads(job.threads):
             results = job.run()
     write_report(folder.path)
     return {**results, "output": str(folder.path)}
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def using_threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads inside the block; None: as it is."""
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)
@@ -87,21 +88,28 @@ def build_network(config: RunConfig, num_classes: int, channels: int) -> MultiEx
         ) from error
 
 
-class _Job:
+class Job:
     """One run, resolved: everything that its parts share."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, write: Callable[[str], None] | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        write: Callable[[str], None] | None,
+        *,
+        data: ImageDataModule | None = None,
+    ) -> None:
         self.config, self.folder, self.write = config, folder, write
         self.recipe = config.training()
         self.device = torch_device(config.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"no such device: {config.device} (this torch sees no GPU)")
-        if "/" not in config.network and config.network not in networks.available():  # told before the data is read
+        if not networks.known(config.network):  # told before the data is read
             raise UserError(
                 f"no such network: {config.network!r} (there are: {', '.join(networks.available())}, "
                 "torchvision/<name>, timm/<name>)"
             )
-        self.data = ImageDataModule(
+        self.data = data or ImageDataModule(
             config.data,
             image_size=self.recipe.image_size,
             batch_size=self.recipe.batch_size,

@@ -112,6 +112,65 @@ def test_a_folder_that_holds_another_run(capsys: pytest.CaptureFixture[str], tmp
     assert "is not empty and holds no run" in one_line(capsys)
 
 
+def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightning", reason="aep run needs lightning")
+    monkeypatch.chdir(tmp_path)
+    gate = ["--budget", "20", "--caution", "0", "--static", "none"]
+    assert cli.main(["run", *QUICK, "--quiet", "--output", "r", "--terminate", *gate, "--images", "select"]) == 0
+    out = capsys.readouterr().out
+    assert "MIX, pruned" in out and "mean multiply-adds" in out and "report: r/report.html" in out
+    gates = json.loads((tmp_path / "r" / "gates.json").read_text())
+    assert gates["settings"]["budget"] == {"kind": "accuracy", "points": 20.0} and gates["static"] == []
+    # Finished: nothing is done again.
+    assert cli.main(["run", "--output", "r", "--resume", "--terminate", *gate, "--images", "select"]) == 0
+    assert json.loads((tmp_path / "r" / "gates.json").read_text()) == gates
+    capsys.readouterr()
+    assert cli.main(["calibrate", "r", "--budget", "30", "--policy", "margin", "--judge", "exit", "--quiet"]) == 0
+    assert "looked at 2 times" in capsys.readouterr().out
+    gates = json.loads((tmp_path / "r" / "gates.json").read_text())
+    assert gates["settings"]["policy"] == "margin" and gates["settings"]["judge"] == "exit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "nowhere"], "no such run: nowhere holds none"),
+        (["calibrate", "nowhere", "--policy", "luck"], "no such policy: 'luck'"),
+        (["run", "--budget", "1"], "go with --terminate"),
+        (["run", "--terminate", "--risk", "2"], "risk must be a fraction"),
+    ],
+)
+def test_errors_of_calibrate(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("lightning", reason="aep run needs lightning")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    assert message in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import types
+
+    seen: list[Any] = []
+    module = types.ModuleType("aep_ext.bench")
+    module.bench_run = lambda folder, **options: seen.append((folder, options)) or {}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "aep_ext.bench", module)
+    assert cli.main(["bench", "r"]) == 0
+    assert (
+        cli.main(["bench", "r", "--batches", "1,2", "--backend", "openvino", "--threads", "2", "--seconds", "1"]) == 0
+    )
+    (folder, first), (_, second) = seen
+    assert folder == "r" and callable(first.pop("write"))
+    assert first == {"batches": (1, 4, 16, 64, 256), "backend": "eager", "threads": 1, "samples": 512, "seconds": 10.0}
+    assert second["batches"] == (1, 2) and second["backend"] == "openvino" and second["seconds"] == 1.0
+
+
 def test_report_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "holds no results" in one_line(capsys)
