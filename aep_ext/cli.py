@@ -23,7 +23,7 @@ CALIBRATE_EPILOG = """examples:
   aep calibrate runs/photos --risk 0.01 --delta 0.1   with a guarantee: at most 1 point, with probability 0.9
   aep calibrate runs/photos --static 0.5,0.75         and train smaller static networks as rivals
 """
-_GATE_OPTIONS = ("budget", "risk", "delta", "policy", "judge", "caution", "images")
+_GATE_OPTIONS = ("budget", "risk", "delta", "policy", "judge", "caution", "output_weights", "images")
 
 
 def _list_of(kind: type) -> object:
@@ -62,6 +62,11 @@ def _gate_options(group: argparse._ArgumentGroup, static: str) -> None:
         type=float,
         metavar="N",
         help="standard errors added to the cross-validated drop before it is held against the budget (default: 1)",
+    )
+    group.add_argument(
+        "--output-weights",
+        metavar="WHICH",
+        help="of the gated exits: fitted (default) to the answers given at every exit, or run: as trained and pruned",
     )
     group.add_argument(
         "--images",

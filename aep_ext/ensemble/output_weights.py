@@ -61,8 +61,7 @@ def _check(exit_logits: Tensor, target: Tensor) -> None:
         raise ValueError(f"fit_output_weights: target must be int64 of shape [{samples}], got {found}")
     if samples and not 0 <= int(target.min()) <= int(target.max()) < classes:
         raise ValueError(
-            f"fit_output_weights: target must be within 0..{classes - 1}, "
-            f"got {int(target.min())}..{int(target.max())}"
+            f"fit_output_weights: target must be within 0..{classes - 1}, got {int(target.min())}..{int(target.max())}"
         )
 
 
@@ -83,8 +82,13 @@ def fit_output_weights(exit_logits: Tensor, target: Tensor, *, max_iterations: i
         ValueError: a shape, a dtype or a label breaks these rules, or no sample has finite logits only.
     """
     _check(exit_logits, target)
+    with torch.inference_mode(False):  # what is made in inference mode takes no gradient
+        return _fit(exit_logits.detach(), target, max_iterations)
+
+
+def _fit(exit_logits: Tensor, target: Tensor, max_iterations: int) -> OutputWeightsFit:
     usable = exit_logits.isfinite().all(dim=2).all(dim=0)
-    logits, labels = exit_logits.detach()[:, usable], target[usable].to(exit_logits.device)
+    logits, labels = exit_logits[:, usable], target[usable].to(exit_logits.device)
     used = len(labels)
     if used == 0:
         raise ValueError(f"fit_output_weights: a sample must have finite logits, got none among {len(target)}")
@@ -126,8 +130,7 @@ def fit_output_weights(exit_logits: Tensor, target: Tensor, *, max_iterations: i
         with torch.enable_grad():
             return evaluate(backward=True).sum()
 
-    with torch.inference_mode(False):
-        optimizer.step(closure)
+    optimizer.step(closure)
     evaluations = int(optimizer.state[free]["func_evals"])
     with torch.no_grad():
         nll = evaluate(backward=False)

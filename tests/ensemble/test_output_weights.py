@@ -46,8 +46,11 @@ def test_likelihoods_are_those_of_the_weights_and_temperatures_and_better_than_t
     logits, target = _noisy_exits([1.5, 0.9, 0.8, 0.7])
     fit = fit_output_weights(logits.float(), target)
     weights, temperatures = (torch.tensor(v, dtype=torch.float64) for v in (fit.weights, fit.temperatures))
-    assert torch.allclose(_nll(weights, temperatures, logits.float().double(), target),
-                          torch.tensor(fit.nll, dtype=torch.float64), rtol=1e-9)
+    assert torch.allclose(
+        _nll(weights, temperatures, logits.float().double(), target),
+        torch.tensor(fit.nll, dtype=torch.float64),
+        rtol=1e-9,
+    )
     for family in ("uniform", "ascending", "descending"):
         other = ExitWeights.named(family, 4).output_tensor(dtype=torch.float64)
         scales = torch.linspace(0.05, 3, 60, dtype=torch.float64)

@@ -9,6 +9,7 @@ from synthetic_exits import logits_and_labels
 
 pytest.importorskip("lightning", reason="the training needs lightning")
 
+from aep_ext.ensemble import fit_output_weights
 from aep_ext.pruning import mask_of_exits
 from aep_ext.termination import ExitCache, as_policy, simulate
 from aep_ext.training.gating.choice import (
@@ -19,6 +20,7 @@ from aep_ext.training.gating.choice import (
     choose,
     costs_of,
     cross_validate,
+    output_weights,
     subset_cache,
 )
 from aep_ext.training.gating.guarantee import guaranteed
@@ -42,10 +44,10 @@ def caches(samples: int, seed: int = 0, exits: int = 3) -> tuple[ExitCache, Exit
     return cache.select(torch.arange(cut)), rest, rest.logits[-1].argmax(1) == rest.target
 
 
-def chosen(samples: int = 1000, seed: int = 0, **options: float) -> Choice:
+def chosen(samples: int = 1000, seed: int = 0, **options: float | str) -> Choice:
     first, rest, right = caches(samples, seed)
     macs = macs_of(3)
-    values = {"budget": 3.0, "caution": 1.0, "seed": 0, **options}
+    values = {"budget": 3.0, "caution": 1.0, "seed": 0, "weights": "run", **options}
     return choose(first, rest, right, macs, RULE, limit=macs[mask_of_exits([2]) - 1], **values)
 
 
@@ -122,7 +124,16 @@ def test_plain_search_is_optimistic_and_the_choice_is_not() -> None:
         first, rest = cache.select(torch.arange(400)), cache.select(torch.arange(400, 2000))
         right = rest.logits[-1].argmax(1) == rest.target
         choice = choose(
-            first, rest, right, macs, RULE, budget=2.0, limit=macs[mask_of_exits([2]) - 1], caution=1.0, seed=0
+            first,
+            rest,
+            right,
+            macs,
+            RULE,
+            budget=2.0,
+            limit=macs[mask_of_exits([2]) - 1],
+            caution=1.0,
+            weights="run",
+            seed=0,
         )
         assert choice.chosen.keeps
         exits = choice.chosen.exits
@@ -146,7 +157,17 @@ def test_many_subsets_are_screened(monkeypatch: pytest.MonkeyPatch) -> None:
     first, rest, right = caches(400)
     macs = macs_of(3)
     choice = choose(
-        first, rest, right, macs, RULE, budget=2.0, limit=macs[3], caution=0.0, seed=0, progress=lines.append
+        first,
+        rest,
+        right,
+        macs,
+        RULE,
+        budget=2.0,
+        limit=macs[3],
+        caution=0.0,
+        weights="run",
+        seed=0,
+        progress=lines.append,
     )
     assert len(choice.candidates) == 2 and lines == ["4 subsets: the 2 most promising are cross-validated"]
 
@@ -157,7 +178,9 @@ def test_every_policy(policy: str) -> None:
     macs = macs_of(3)
     for judge in ("ensemble", "exit"):
         rule = as_policy(policy, judge)
-        choice = choose(first, rest, right, macs, rule, budget=3.0, limit=macs[3], caution=0.0, seed=0)
+        choice = choose(
+            first, rest, right, macs, rule, budget=3.0, limit=macs[3], caution=0.0, weights="fitted", seed=0
+        )
         assert choice.curve.policy == rule and choice.chosen.cost > 0
 
 
@@ -165,14 +188,32 @@ def test_guarantee_takes_the_cheapest_step_that_holds_on_images_of_its_own() -> 
     choice = chosen(2000, budget=5.0)
     _, other, right = caches(3000, seed=1)
     exits = choice.chosen.exits
-    cache, costs = subset_cache(other, exits), costs_of(exits, macs_of(3))
+    cache, costs = subset_cache(other, exits, choice.chosen.weights), costs_of(exits, macs_of(3))
     test = guaranteed(choice.curve, cache, right, costs, 0.05, 0.1)
     assert test.step is not None and test.drop <= 5.0 and test.accepted >= 1 and "probability 0.9" in test.text
     none = guaranteed(choice.curve, cache, torch.ones_like(right), costs, 0.001, 0.1)
     assert none.step is None and none.accepted == 0 and "no step of the path" in none.text
 
 
-def test_subset_keeps_the_output_weights() -> None:
-    _, rest, _ = caches(100)
-    assert subset_cache(rest, (0, 2)).weights.tolist() == [1.0, 3.0]
-    assert torch.equal(subset_cache(rest, (0, 2)).logits, rest.logits[[0, 2]])
+def test_weights_of_a_subset_are_the_run_s_or_fitted() -> None:
+    first, rest, _ = caches(1000)
+    assert output_weights(rest, (0, 2), "run").tolist() == [1.0, 3.0]
+    fitted = output_weights(first, (0, 2), "fitted")
+    assert fitted.tolist() == pytest.approx(fit_output_weights(first.logits[[0, 2]], first.target).weights)
+    part = subset_cache(rest, (0, 2), fitted)
+    assert torch.equal(part.logits, rest.logits[[0, 2]]) and torch.equal(part.weights.float(), fitted)
+
+
+def test_fitted_weights_do_not_let_weak_exits_cost_accuracy() -> None:
+    """A run's weights give the early exits a share by their place; where these are poor, all of the answers suffer."""
+    logits, target = logits_and_labels(3, 3000, 5, 3)
+    logits[0] = torch.randn(logits[0].shape, generator=torch.Generator().manual_seed(0)) * logits[2].std() * 3
+    cache = ExitCache.from_logits(logits, target, torch.ones(3), role="calibration")
+    first, rest = cache.select(torch.arange(600)), cache.select(torch.arange(600, 3000))
+    right = rest.logits[-1].argmax(1) == rest.target
+    correct = {}
+    for kind in ("run", "fitted"):
+        part = subset_cache(rest, (0, 1, 2), output_weights(first, (0, 1, 2), kind))
+        answers = torch.einsum("e,enk->nk", part.weights.double(), part.logits.double()).argmax(1)
+        correct[kind] = int((answers == part.target).sum())
+    assert correct["fitted"] >= int(right.sum()) - 12 > correct["run"] + 50

@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...ensemble import fit_output_weights
 from ...pruning import mask_of_exits
 from ...termination import ExitCache, Policy, ThresholdCurve, ThresholdSearch, fit_temperatures
 from ...termination.table import GateTable
@@ -49,6 +50,7 @@ class Candidate:
 
     Attributes:
         exits: original numbers.
+        weights: their output weights.
         target: the tightened budget in points: what the search may lose on the images it sees.
         drop: points lost on unseen images, against the pruned ensemble.
         error: standard error of the drop, in points.
@@ -57,6 +59,7 @@ class Candidate:
     """
 
     exits: tuple[int, ...]
+    weights: tuple[float, ...]
     target: float
     drop: float
     error: float
@@ -67,6 +70,7 @@ class Candidate:
         """As plain values for JSON."""
         return {
             "exits": list(self.exits),
+            "output_weights": list(self.weights),
             "target_points": self.target,
             "drop_points": self.drop,
             "standard_error": self.error,
@@ -115,12 +119,23 @@ def candidate_subsets(exits: int, macs: Sequence[int], limit: float) -> list[tup
     return [subset for subset in found if macs[(1 << subset[0]) - 1] < limit]
 
 
-def subset_cache(cache: ExitCache, exits: Sequence[int]) -> ExitCache:
-    """The cache of some exits, with the output weights they have."""
+def subset_cache(cache: ExitCache, exits: Sequence[int], weights: Sequence[float] | Tensor) -> ExitCache:
+    """The cache of some exits with these output weights."""
     rows = list(exits)
-    return ExitCache.from_logits(
-        cache.logits[rows], cache.target, cache.weights[rows], role=cache.role, exit_ids=rows, copy=False
-    )
+    return ExitCache.from_logits(cache.logits[rows], cache.target, weights, role=cache.role, exit_ids=rows, copy=False)
+
+
+def output_weights(cache: ExitCache, exits: Sequence[int], kind: str) -> Tensor:
+    """Output weights of some exits, float32: "run", as the network has them, or "fitted" on the samples of ``cache``.
+
+    The run's weights follow the position of an exit alone. Where an early exit is much weaker than the next, its share
+    costs the prefix ensembles accuracy; fitted ones give it no more than it is worth, so no prefix ensemble is worse
+    than its last exit but by chance.
+    """
+    rows = list(exits)
+    if kind == "run":
+        return cache.weights[rows].float()
+    return torch.tensor(fit_output_weights(cache.logits[rows], cache.target).weights, dtype=torch.float32)
 
 
 def _search(cache: ExitCache, rule: Policy, costs: Sequence[float], scales: Tensor, seed: int) -> ThresholdCurve:
@@ -190,13 +205,14 @@ def choose(
     budget: float,
     limit: float,
     caution: float,
+    weights: str,
     seed: int,
     progress: Callable[[str], None] | None = None,
 ) -> Choice:
     """The cheapest gate that keeps the floor; see the module.
 
     Args:
-        temperature_part: all exits' logits of the samples on which temperatures are fitted.
+        temperature_part: all exits' logits of the samples on which temperatures and output weights are fitted.
         cache: the same of the N samples on which subset and thresholds are chosen; no sample is in both.
         reference: (N,) bool, whether the pruned ensemble is right.
         macs: of every subset; entry m-1 is the one of mask m.
@@ -204,6 +220,7 @@ def choose(
         budget: points that may be lost against the pruned ensemble.
         limit: multiply-adds of the pruned ensemble.
         caution: standard errors added to the cross-validated drop.
+        weights: "run" or "fitted", see :func:`output_weights`.
         seed: of folds and search.
         progress: takes a line now and then.
 
@@ -218,13 +235,15 @@ def choose(
     if not subsets:
         raise ValueError(f"choose: a subset must begin at less than {limit:g} multiply-adds, got none")
     right = reference.numpy()
-    fits = {s: fit_temperatures(subset_cache(temperature_part, s), on=rule.on) for s in subsets}
+    mixtures = {s: output_weights(temperature_part, s, weights) for s in subsets}
+    fits = {s: fit_temperatures(subset_cache(temperature_part, s, mixtures[s]), on=rule.on) for s in subsets}
     scales = {s: torch.tensor([fit.temperature for fit in fits[s]], dtype=torch.float32) for s in subsets}
     curves: dict[tuple[int, ...], ThresholdCurve] = {}
 
     def curve_of(subset: tuple[int, ...]) -> ThresholdCurve:
         if subset not in curves:
-            curves[subset] = _search(subset_cache(cache, subset), rule, costs_of(subset, macs), scales[subset], seed)
+            part = subset_cache(cache, subset, mixtures[subset])
+            curves[subset] = _search(part, rule, costs_of(subset, macs), scales[subset], seed)
         return curves[subset]
 
     if len(subsets) > CROSS_VALIDATED:
@@ -242,7 +261,13 @@ def choose(
     found = []
     for subset in subsets:
         drop, error, cost = cross_validate(
-            subset_cache(cache, subset), right, rule, costs_of(subset, macs), scales[subset], targets, seed
+            subset_cache(cache, subset, mixtures[subset]),
+            right,
+            rule,
+            costs_of(subset, macs),
+            scales[subset],
+            targets,
+            seed,
         )
         excess = drop + caution * error - budget
         keeps = (excess <= 1e-9) & (cost < limit)
@@ -253,6 +278,7 @@ def choose(
         found.append(
             Candidate(
                 subset,
+                tuple(mixtures[subset].tolist()),
                 float(targets[best]),
                 float(drop[best]),
                 float(error[best]),

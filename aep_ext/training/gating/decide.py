@@ -61,7 +61,8 @@ def decide(
     rule = as_policy(settings.policy, settings.judge)
     ids = unit.pruned_exits
     off = torch.zeros(len(ids) - 1)
-    pruned = Gate(tuple(ids), rule, off, off.bool(), torch.ones(len(ids)), costs_of(ids, unit.macs))
+    own = unit.select.weights[ids].float()
+    pruned = Gate(tuple(ids), own, rule, off, off.bool(), torch.ones(len(ids)), costs_of(ids, unit.macs))
     if not candidate_subsets(unit.select.num_exits, unit.macs, unit.pruned_macs):
         return Decision(False, pruned, None, "no other exit costs less than the pruned ensemble, which stays")
     reference = unit.right("select", ids)
@@ -74,6 +75,7 @@ def decide(
         budget=settings.points,
         limit=unit.pruned_macs,
         caution=settings.caution,
+        weights=settings.output_weights,
         seed=settings.seed,
         progress=progress,
     )
@@ -81,10 +83,11 @@ def decide(
     costs = costs_of(best.exits, unit.macs)
 
     def gate_at(point: int) -> Gate:
-        return Gate(best.exits, rule, curve.thresholds[point], curve.enabled[point], curve.temperatures, costs)
+        thresholds, enabled = curve.thresholds[point], curve.enabled[point]
+        return Gate(best.exits, torch.tensor(best.weights), rule, thresholds, enabled, curve.temperatures, costs)
 
     if settings.risk is not None:
-        cache = subset_cache(unit.select.select(rows["test"]), best.exits)
+        cache = subset_cache(unit.select.select(rows["test"]), best.exits, best.weights)
         test = guaranteed(curve, cache, reference[rows["test"]], costs, settings.risk, settings.delta)
         if test.step is None:
             return Decision(False, pruned, choice, f"{test.text}; it stays")

@@ -28,6 +28,7 @@ class Gate:
 
     Attributes:
         exits: original numbers of the exits that are gated.
+        weights: (E,) float32, their output weights.
         policy: what decides.
         thresholds, enabled: (E-1,) float32 and bool.
         temperatures: (E,) float32.
@@ -35,6 +36,7 @@ class Gate:
     """
 
     exits: tuple[int, ...]
+    weights: Tensor
     policy: Policy
     thresholds: Tensor
     enabled: Tensor
@@ -46,6 +48,7 @@ class Gate:
         """The gate of an entry of ``gates.json``."""
         return cls(
             tuple(part["exits"]),
+            torch.tensor(part["output_weights"], dtype=torch.float32),
             as_policy(part["policy"]["name"], part["policy"]["on"]),
             torch.tensor(part["thresholds"], dtype=torch.float32),
             torch.tensor(part["enabled"], dtype=torch.bool),
@@ -69,7 +72,7 @@ class Gate:
 
 def select_figures(gate: Gate, unit: Unit, rows: Tensor) -> dict[str, Any]:
     """Right answers on the images on which the gate was chosen: optimistic."""
-    outcome = gate.simulate(subset_cache(unit.select.select(rows), gate.exits))
+    outcome = gate.simulate(subset_cache(unit.select.select(rows), gate.exits, gate.weights))
     return {
         "n": len(rows),
         "gated_correct": int(outcome.correct.sum()),

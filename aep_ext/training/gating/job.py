@@ -59,13 +59,13 @@ def calibrate_run(
 ) -> dict[str, Any]:
     """Choose the gate of every network of a finished run, judge it on the test images, and deliver one.
 
-    Temperatures are fitted on a fifth of the calibration images, the gated exits chosen together with their thresholds
-    on the rest (:mod:`.choice`), or with ``settings.risk`` along a path that is then tested on images of its own
-    (:mod:`.guarantee`). Calibration images are the run's images to select on, whose exit logits it stored; on them the
-    network's epoch (by the accuracy of all exits together) and the pruned subset were chosen before, which leans the
-    comparison a little either way. Where ``train_samples`` left enough training images aside, these are taken instead
-    (``settings.images``): nothing was learned or chosen on them. The test images are needed to hold the live network
-    against the simulator, and for examples.
+    Output weights and temperatures are fitted on a fifth of the calibration images, the gated exits chosen together
+    with their thresholds on the rest (:mod:`.choice`), or with ``settings.risk`` along a path that is then tested on
+    images of its own (:mod:`.guarantee`). Calibration images are the run's images to select on, whose exit logits it
+    stored; on them the network's epoch (by the accuracy of all exits together) and the pruned subset were chosen
+    before, which leans the comparison a little either way. Where ``train_samples`` left enough training images aside,
+    these are taken instead (``settings.images``): nothing was learned or chosen on them. The test images are needed to
+    hold the live network against the simulator, and for examples.
 
     Writes ``gates.json``, ``gates_examples.npz``, ``gated/`` (for ``deploy.load``) and the report. After a kill the
     same call goes on where it was; ``seed-S/METHOD/gates.json`` holds what is finished. The same call again makes the
@@ -218,7 +218,7 @@ class _Calibration:
         title = f"seed {unit.seed} / {unit.name}"
         found = decide(unit, rows, self.settings, None if job.write is None else lambda s: job.say(f"{title}: {s}"))
         gate, choice = found.gate, found.choice
-        cache = subset_cache(unit.report, gate.exits)
+        cache = subset_cache(unit.report, gate.exits, gate.weights)
         outcome = gate.simulate(cache)
         network = gated_network(deploy.load(self.folder.unit(unit.seed, unit.name) / "full"), gate)
         lived = agreement(
@@ -246,7 +246,7 @@ class _Calibration:
             "thresholds": gate.thresholds.tolist(),
             "temperatures": gate.temperatures.tolist(),
             "enabled": gate.enabled.tolist(),
-            "output_weights": unit.select.weights[list(gate.exits)].tolist(),
+            "output_weights": gate.weights.tolist(),
             "costs": gate.costs,
             "pruned_exits": unit.pruned_exits,
             "choice": None if choice is None else _choice(choice),
@@ -327,5 +327,5 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _curve(choice: Choice, unit: Unit) -> list[dict[str, float]]:
-    exits = choice.chosen.exits
-    return curve_figures(choice.curve, subset_cache(unit.report, exits), costs_of(exits, unit.macs))
+    exits, weights = choice.chosen.exits, choice.chosen.weights
+    return curve_figures(choice.curve, subset_cache(unit.report, exits, weights), costs_of(exits, unit.macs))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ensemble import ExitWeights
 from ...pruning import prune
 from ...surgery.multi_exit import MultiExitNet
 from ...termination import ExitCache, GatedNet, GatedOutput, Simulation
@@ -20,7 +21,9 @@ SINGLES = 256
 
 def gated_network(full: MultiExitNet, gate: Gate) -> GatedNet:
     """The network of the gate's exits behind the gate, in eval mode; ``full`` is left as it is."""
-    return GatedNet(prune(full, gate.exits), gate.policy, gate.thresholds, gate.temperatures, gate.enabled).eval()
+    net = prune(full, gate.exits)
+    net.set_exit_weights(ExitWeights(net.loss_weights, gate.weights))
+    return GatedNet(net, gate.policy, gate.thresholds, gate.temperatures, gate.enabled).eval()
 
 
 def _compared(live: GatedOutput, outcome: Simulation, near: Tensor) -> dict[str, Any]:

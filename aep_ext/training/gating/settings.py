@@ -29,6 +29,8 @@ class CalibrationSettings:
         judge: "ensemble" or "exit": what the policy judges; the answer is the ensemble's in either case.
         caution: so many standard errors are added to the cross-validated drop before it is held against the budget; 0:
             the plain estimate, which is missed as often as it is kept.
+        output_weights: "fitted": those of the gated exits are fitted with the temperatures
+            (:func:`aep_ext.ensemble.fit_output_weights`); "run": as the network was trained and pruned with.
         images: "select": choose on the run's images to select on. "spare": on the training images that it left aside
             (``train_samples``), which had no part in anything: the network passes over them once. "auto": on the spare
             ones where they are at least as many.
@@ -41,6 +43,7 @@ class CalibrationSettings:
     policy: str = "confidence"
     judge: str = "ensemble"
     caution: float = 1.0
+    output_weights: str = "fitted"
     images: str = "auto"
     seed: int = 0
 
@@ -54,6 +57,8 @@ class CalibrationSettings:
             raise UserError(f"no such policy: {self.policy!r} (there are: {', '.join(POLICIES)})")
         if self.judge not in ("ensemble", "exit"):
             raise UserError(f"judge must be ensemble or exit, got {self.judge!r}")
+        if self.output_weights not in ("fitted", "run"):
+            raise UserError(f"output_weights must be fitted or run, got {self.output_weights!r}")
         if self.images not in ("auto", "select", "spare"):
             raise UserError(f"images must be auto, select or spare, got {self.images!r}")
         if not math.isfinite(self.budget) or abs(self.budget) > 100:
