@@ -4,8 +4,8 @@
 
 The networks are not trained: what is timed depends on how many leave, and that the thresholds settle. "Ungated" is
 the same network with all of its heads and the ensemble, on the same backend. Names that end in ``_prepared`` are
-networks on the fastest backend of ``deploy.prepare``; where nobody leaves they are gated in two ways, by a GatedNet over
-the prepared network and by its own method ``gated``.
+networks on the fastest backend of ``deploy.prepare``; where nobody leaves they are gated in two ways, by a GatedNet
+over the prepared network and by its own method ``gated``.
 
 ``overhead_percent`` is the time of the gated network beyond the ungated one's, the median over rounds in which both
 took their turn; ``overhead_interval`` the notch around it, 1.57 * (quartile range) / sqrt(rounds) to each side, which

@@ -177,7 +177,9 @@ def _one(
             running, taken = result.running, result.indices
             if not policy.built_in:
                 taken = torch.full_like(taken, e)
-            return GatedOutput(running if running.dtype == dtype else running.to(dtype), taken, result.stats.select(1, 0))
+            return GatedOutput(
+                running if running.dtype == dtype else running.to(dtype), taken, result.stats.select(1, 0)
+            )
         running, state = result.running, result.state
     raise AssertionError("the last exit answers")
 
