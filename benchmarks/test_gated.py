@@ -93,7 +93,8 @@ def _overhead(info: dict[str, Any], net: MultiExitNet | PreparedNet, goal: float
     ratio = info["paired_ratio_ungated"]
     notch = 1.57 * info["iqr_ungated"] / math.sqrt(info["rounds"])
     info["overhead_percent"] = 100 * (1 / ratio - 1)
-    info["overhead_interval"] = [100 * (1 / (ratio + notch) - 1), 100 * (1 / max(ratio - notch, 1e-9) - 1)]
+    upper = 100 * (1 / (ratio - notch) - 1) if ratio > notch else None  # None: the rounds say nothing
+    info["overhead_interval"] = [100 * (1 / (ratio + notch) - 1), upper]
     if goal is not None:
         info["goal_percent"] = goal
         info["goal_met"] = bool(info["overhead_percent"] <= goal)
