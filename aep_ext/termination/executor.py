@@ -7,11 +7,13 @@ simulator makes them. The features are no part of that step: they follow it only
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..ops import GateResult
 from .policies import Confidence, Entropy, Margin, Policy
 from .settings import GateSettings
@@ -87,28 +89,54 @@ def survivors(result: GateResult, stay: int) -> Rows:
     return Rows(result.running[:stay], result.indices[:stay], result.state[:stay])
 
 
+class Stop(NamedTuple):
+    """One exit on the way of a single sample."""
+
+    gate: Callable[..., GateResult] | None
+    """The gate with all numbers but the sum of the weights; None where it only adds to the running ensemble."""
+    weight_sum: float
+    weight: float
+    live: bool
+    mark: Tensor
+    """(1,) int64: the exit's number where only the gate sees it, else the sample's, 0."""
+
+
 class First(NamedTuple):
     """What the walk of one sample starts from: made once for each form of logits, never written on."""
 
     policy: Policy
-    rows: Rows
+    settings: GateSettings
+    running: Tensor
+    state: Tensor
     nothing: Tensor
     """(1, 0): its features, for the gate."""
-    marks: tuple[Tensor, ...]
-    """For each exit (1,) int64: the exit's number where only the gate sees it, else the sample's, 0."""
+    stops: tuple[Stop, ...]
 
 
-def first_of(policy: Policy, logits: Tensor, exits: int) -> First:
+def first_of(policy: Policy, settings: GateSettings, logits: Tensor) -> First:
     """For one sample's logits (1, K).
 
     A gate hands on the sample's number whatever it is, so a built-in policy is given the exit's in its place: the
     ``exit`` of the answer is then there already. A user's own rule may look at it and is given the sample's.
     """
-    marks = tuple(
-        torch.full((1,), e if policy.built_in else 0, dtype=torch.int64, device=logits.device) for e in range(exits)
-    )
-    rows = start(policy, logits, marks[0])
-    return First(policy, rows, rows.running.new_empty((1, 0)), marks)
+    last, stops = len(settings.live) - 1, []
+    for e, live in enumerate(settings.live):
+        numbers = {
+            "weight": settings.weights[e],
+            "threshold": settings.thresholds[e],
+            "temperature": settings.temperatures[e],
+            "enabled": live,
+        }
+        if only_adds(policy) and not live and e < last:
+            gate = None
+        elif type(policy).gate is Policy.gate:  # what that does, without the way there
+            gate = partial(ops.gate, policy=policy.name, on=policy.on, **numbers)
+        else:
+            gate = partial(policy.gate, exit_index=e, **numbers)
+        mark = torch.full((1,), e if policy.built_in else 0, dtype=torch.int64, device=logits.device)
+        rows = start(policy, logits, mark)
+        stops.append(Stop(gate, settings.sums[rows.running.dtype][e], settings.weights[e], live, mark))
+    return First(policy, settings, rows.running, rows.state, rows.running.new_empty((1, 0)), tuple(stops))
 
 
 def answer(
@@ -131,26 +159,28 @@ def _one(
     run: Run, policy: Policy, settings: GateSettings, features: Any, logits: Tensor, known: dict[Any, First]
 ) -> GatedOutput:
     """One sample: no rows to sort, so nothing is gathered or scattered."""
-    last, adds, dtype = len(settings.live) - 1, only_adds(policy), logits.dtype
+    dtype = logits.dtype
     key = (logits.shape[1], dtype, logits.device, logits.is_inference())
     first = known.get(key)
-    if first is None or (first.policy is not policy and first.policy != policy):
-        first = known[key] = first_of(policy, logits, last + 1)
-    _, rows, nothing, marks = first
-    for e in range(last + 1):
+    if first is None or first.settings is not settings or first.policy is not policy:
+        first = known[key] = first_of(policy, settings, logits)
+    _, _, running, state, nothing, stops = first
+    last = len(stops) - 1
+    for e, (gate, weight_sum, weight, live, mark) in enumerate(stops):
         if e:
             features, logits = run(e, features)
-        live = settings.live[e]
-        if adds and not live and e < last:
-            rows = add(settings, e, Rows(rows.running, marks[e + 1], rows.state), logits)
+        if gate is None:
+            running = running + logits.to(running.dtype) * weight
             continue
-        result = step(policy, settings, e, rows, logits, nothing)
+        result = gate(nothing, running, weight_sum, mark, state, logits)
         if e == last or (live and result.count.item() == 0):
             running, taken = result.running, result.indices
             if not policy.built_in:
                 taken = torch.full_like(taken, e)
-            return GatedOutput(running if running.dtype == dtype else running.to(dtype), taken, result.stats[:, 0])
-        rows = Rows(result.running, marks[e + 1], result.state)
+            return GatedOutput(
+                running if running.dtype == dtype else running.to(dtype), taken, result.stats.select(1, 0)
+            )
+        running, state = result.running, result.state
     raise AssertionError("the last exit answers")
 
 

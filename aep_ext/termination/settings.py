@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,10 +49,11 @@ def settings_of(
     limits = check_values("thresholds", thresholds.tolist(), positive=False)
     scales = check_values("temperatures", temperatures.tolist(), positive=True)
     live = [bool(flag) and on for flag, on in zip(enabled.tolist(), gated, strict=True)]
-    return GateSettings(tuple(factors), (*limits, 0.0), tuple(scales), (*live, False), sums_of(factors))
+    return GateSettings(tuple(factors), (*limits, 0.0), tuple(scales), (*live, False), sums_of(tuple(factors)))
 
 
-def sums_of(weights: Sequence[float]) -> dict[torch.dtype, tuple[float, ...]]:
+@lru_cache(maxsize=64)
+def sums_of(weights: tuple[float, ...]) -> dict[torch.dtype, tuple[float, ...]]:
     """For each accumulation dtype the sum of the weights before each exit, as the operator would have it."""
     sums: dict[torch.dtype, tuple[float, ...]] = {}
     for dtype in (torch.float32, torch.float64):
