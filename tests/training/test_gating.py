@@ -150,7 +150,9 @@ def test_figures_are_those_of_the_stored_logits(gated: Gated) -> None:
             part["costs"] == list(exit_costs(deploy.load(folder / "gated").net, (1, 8, 8)))
             or part["seed"] != (gates["delivered"]["seed"])
         )
-        assert part["output_weights"] == full.output_weights[part["exits"]].tolist()
+        assert min(part["output_weights"]) > 0  # fitted, but those of the run where nothing is gated
+        if not part["gated"]:
+            assert part["output_weights"] == full.output_weights[part["exits"]].tolist()
 
 
 def test_curve_is_that_of_the_images_of_both_roles(gated: Gated) -> None:

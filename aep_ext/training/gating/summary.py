@@ -89,7 +89,8 @@ def method_summary(units: list[Unit], parts: list[dict[str, Any]]) -> dict[str, 
     reports = [part["report"] for part in parts]
     gates = [Gate.from_part(part) for part in parts]
     gated = [
-        gate.simulate(subset_cache(unit.report, gate.exits)).correct for gate, unit in zip(gates, units, strict=True)
+        gate.simulate(subset_cache(unit.report, gate.exits, gate.weights)).correct
+        for gate, unit in zip(gates, units, strict=True)
     ]
     pruned = [unit.right("report", unit.pruned_exits) for unit in units]
     verdict = paired_verdict(torch.stack(gated), torch.stack(pruned), 0.005)
