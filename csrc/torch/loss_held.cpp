@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "autograd.h"
+#include "held.h"
 #include "prepare.h"
 #include "results.h"
 
@@ -18,23 +19,24 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 
+double held_factor(at::ScalarType type, const c10::SymInt& rows, std::string_view reduction) {
+  if (type != at::kHalf || reduction != "mean") {
+    return 1;
+  }
+  const int64_t count = rows.guard_int(__FILE__, __LINE__);
+  double factor = 1;
+  while (factor < 1024 && 2 * factor <= static_cast<double>(count)) {
+    factor *= 2;
+  }
+  return factor;
+}
+
 namespace {
 
 constexpr const char* kOp = "joint_cross_entropy";
 
-// What the gradient is multiplied by while it is held. The mean divides by the number of rows: in float16 most of the
-// gradient would be lost below its smallest number before a GradScaler's factor reaches it. So that division is taken
-// back, up to 1024, by a power of two, which rounds nothing.
 double held_factor(const Tensor& exit_logits, std::string_view reduction) {
-  if (exit_logits.scalar_type() != at::kHalf || reduction != "mean") {
-    return 1;
-  }
-  const int64_t rows = exit_logits.sym_size(1).guard_int(__FILE__, __LINE__);
-  double factor = 1;
-  while (factor < 1024 && 2 * factor <= static_cast<double>(rows)) {
-    factor *= 2;
-  }
-  return factor;
+  return aep::held_factor(exit_logits.scalar_type(), exit_logits.sym_size(1), reduction);
 }
 
 // Whether every element has a place of its own. Sufficient: each stride reaches past all that the smaller ones span.
@@ -158,9 +160,8 @@ bool is_concrete(const Tensor& tensor) {
   return !tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
 }
 
-// The held gradient times the incoming one. Where the graph is not kept and nobody else holds the tensor (as a caller
-// of the operator itself may), it is of no further use: it is scaled where it lies, which costs nothing where the
-// factor is 1, and handed on.
+}  // namespace
+
 Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, bool in_place) {
   if (!is_concrete(held) || !is_concrete(grad_loss)) {
     const Tensor scale = factor == 1 ? grad_loss : grad_loss.div(factor);
@@ -170,12 +171,30 @@ Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, bool in_place
   const bool free = !torch::autograd::get_current_graph_task_keep_graph() &&
                     (in_place || (held.use_count() == 1 && held.storage().use_count() == 1));
   Tensor result = free ? std::move(held) : held.clone();
-  dispatch_scale(result, grad_loss, factor);
+  Tensor view = result;
+  while (view.dim() < 3) {
+    view = view.unsqueeze(0);
+  }
+  dispatch_scale(view, grad_loss, factor);
   if (free) {  // whoever else has saved this memory must learn that it changed
     torch::autograd::impl::bump_version(result);
   }
   return result;
 }
+
+void refuse_second(const char* op, variable_list& result) {
+  const auto node = torch::autograd::get_current_node();
+  std::vector<Tensor> sources;
+  for (const auto& edge : node->next_edges()) {
+    if (edge.is_valid()) {
+      sources.push_back(at::empty({0}));
+      torch::autograd::impl::set_gradient_edge(sources.back(), edge);
+    }
+  }
+  differentiable_once(op, sources, result);
+}
+
+namespace {
 
 class HeldFunction : public torch::autograd::Function<HeldFunction> {
  public:
@@ -218,24 +237,9 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
                          ctx->saved_data["in_place"].toBool());
     }
     if (at::GradMode::is_enabled()) {
-      once(result);
+      refuse_second(kOp, result);
     }
     return result;
-  }
-
- private:
-  // The graph of a second derivative must lead to what the loss came from, and there say that it cannot: the results
-  // alone would pass for constants.
-  static void once(variable_list& result) {
-    const auto node = torch::autograd::get_current_node();
-    std::vector<Tensor> sources;
-    for (const auto& edge : node->next_edges()) {
-      if (edge.is_valid()) {
-        sources.push_back(at::empty({0}));
-        torch::autograd::impl::set_gradient_edge(sources.back(), edge);
-      }
-    }
-    differentiable_once(kOp, sources, result);
   }
 };
 
