@@ -28,7 +28,8 @@ def linear_joint_cross_entropy(
     The logits, (E, N, K), are never held: one exit's are formed ``chunk`` rows at a time in one buffer of (chunk, K),
     turned into losses and, in their place, into their gradient, and that at once into the gradients of what they came
     from. Those are held for the backward, which only scales them. So the memory taken beyond the gradients, which any
-    backward forms, is the buffer (and one exit's weights once more for bfloat16 and float16).
+    backward forms, is the buffer. For bfloat16 and float16 it is also a product the size of one exit's weights, and the
+    gradients of weights and biases in float32 until the backward has rounded them.
 
     Args:
         pooled: E tensors (N, C_e) of one floating dtype and device, any strides; C at least 1, N may be 0.
@@ -50,7 +51,7 @@ def linear_joint_cross_entropy(
 
     Differentiable, once, through ``loss``, in ``pooled``, ``weights``, ``biases`` and ``exit_weights``. Gradients that
     nothing requires are not formed, and without any (under ``torch.no_grad()``, say) only the losses are. Those of
-    weights and biases are summed over the rows and held in float32 for bfloat16 and float16, and rounded at the end.
+    weights and biases are summed over the chunks in float32 for bfloat16 and float16, and rounded at the end.
     Under autocast ``pooled``, ``weights`` and ``biases`` are cast to the autocast dtype, as torch does for ``linear``;
     the loss is float32. Multiply-adds: N * C_e * K per exit, and as many again for each of the gradients of ``pooled``
     and ``weights``, counted in the forward. On the reference path (see :func:`aep_ext.build_info`) the logits are held.

@@ -79,6 +79,7 @@ class LinearLossFunction : public torch::autograd::Function<LinearLossFunction> 
     ctx->mark_non_differentiable({exit_losses});
     const auto type = pooled[0].scalar_type();
     ctx->saved_data["inputs"] = inputs;
+    ctx->saved_data["holders"] = holders_of_saved();
     ctx->saved_data["exits"] = static_cast<int64_t>(exits);
     ctx->saved_data["count"] = static_cast<int64_t>(tensors.size());
     ctx->saved_data["type"] = type;
@@ -96,14 +97,14 @@ class LinearLossFunction : public torch::autograd::Function<LinearLossFunction> 
     }
     const auto inputs = ctx->saved_data["inputs"].toIntVector();
     const auto type = ctx->saved_data["type"].toScalarType();
-    const int64_t exits = ctx->saved_data["exits"].toInt();
+    const int64_t exits = ctx->saved_data["exits"].toInt(), holders = ctx->saved_data["holders"].toInt();
     auto saved = ctx->get_saved_variables();
     {
       at::AutoGradMode no_grad(false);
       for (size_t i = 0; i < inputs.size(); ++i) {
         if (ctx->needs_input_grad(inputs[i])) {
           const double factor = inputs[i] < exits ? ctx->saved_data["factor"].toDouble() : 1;
-          result[inputs[i]] = scaled(std::move(saved[i]), grad_loss, factor, false).to(type);
+          result[inputs[i]] = scaled(std::move(saved[i]), grad_loss, factor, holders).to(type);
         }
       }
       if (ctx->needs_input_grad(count - 1)) {

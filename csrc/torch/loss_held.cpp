@@ -1,6 +1,7 @@
 // The memory modes of joint_cross_entropy that form the gradient in the forward: held in a tensor of its own
 // (joint_cross_entropy_with_grad) or written over the logits (joint_cross_entropy_). The backward only scales it.
 #include <ATen/MemoryOverlap.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -162,14 +163,17 @@ bool is_concrete(const Tensor& tensor) {
 
 }  // namespace
 
-Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, bool in_place) {
+int64_t holders_of_saved() { return at::SavedTensorDefaultHooks::get_tls_state().stack.empty() ? 2 : 1; }
+
+Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, int64_t holders) {
   if (!is_concrete(held) || !is_concrete(grad_loss)) {
     const Tensor scale = factor == 1 ? grad_loss : grad_loss.div(factor);
     return held.to(grad_loss.scalar_type()).mul(scale).to(held.scalar_type());
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   const bool free = !torch::autograd::get_current_graph_task_keep_graph() &&
-                    (in_place || (held.use_count() == 1 && held.storage().use_count() == 1));
+                    (holders == kAnyHolders ||
+                     (static_cast<int64_t>(held.use_count()) == holders && held.storage().use_count() == 1));
   Tensor result = free ? std::move(held) : held.clone();
   Tensor view = result;
   while (view.dim() < 3) {
@@ -212,7 +216,7 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({held, exit_weights.requires_grad() ? exit_losses : Tensor()});
     ctx->saved_data["factor"] = held_factor(exit_logits, options->reduction);
-    ctx->saved_data["in_place"] = options->in_place;
+    ctx->saved_data["holders"] = options->in_place ? kAnyHolders : holders_of_saved();
     ctx->saved_data["weights"] = exit_weights.scalar_type();
     if (options->in_place) {
       ctx->mark_non_differentiable({exit_losses});
@@ -234,7 +238,7 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
     }
     if (ctx->needs_input_grad(0)) {
       result[0] = scaled(std::move(saved[0]), grad_loss, ctx->saved_data["factor"].toDouble(),
-                         ctx->saved_data["in_place"].toBool());
+                         ctx->saved_data["holders"].toInt());
     }
     if (at::GradMode::is_enabled()) {
       refuse_second(kOp, result);
