@@ -1,13 +1,18 @@
 """The joint loss of all exits as a module."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from .exit_weights import ExitWeights
+
+if TYPE_CHECKING:
+    from ..surgery.multi_exit import MultiExitNet
 
 
 class JointCrossEntropy(nn.Module):
@@ -34,17 +39,25 @@ class JointCrossEntropy(nn.Module):
     exit_weights: Tensor
     class_weight: Tensor | None
 
-    def __init__(self, exit_weights: ExitWeights | Sequence[float] | Tensor, *,
-                 class_weight: Sequence[float] | Tensor | None = None, label_smoothing: float = 0.0,
-                 ignore_index: int = -100, reduction: str = "mean", memory: str = "recompute") -> None:
+    def __init__(
+        self,
+        exit_weights: ExitWeights | Sequence[float] | Tensor,
+        *,
+        class_weight: Sequence[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        memory: str = "recompute",
+    ) -> None:
         super().__init__()
         if not isinstance(exit_weights, ExitWeights):
             exit_weights = ExitWeights(exit_weights)
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"JointCrossEntropy: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         if memory not in ("recompute", "in_forward", "in_place"):
-            raise ValueError("JointCrossEntropy: memory must be 'recompute', 'in_forward' or 'in_place', "
-                             f"got {memory!r}")
+            raise ValueError(
+                f"JointCrossEntropy: memory must be 'recompute', 'in_forward' or 'in_place', got {memory!r}"
+            )
         if memory != "recompute" and reduction == "none":
             raise ValueError(f"JointCrossEntropy: memory={memory!r} needs reduction 'mean' or 'sum', got 'none'")
         if not 0.0 <= label_smoothing <= 1.0:
@@ -52,8 +65,9 @@ class JointCrossEntropy(nn.Module):
         if class_weight is not None:
             class_weight = torch.as_tensor(class_weight, dtype=torch.float32).detach().clone()
             if class_weight.dim() != 1:
-                raise ValueError("JointCrossEntropy: class_weight must have one dimension, "
-                                 f"got shape {list(class_weight.shape)}")
+                raise ValueError(
+                    f"JointCrossEntropy: class_weight must have one dimension, got shape {list(class_weight.shape)}"
+                )
         self.register_buffer("exit_weights", exit_weights.loss_tensor())
         self.register_buffer("class_weight", class_weight)
         self.label_smoothing = float(label_smoothing)
@@ -72,8 +86,47 @@ class JointCrossEntropy(nn.Module):
             A named tuple (loss, exit_losses). With "mean" and "sum" the loss has no dimension and exit_losses has
             shape (E,); with "none" the shapes are (N,) and (E, N).
         """
-        return ops.joint_cross_entropy(exit_logits, target, self.exit_weights, self.class_weight,
-                                       self.label_smoothing, self.ignore_index, self.reduction, self.memory)
+        return ops.joint_cross_entropy(
+            exit_logits,
+            target,
+            self.exit_weights,
+            self.class_weight,
+            self.label_smoothing,
+            self.ignore_index,
+            self.reduction,
+            self.memory,
+        )
+
+    def of(self, net: MultiExitNet, x: Tensor, target: Tensor, chunk: int | None = None) -> ops.JointLoss:
+        """The joint loss of ``net`` on the images ``x``, without the logits where they need not be: for many classes.
+
+        Where every exit of ``net`` is global average pooling and a linear layer, this is
+        :func:`aep_ext.ops.linear_joint_cross_entropy`, which never holds the (E, N, K) logits (``memory`` has no say);
+        elsewhere, and with reduction "none", it is ``losses(net.exit_logits(x), target)``. Either way hooks on ``net``
+        itself (and so those of a wrapper around it, DistributedDataParallel's for one) do not run.
+
+        Args:
+            net: a :class:`aep_ext.MultiExitNet`, in training or eval mode.
+            x: (N, channels, H, W).
+            target: (N,), int64.
+            chunk: rows of which logits are formed at a time; None: see the operator.
+
+        Returns:
+            A named tuple (loss, exit_losses). Differentiate through ``loss``: ``exit_losses`` may be constants.
+        """
+        parts = None if self.reduction == "none" else net.pooled_exits(x)
+        if parts is None:
+            return self.losses(net.exit_logits(x), target)
+        return ops.linear_joint_cross_entropy(
+            *parts,
+            target,
+            self.exit_weights,
+            self.class_weight,
+            self.label_smoothing,
+            self.ignore_index,
+            self.reduction,
+            chunk,
+        )
 
     def per_exit(self, exit_logits: Tensor, target: Tensor) -> Tensor:
         """The unweighted loss of every exit: (E,), or (E, N) with reduction "none"."""
@@ -86,6 +139,8 @@ class JointCrossEntropy(nn.Module):
     def extra_repr(self) -> str:
         # A module on the meta device has no values to show.
         weights = "..." if self.exit_weights.is_meta else ", ".join(f"{v:.4g}" for v in self.exit_weights.tolist())
-        return (f"exit_weights=[{weights}], class_weight={self.class_weight is not None}, "
-                f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
-                f"reduction={self.reduction!r}, memory={self.memory!r}")
+        return (
+            f"exit_weights=[{weights}], class_weight={self.class_weight is not None}, "
+            f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}, memory={self.memory!r}"
+        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from aep_ext.ops.combine import ensemble, ensemble_stats
 from aep_ext.ops.gating import gate
 from aep_ext.ops.head import multi_exit_linear_head
+from aep_ext.ops.linear_loss import linear_joint_cross_entropy
 from aep_ext.ops.loss import joint_cross_entropy
 from aep_ext.ops.pool import global_avg_pool
 from aep_ext.ops.subsets import subset_correct
@@ -23,6 +24,7 @@ __all__ = [
     "gate",
     "global_avg_pool",
     "joint_cross_entropy",
+    "linear_joint_cross_entropy",
     "multi_exit_linear_head",
     "subset_correct",
 ]

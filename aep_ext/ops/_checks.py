@@ -7,7 +7,7 @@ compares the two. Every message has the form ``aep::<operator>: <rule>, got <val
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -137,34 +137,54 @@ def multi_exit_linear_head(
     features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None
 ) -> None:
     """Arguments of ``aep::multi_exit_linear_head``."""
-    op = "multi_exit_linear_head"
-    if len(features) < 1:
-        raise ValueError(f"aep::{op}: features must hold at least 1 tensor, got 0")
-    if len(weights) != len(features):
-        raise ValueError(f"aep::{op}: weights must hold {len(features)} tensors, got {len(weights)}")
-    if biases is not None and len(biases) != len(features):
-        raise ValueError(f"aep::{op}: biases must hold {len(features)} tensors, got {len(biases)}")
-    for e, x in enumerate(features):
-        _feature_map(op, f"features[{e}]", x)
-    first = features[0]
+    _linears("multi_exit_linear_head", "features", features, weights, biases, _feature_map)
+
+
+def _pooled(op: str, name: str, pooled: Tensor) -> None:
+    _tensor(op, name, pooled)
+    _floating(op, name, pooled)
+    if pooled.dim() != 2:
+        raise ValueError(f"aep::{op}: {name} must have 2 dimensions (N, C), got shape {_shape(pooled)}")
+    if pooled.shape[1] < 1:
+        raise ValueError(f"aep::{op}: {name} must have C of at least 1, got shape {_shape(pooled)}")
+
+
+def _linears(
+    op: str,
+    name: str,
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    check_input: Callable[[str, str, Tensor], None],
+) -> None:
+    """The linear layers of all exits on ``inputs``, an argument called ``name``."""
+    if len(inputs) < 1:
+        raise ValueError(f"aep::{op}: {name} must hold at least 1 tensor, got 0")
+    if len(weights) != len(inputs):
+        raise ValueError(f"aep::{op}: weights must hold {len(inputs)} tensors, got {len(weights)}")
+    if biases is not None and len(biases) != len(inputs):
+        raise ValueError(f"aep::{op}: biases must hold {len(inputs)} tensors, got {len(biases)}")
+    for e, x in enumerate(inputs):
+        check_input(op, f"{name}[{e}]", x)
+    first = inputs[0]
     _tensor(op, "weights[0]", weights[0])
     if weights[0].dim() != 2 or weights[0].shape[0] < 1:
         raise ValueError(f"aep::{op}: weights[0] must have shape [K, C] with K >= 1, got {_shape(weights[0])}")
     num_classes = weights[0].shape[0]
-    for e, (x, weight) in enumerate(zip(features, weights, strict=True)):
+    for e, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
         if x.shape[0] != first.shape[0]:
-            raise ValueError(f"aep::{op}: features[{e}] must have N = {first.shape[0]}, got shape {_shape(x)}")
+            raise ValueError(f"aep::{op}: {name}[{e}] must have N = {first.shape[0]}, got shape {_shape(x)}")
         _tensor(op, f"weights[{e}]", weight)
         _has_shape(op, f"weights[{e}]", weight, [num_classes, x.shape[1]])
-        pairs = [(f"features[{e}]", x), (f"weights[{e}]", weight)]
+        pairs = [(f"{name}[{e}]", x), (f"weights[{e}]", weight)]
         bias = None if biases is None else biases[e]
         if bias is not None:
             _tensor(op, f"biases[{e}]", bias)
             _has_shape(op, f"biases[{e}]", bias, [num_classes])
             pairs.append((f"biases[{e}]", bias))
-        for name, tensor in pairs:
-            _dtype(op, name, tensor, first.dtype)
-            _same_device(op, name, tensor, first.device)
+        for label, tensor in pairs:
+            _dtype(op, label, tensor, first.dtype)
+            _same_device(op, label, tensor, first.device)
 
 
 def ensemble(exit_logits: Tensor, weights: Tensor, *, op: str = "ensemble") -> None:
@@ -199,8 +219,19 @@ def joint_cross_entropy(
     exits, rows, classes = exit_logits.shape
     _integers(op, "target", target, [rows], exit_logits.device)
     _vector(op, "exit_weights", exit_weights, exits, exit_logits.device)
+    _loss_options(op, class_weight, label_smoothing, ignore_index, classes, exit_logits.device)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"aep::{op}: reduction must be 'none', 'mean' or 'sum', got '{reduction}'")
+    if memory != "recompute" and reduction == "none":
+        raise ValueError(NEEDS_ONE_LOSS.format(memory))
+
+
+def _loss_options(
+    op: str, class_weight: Tensor | None, label_smoothing: float, ignore_index: int, classes: int, device: torch.device
+) -> None:
+    """What the losses have in common."""
     if class_weight is not None:
-        _vector(op, "class_weight", class_weight, classes, exit_logits.device)
+        _vector(op, "class_weight", class_weight, classes, device)
         if torch.is_grad_enabled() and class_weight.requires_grad:
             raise ValueError(f"aep::{op}: class_weight must not require a gradient, got requires_grad=True")
     for name, value in (("label_smoothing", label_smoothing), ("ignore_index", ignore_index)):
@@ -210,10 +241,33 @@ def joint_cross_entropy(
             raise TypeError(f"aep::{op}: {name} must be {rule}, got {type(value).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"aep::{op}: label_smoothing must be within 0..1, got {label_smoothing:g}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"aep::{op}: reduction must be 'none', 'mean' or 'sum', got '{reduction}'")
-    if memory != "recompute" and reduction == "none":
-        raise ValueError(NEEDS_ONE_LOSS.format(memory))
+
+
+def linear_joint_cross_entropy(
+    pooled: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    chunk: int | None,
+) -> None:
+    """Arguments of ``aep::linear_joint_cross_entropy``, the values of the labels apart (:func:`labels`)."""
+    op = "linear_joint_cross_entropy"
+    _linears(op, "pooled", pooled, weights, biases, _pooled)
+    device = pooled[0].device
+    _integers(op, "target", target, [pooled[0].shape[0]], device)
+    _vector(op, "exit_weights", exit_weights, len(pooled), device)
+    _loss_options(op, class_weight, label_smoothing, ignore_index, weights[0].shape[0], device)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"aep::{op}: reduction must be 'mean' or 'sum', got '{reduction}'")
+    if chunk is not None and not isinstance(chunk, (int, torch.SymInt)):
+        raise TypeError(f"aep::{op}: chunk must be an integer or None, got {type(chunk).__name__}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"aep::{op}: chunk must be at least 1, got {chunk}")
 
 
 def memory_mode(memory: object) -> None:

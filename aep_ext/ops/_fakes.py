@@ -162,6 +162,49 @@ def _joint_cross_entropy_scale_(grad_logits: Tensor, scale: Tensor, divisor: flo
     return None
 
 
+def _linear_joint_cross_entropy(
+    pooled: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    _checks.linear_joint_cross_entropy(
+        pooled,
+        weights,
+        biases,
+        target,
+        exit_weights,
+        class_weight,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        chunk,
+    )
+    dtype = accumulate_dtype(pooled[0].dtype)
+    return pooled[0].new_empty((), dtype=dtype), pooled[0].new_empty(len(pooled), dtype=dtype)
+
+
+def _linear_joint_cross_entropy_with_grad(
+    pooled: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *others: object,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    *options, wanted = others
+    losses = _linear_joint_cross_entropy(pooled, weights, biases, *options)
+    dtype = accumulate_dtype(pooled[0].dtype)
+    # Sums over rows are held in the accumulation dtype.
+    dtypes = [x.dtype for x in pooled] + [dtype] * (2 * len(pooled))
+    tensors = zip([*pooled, *weights, *biases], dtypes, wanted, strict=True)
+    return (*losses, [t.new_empty(t.shape, dtype=kind) for t, kind, needed in tensors if needed and t is not None])
+
+
 def _subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     _checks.subset_correct(exit_logits, weights, target)
     return exit_logits.new_empty((1 << int(exit_logits.shape[0])) - 1, 2, dtype=torch.int64)
@@ -254,6 +297,8 @@ def register() -> None:
         _joint_cross_entropy_with_grad,
         _joint_cross_entropy_,
         _joint_cross_entropy_scale_,
+        _linear_joint_cross_entropy,
+        _linear_joint_cross_entropy_with_grad,
         _subset_correct,
         _gate,
     ):

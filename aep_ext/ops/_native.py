@@ -25,6 +25,7 @@ if _load.extension is not None:
     joint_cross_entropy = torch.ops.aep.joint_cross_entropy.default
     joint_cross_entropy_with_grad = torch.ops.aep.joint_cross_entropy_with_grad.default
     joint_cross_entropy_ = torch.ops.aep.joint_cross_entropy_.default
+    linear_joint_cross_entropy = torch.ops.aep.linear_joint_cross_entropy.default
     subset_correct = torch.ops.aep.subset_correct.default
     subset_correct_out = torch.ops.aep.subset_correct.out
     gate = torch.ops.aep.gate.default

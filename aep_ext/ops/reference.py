@@ -121,6 +121,26 @@ def joint_cross_entropy(
     return JointLoss(reference_loss.joint(exit_losses, exit_weights.to(dtype)), exit_losses)
 
 
+def linear_joint_cross_entropy(
+    pooled: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> JointLoss:
+    """The joint loss of linear exits. The specification: it forms all logits at once."""
+    exits = len(pooled)
+    cast = _autocast([*pooled, *weights, *([None] * exits if biases is None else biases)])
+    layers = zip(cast[:exits], cast[exits : 2 * exits], cast[2 * exits :], strict=True)
+    logits = torch.stack([F.linear(x, weight, bias) for x, weight, bias in layers])
+    result = joint_cross_entropy(logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
+    return JointLoss(result.loss, result.exit_losses.detach())
+
+
 def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     """Top-1 and top-5 counts of every subset: (2^E - 1, 2) int64. A label out of range is never correct."""
     with torch.no_grad():

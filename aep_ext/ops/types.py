@@ -20,7 +20,7 @@ class EnsembleStats(NamedTuple):
 
 
 class JointLoss(NamedTuple):
-    """Result of :func:`aep_ext.ops.joint_cross_entropy`."""
+    """Result of :func:`aep_ext.ops.joint_cross_entropy` and :func:`aep_ext.ops.linear_joint_cross_entropy`."""
 
     loss: Tensor
     """0-d, or (N,) with ``reduction="none"``: the sum of the exits' losses, each times its exit weight."""

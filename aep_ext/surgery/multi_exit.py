@@ -110,16 +110,33 @@ class MultiExitNet(nn.Module):
 
     def exit_logits(self, x: Tensor) -> Tensor:
         """Logits of every exit, (E, N, K), in training and eval mode alike."""
-        maps = self.features(x)
         linears = self._fusable_linears()
         if linears is None:
-            return torch.stack([head(feature) for head, feature in zip(self.exits, maps, strict=True)])
+            return torch.stack([head(feature) for head, feature in zip(self.exits, self.features(x), strict=True)])
+        return ops.multi_exit_linear_head(
+            self._prepared(x), [linear.weight for linear in linears], [linear.bias for linear in linears]
+        )
+
+    def pooled_exits(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]] | None:
+        """What the exits' linear layers see, and those layers: for :func:`aep_ext.ops.linear_joint_cross_entropy`.
+
+        Returns:
+            Pooled features, E tensors (N, C_e); weights, E of (K, C_e); biases, E of (K,) or None. None, and nothing is
+            computed, unless every exit is global average pooling and a linear layer (and ``fused``, see the class).
+        """
+        linears = self._fusable_linears()
+        if linears is None:
+            return None
+        pooled = [ops.global_avg_pool(feature) for feature in self._prepared(x)]
+        return pooled, [linear.weight for linear in linears], [linear.bias for linear in linears]
+
+    def _prepared(self, x: Tensor) -> list[Tensor]:
+        """The feature maps as the exits' poolings see them. Every exit has a plan."""
+        maps = self.features(x)
         for index, plan in enumerate(self._fused_plans):
             if plan is not None and plan.prepare is not None:
                 maps[index] = self.exits[index].get_submodule(plan.prepare)(maps[index])
-        return ops.multi_exit_linear_head(
-            maps, [linear.weight for linear in linears], [linear.bias for linear in linears]
-        )
+        return maps
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.exit_logits(x)

@@ -113,32 +113,41 @@ void check_vector(const char* op, const char* name, const Tensor& vector, int64_
 
 void check_features(const char* op, const Tensor& features) { is_feature_map(op, {"features"}, features); }
 
-void check_head(at::TensorList features, at::TensorList weights, const Biases& biases) {
-  constexpr const char* op = "multi_exit_linear_head";
-  TORCH_CHECK_VALUE(!features.empty(), "aep::", op, ": features must hold at least 1 tensor, got 0");
-  const auto exits = static_cast<int64_t>(features.size());
-  TORCH_CHECK_VALUE(weights.size() == features.size(), "aep::", op, ": weights must hold ", exits, " tensors, got ",
+namespace {
+
+void is_pooled(const char* op, Name name, const Tensor& x) {
+  floating(op, name, x);
+  TORCH_CHECK_VALUE(x.dim() == 2, "aep::", op, ": ", name, " must have 2 dimensions (N, C), got shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(1) >= 1, "aep::", op, ": ", name, " must have C of at least 1, got shape ", x.sizes());
+}
+
+// The linear layers of all exits on `inputs`, an argument called `name`, each of which `check_input` has to like.
+void check_linears(const char* op, const char* name, at::TensorList inputs, at::TensorList weights,
+                   const Biases& biases, void (*check_input)(const char*, Name, const Tensor&)) {
+  TORCH_CHECK_VALUE(!inputs.empty(), "aep::", op, ": ", name, " must hold at least 1 tensor, got 0");
+  const auto exits = static_cast<int64_t>(inputs.size());
+  TORCH_CHECK_VALUE(weights.size() == inputs.size(), "aep::", op, ": weights must hold ", exits, " tensors, got ",
                     weights.size());
-  TORCH_CHECK_VALUE(biases.size() == features.size(), "aep::", op, ": biases must hold ", exits, " tensors, got ",
+  TORCH_CHECK_VALUE(biases.size() == inputs.size(), "aep::", op, ": biases must hold ", exits, " tensors, got ",
                     biases.size());
   for (int64_t e = 0; e < exits; ++e) {
-    is_feature_map(op, {"features", e}, features[e]);
+    check_input(op, {name, e}, inputs[e]);
   }
-  const Tensor& first = features[0];
+  const Tensor& first = inputs[0];
   TORCH_CHECK_VALUE(weights[0].dim() == 2 && weights[0].size(0) >= 1, "aep::", op,
                     ": weights[0] must have shape [K, C] with K >= 1, got ", weights[0].sizes());
   const int64_t classes = weights[0].size(0);
   for (int64_t e = 0; e < exits; ++e) {
-    const Tensor& x = features[e];
-    TORCH_CHECK_VALUE(x.size(0) == first.size(0), "aep::", op, ": ", Name{"features", e},
+    const Tensor& x = inputs[e];
+    TORCH_CHECK_VALUE(x.size(0) == first.size(0), "aep::", op, ": ", Name{name, e},
                       " must have N = ", first.size(0), ", got shape ", x.sizes());
     has_shape(op, {"weights", e}, weights[e], {classes, x.size(1)});
     const std::optional<Tensor> bias = biases[e];
     if (bias.has_value()) {
       has_shape(op, {"biases", e}, *bias, {classes});
     }
-    has_type(op, {"features", e}, x, first.scalar_type());
-    on_device(op, {"features", e}, x, first.device());
+    has_type(op, {name, e}, x, first.scalar_type());
+    on_device(op, {name, e}, x, first.device());
     has_type(op, {"weights", e}, weights[e], first.scalar_type());
     on_device(op, {"weights", e}, weights[e], first.device());
     if (bias.has_value()) {
@@ -146,6 +155,31 @@ void check_head(at::TensorList features, at::TensorList weights, const Biases& b
       on_device(op, {"biases", e}, *bias, first.device());
     }
   }
+}
+
+}  // namespace
+
+void check_head(at::TensorList features, at::TensorList weights, const Biases& biases) {
+  check_linears("multi_exit_linear_head", "features", features, weights, biases, is_feature_map);
+}
+
+void check_linear_loss(at::TensorList pooled, at::TensorList weights, const Biases& biases, const Tensor& target,
+                       const Tensor& exit_weights, const std::optional<Tensor>& class_weight, double label_smoothing,
+                       std::string_view reduction, std::optional<int64_t> chunk) {
+  constexpr const char* op = "linear_joint_cross_entropy";
+  check_linears(op, "pooled", pooled, weights, biases, is_pooled);
+  const at::Device device = pooled[0].device();
+  is_integers(op, {"target"}, target, {pooled[0].size(0)}, device);
+  check_vector(op, "exit_weights", exit_weights, static_cast<int64_t>(pooled.size()), device);
+  if (class_weight.has_value()) {
+    check_vector(op, "class_weight", *class_weight, weights[0].size(0), device);
+  }
+  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "aep::", op,
+                    ": label_smoothing must be within 0..1, got ", label_smoothing);
+  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum", "aep::", op,
+                    ": reduction must be 'mean' or 'sum', got '", reduction, "'");
+  TORCH_CHECK_VALUE(!chunk.has_value() || *chunk >= 1, "aep::", op, ": chunk must be at least 1, got ",
+                    chunk.value_or(1));
 }
 
 void check_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights) {

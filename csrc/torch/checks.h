@@ -25,6 +25,9 @@ void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target,
                 const std::optional<Tensor>& class_weight, double label_smoothing);
 void check_vector(const char* op, const char* name, const Tensor& vector, int64_t length, at::Device device);
 void check_reduction(std::string_view reduction);
+void check_linear_loss(at::TensorList pooled, at::TensorList weights, const Biases& biases, const Tensor& target,
+                       const Tensor& exit_weights, const std::optional<Tensor>& class_weight, double label_smoothing,
+                       std::string_view reduction, std::optional<int64_t> chunk);
 void check_shape(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef shape);
 void check_dtype(const char* op, const char* name, const Tensor& tensor, at::ScalarType type);
 void check_device(const char* op, const char* name, const Tensor& tensor, at::Device device);

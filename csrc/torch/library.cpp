@@ -50,6 +50,18 @@ TORCH_LIBRARY(aep, m) {
       "-> (Tensor loss, Tensor exit_losses)");
   m.def("joint_cross_entropy_scale_(Tensor(a!) grad_logits, Tensor scale, float divisor=1.0) -> ()");
 
+  // The loss of linear exits, whose logits are formed `chunk` rows at a time (csrc/torch/linear_loss.cpp).
+  m.def(
+      "linear_joint_cross_entropy(Tensor[] pooled, Tensor[] weights, Tensor?[] biases, Tensor target, "
+      "Tensor exit_weights, Tensor? class_weight=None, float label_smoothing=0.0, int ignore_index=-100, "
+      "str reduction=\"mean\", int? chunk=None) -> (Tensor loss, Tensor exit_losses)");
+  // With the gradients of those tensors for which `wanted` (all of pooled, then of weights, then of biases) is true.
+  // They are held as csrc/torch/linear_loss.h says.
+  m.def(
+      "linear_joint_cross_entropy_with_grad(Tensor[] pooled, Tensor[] weights, Tensor?[] biases, Tensor target, "
+      "Tensor exit_weights, Tensor? class_weight, float label_smoothing, int ignore_index, str reduction, int? chunk, "
+      "bool[] wanted) -> (Tensor loss, Tensor exit_losses, Tensor[] gradients)");
+
   m.def("subset_correct(Tensor exit_logits, Tensor weights, Tensor target) -> Tensor");
   m.def("subset_correct.out(Tensor exit_logits, Tensor weights, Tensor target, *, Tensor(a!) out) -> ()");
 

@@ -1,6 +1,7 @@
 // The memory modes of joint_cross_entropy that form the gradient in the forward: held in a tensor of its own
 // (joint_cross_entropy_with_grad) or written over the logits (joint_cross_entropy_). The backward only scales it.
 #include <ATen/MemoryOverlap.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -9,6 +10,7 @@
 #include <algorithm>
 
 #include "autograd.h"
+#include "held.h"
 #include "prepare.h"
 #include "results.h"
 
@@ -18,23 +20,24 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
 
+double held_factor(at::ScalarType type, const c10::SymInt& rows, std::string_view reduction) {
+  if (type != at::kHalf || reduction != "mean") {
+    return 1;
+  }
+  const int64_t count = rows.guard_int(__FILE__, __LINE__);
+  double factor = 1;
+  while (factor < 1024 && 2 * factor <= static_cast<double>(count)) {
+    factor *= 2;
+  }
+  return factor;
+}
+
 namespace {
 
 constexpr const char* kOp = "joint_cross_entropy";
 
-// What the gradient is multiplied by while it is held. The mean divides by the number of rows: in float16 most of the
-// gradient would be lost below its smallest number before a GradScaler's factor reaches it. So that division is taken
-// back, up to 1024, by a power of two, which rounds nothing.
 double held_factor(const Tensor& exit_logits, std::string_view reduction) {
-  if (exit_logits.scalar_type() != at::kHalf || reduction != "mean") {
-    return 1;
-  }
-  const int64_t rows = exit_logits.sym_size(1).guard_int(__FILE__, __LINE__);
-  double factor = 1;
-  while (factor < 1024 && 2 * factor <= static_cast<double>(rows)) {
-    factor *= 2;
-  }
-  return factor;
+  return aep::held_factor(exit_logits.scalar_type(), exit_logits.sym_size(1), reduction);
 }
 
 // Whether every element has a place of its own. Sufficient: each stride reaches past all that the smaller ones span.
@@ -158,24 +161,44 @@ bool is_concrete(const Tensor& tensor) {
   return !tensor.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
 }
 
-// The held gradient times the incoming one. Where the graph is not kept and nobody else holds the tensor (as a caller
-// of the operator itself may), it is of no further use: it is scaled where it lies, which costs nothing where the
-// factor is 1, and handed on.
-Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, bool in_place) {
+}  // namespace
+
+int64_t holders_of_saved() { return at::SavedTensorDefaultHooks::get_tls_state().stack.empty() ? 2 : 1; }
+
+Tensor scaled(Tensor held, const Tensor& grad_loss, double factor, int64_t holders) {
   if (!is_concrete(held) || !is_concrete(grad_loss)) {
     const Tensor scale = factor == 1 ? grad_loss : grad_loss.div(factor);
     return held.to(grad_loss.scalar_type()).mul(scale).to(held.scalar_type());
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   const bool free = !torch::autograd::get_current_graph_task_keep_graph() &&
-                    (in_place || (held.use_count() == 1 && held.storage().use_count() == 1));
+                    (holders == kAnyHolders ||
+                     (static_cast<int64_t>(held.use_count()) == holders && held.storage().use_count() == 1));
   Tensor result = free ? std::move(held) : held.clone();
-  dispatch_scale(result, grad_loss, factor);
+  Tensor view = result;
+  while (view.dim() < 3) {
+    view = view.unsqueeze(0);
+  }
+  dispatch_scale(view, grad_loss, factor);
   if (free) {  // whoever else has saved this memory must learn that it changed
     torch::autograd::impl::bump_version(result);
   }
   return result;
 }
+
+void refuse_second(const char* op, variable_list& result) {
+  const auto node = torch::autograd::get_current_node();
+  std::vector<Tensor> sources;
+  for (const auto& edge : node->next_edges()) {
+    if (edge.is_valid()) {
+      sources.push_back(at::empty({0}));
+      torch::autograd::impl::set_gradient_edge(sources.back(), edge);
+    }
+  }
+  differentiable_once(op, sources, result);
+}
+
+namespace {
 
 class HeldFunction : public torch::autograd::Function<HeldFunction> {
  public:
@@ -193,7 +216,7 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({held, exit_weights.requires_grad() ? exit_losses : Tensor()});
     ctx->saved_data["factor"] = held_factor(exit_logits, options->reduction);
-    ctx->saved_data["in_place"] = options->in_place;
+    ctx->saved_data["holders"] = options->in_place ? kAnyHolders : holders_of_saved();
     ctx->saved_data["weights"] = exit_weights.scalar_type();
     if (options->in_place) {
       ctx->mark_non_differentiable({exit_losses});
@@ -215,27 +238,12 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
     }
     if (ctx->needs_input_grad(0)) {
       result[0] = scaled(std::move(saved[0]), grad_loss, ctx->saved_data["factor"].toDouble(),
-                         ctx->saved_data["in_place"].toBool());
+                         ctx->saved_data["holders"].toInt());
     }
     if (at::GradMode::is_enabled()) {
-      once(result);
+      refuse_second(kOp, result);
     }
     return result;
-  }
-
- private:
-  // The graph of a second derivative must lead to what the loss came from, and there say that it cannot: the results
-  // alone would pass for constants.
-  static void once(variable_list& result) {
-    const auto node = torch::autograd::get_current_node();
-    std::vector<Tensor> sources;
-    for (const auto& edge : node->next_edges()) {
-      if (edge.is_valid()) {
-        sources.push_back(at::empty({0}));
-        torch::autograd::impl::set_gradient_edge(sources.back(), edge);
-      }
-    }
-    differentiable_once(kOp, sources, result);
   }
 };
 

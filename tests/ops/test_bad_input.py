@@ -355,6 +355,10 @@ ARGUMENTS = {
     "ensemble": (ops.ensemble, 2),
     "ensemble_stats": (ops.ensemble_stats, 2),
     "joint_cross_entropy": (ops.joint_cross_entropy, 4),
+    "linear_joint_cross_entropy": (
+        lambda x, z, w, v, b, y, a: ops.linear_joint_cross_entropy([x, z], [w, v], [b, None], y, a),
+        7,
+    ),
     "subset_correct": (ops.subset_correct, 3),
     "gate": (
         lambda f, r, i, s, x, t: ops.gate(f, r, 0.5, i, s, x, weight=0.5, threshold=t, policy="patience"),

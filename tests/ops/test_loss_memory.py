@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from aep_ext import ops
+from benchmarks.memory import peak
 
 HELD = ["in_forward", "in_place"]
 PATHS = ["as loaded", "reference"]
@@ -310,6 +311,14 @@ def test_memory_counted_by_the_allocator(memory, native):
     assert peak <= {"recompute": 0, "in_forward": 1, "in_place": 0}[memory] + small
     assert held <= {"recompute": 0, "in_forward": 1, "in_place": 0}[memory] + small
     assert later <= {"recompute": 2, "in_forward": 1, "in_place": 1}[memory] + small
+
+
+def test_in_forward_scales_where_the_gradient_lies(native):
+    """The backward takes no memory: nobody else has the gradient, and no hook of the caller's."""
+    x, y, a = make((4, 64, 1000), torch.float32, "cpu")
+    losses = [ops.joint_cross_entropy(x.requires_grad_(), y, a, memory="in_forward").loss for _ in range(2)]
+    backward = peak(lambda: torch.autograd.grad(losses.pop(), x, torch.tensor(3.0)))
+    assert backward.peak < 1024
 
 
 def test_in_forward_does_not_hold_the_logits(native):

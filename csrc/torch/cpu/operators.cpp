@@ -1,5 +1,4 @@
 // The operators on the CPU: each prepares its call, shares the work out over threads, and returns.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -10,6 +9,7 @@
 
 #include "../prepare.h"
 #include "kernels/cpu/api.h"
+#include "share.h"
 
 namespace aep {
 
@@ -18,22 +18,8 @@ namespace {
 namespace cpu = kernels::cpu;
 using OptionalTensor = std::optional<Tensor>;
 
-// Elements a thread should at least get: a parallel region costs about a microsecond, and far more on busy cores.
-constexpr int64_t kGrain = 32768;
 // Samples that a thread of subset_correct should at least get: a call of the kernel has a fixed cost of its own.
 constexpr int64_t kSubsetGrain = 64;
-
-// Calls f(begin, end) for parts of `items`, of which each touches `elements` numbers; work for one thread goes to f
-// directly, since even entering a parallel region shows at batch 1.
-template <class F>
-void share(int64_t items, int64_t elements, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements));
-  if (items <= grain) {
-    f(0, items);
-  } else {
-    at::parallel_for(0, items, grain, f);
-  }
-}
 
 Tensor global_avg_pool(const Tensor& features) {
   PoolCall call = prepare_pool(features);
@@ -144,15 +130,6 @@ void ensemble_stats_out(const Tensor& exit_logits, const Tensor& weights, double
   const EnsembleStatsCall call = prepare_ensemble_stats(exit_logits, weights, normalizer, temperature,
                                                         normalizer_tensor, temperature_tensor, &out);
   run(call.params);
-}
-
-// Raises for the first label that is neither a class nor (if given) ignored, before anything is written.
-void check_labels(const char* op, const Tensor& target, int64_t classes, const int64_t* ignore_index) {
-  const auto* labels = target.const_data_ptr<int64_t>();
-  const int64_t position = cpu::find_bad_label(labels, target.stride(0), target.size(0), classes, ignore_index);
-  TORCH_CHECK_INDEX(position < 0, "aep::", op, ": target must be within 0..", classes - 1,
-                    ignore_index ? " or ignore_index, got " : ", got ", labels[position * target.stride(0)],
-                    " at position ", position);
 }
 
 std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
