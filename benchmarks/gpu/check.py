@@ -183,8 +183,6 @@ class Check:
 def carry_wheels(folder: Path, site: Path) -> None:
     """Installs all wheels of a folder beside this Python's own packages, for this call alone."""
     wheels = sorted(str(file) for file in folder.glob("*.whl"))
-    if not wheels:
-        raise SystemExit(f"gpu_check: --wheels: no *.whl in {folder}")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--find-links", str(folder), "--no-deps"]
     subprocess.run([*command, "--no-compile", "--target", str(site), *wheels], check=True)
     # Behind this tree and before the rest, for this process and those it starts.
@@ -207,6 +205,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in arguments.stages if name not in STAGES]
     if unknown:
         parser.error(f"no such stage: {unknown[0]}; there are {', '.join(STAGES)}")
+    if arguments.wheels and not any(arguments.wheels.glob("*.whl")):
+        parser.error(f"--wheels: no *.whl in {arguments.wheels}")
     if arguments.seconds <= 0:
         parser.error(f"--seconds must be positive, got {arguments.seconds:g}")
     return arguments

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,8 +107,7 @@ def copy_gb_per_s() -> Callable[[], float]:
 def _fresh() -> Iterator[None]:
     """Every case starts without another's memory."""
     yield
-    import torch
-
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         torch._dynamo.reset()
         torch.cuda.empty_cache()
