@@ -181,9 +181,12 @@ def test_cases_write_themselves_down_and_are_not_run_twice(tmp_path):
             "AEP_GPU_STAGE": "ops",
             "AEP_GPU_SOURCE": "abc",
             "AEP_GPU_END": str(end),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir"]
-        command += [str(tmp_path), str(folder / "test_some.py")]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
+        # Without pytest-benchmark's timing: describing the machine takes it seconds.
+        command += ["-p", "pytest_benchmark.plugin", "--benchmark-disable", "--rootdir", str(tmp_path)]
+        command += [str(folder / "test_some.py")]
         return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120).stdout
 
     assert "3 skipped" in run(time.time() - 1)
