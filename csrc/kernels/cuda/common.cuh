@@ -8,6 +8,14 @@
 
 #include "api.h"
 
+// A block's own memory. By macros, since tests/cpp/emulated_cuda has others: there it is allocated for each block.
+#ifndef AEP_SHARED
+#define AEP_SHARED(type, name, count) __shared__ type name[count]
+#define AEP_DYNAMIC_SHARED(type, name)                          \
+  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  type* const name = reinterpret_cast<type*>(name##_bytes)
+#endif
+
 namespace aep::kernels::cuda {
 namespace {
 
@@ -108,6 +116,17 @@ inline unsigned blocks_for(int64_t count) {
   return static_cast<unsigned>(count < most ? count : most);
 }
 inline unsigned blocks_for_elements(int64_t count) { return blocks_for((count + kMaxThreads - 1) / kMaxThreads); }
+
+// A launch as a function call: <<<>>> is no C++, and the kernels are also compiled by the host's compiler, for tests.
+template <class... P, class... A>
+inline cudaError_t enqueue(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+                           A&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+  return error == cudaSuccess ? error : cudaGetLastError();  // which forgets it: it has been told
+}
 
 #define AEP_CUDA_BY_DTYPE(dtype, F, ...) \
   switch (dtype) {                       \

@@ -26,15 +26,14 @@ __global__ void ensemble_kernel(EnsembleParams p) {
 template <class S>
 cudaError_t launch_sum(const EnsembleParams& p, cudaStream_t stream) {
   if (p.N == 0) return cudaSuccess;
-  ensemble_kernel<S><<<blocks_for_elements(p.N * p.K), kMaxThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return enqueue(ensemble_kernel<S>, blocks_for_elements(p.N * p.K), kMaxThreads, 0, stream, p);
 }
 
 // A block a row: each logit is read once, the sum is written and judged on the way.
 template <class S>
 __global__ void ensemble_stats_kernel(EnsembleStatsParams q) {
   using A = Acc<S>;
-  __shared__ RowState<A> shared[kMaxThreads];
+  AEP_SHARED(RowState<A>, shared, kMaxThreads);
   const EnsembleParams& p = q.ensemble;
   const A divisor = read<A>(q.normalizer) * read<A>(q.temperature);
   for (int64_t n = blockIdx.x; n < p.N; n += gridDim.x) {
@@ -59,8 +58,7 @@ __global__ void ensemble_stats_kernel(EnsembleStatsParams q) {
 template <class S>
 cudaError_t launch_stats(const EnsembleStatsParams& q, cudaStream_t stream) {
   if (q.ensemble.N == 0) return cudaSuccess;
-  ensemble_stats_kernel<S><<<blocks_for(q.ensemble.N), threads_for(q.ensemble.K), 0, stream>>>(q);
-  return cudaGetLastError();
+  return enqueue(ensemble_stats_kernel<S>, blocks_for(q.ensemble.N), threads_for(q.ensemble.K), 0, stream, q);
 }
 
 template <class S>
@@ -80,7 +78,7 @@ __global__ void backward_logits_kernel(EnsembleBackwardParams p) {
 template <class S>
 __global__ void backward_weights_kernel(EnsembleBackwardParams p, int64_t chunks) {
   using A = Acc<S>;
-  __shared__ A shared[kMaxThreads];
+  AEP_SHARED(A, shared, kMaxThreads);
   for (int64_t task = blockIdx.x; task < chunks * p.E; task += gridDim.x) {
     const int64_t chunk = task / p.E, e = task % p.E;
     const int64_t begin = chunk * kEnsembleChunkRows, end = smaller(p.N, begin + kEnsembleChunkRows);
@@ -99,7 +97,7 @@ __global__ void backward_weights_kernel(EnsembleBackwardParams p, int64_t chunks
 // A block an exit: the sum of its partial sums.
 template <class A>
 __global__ void finish_weights_kernel(const A* partials, A* grad_weights, int64_t chunks, int64_t E) {
-  __shared__ double shared[kMaxThreads];
+  AEP_SHARED(double, shared, kMaxThreads);
   for (int64_t e = blockIdx.x; e < E; e += gridDim.x) {
     double sum = 0;
     for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x)
@@ -112,15 +110,16 @@ __global__ void finish_weights_kernel(const A* partials, A* grad_weights, int64_
 template <class S>
 cudaError_t launch_backward(const EnsembleBackwardParams& p, cudaStream_t stream) {
   using A = Acc<S>;
+  cudaError_t error = cudaSuccess;
   if (p.grad_logits && p.N > 0)
-    backward_logits_kernel<S><<<blocks_for_elements(p.N * p.K), kMaxThreads, 0, stream>>>(p);
-  if (p.grad_weights) {
-    const int64_t chunks = ensemble_backward_chunks(p.N);
-    if (chunks > 0) backward_weights_kernel<S><<<blocks_for(chunks * p.E), kMaxThreads, 0, stream>>>(p, chunks);
-    finish_weights_kernel<A><<<blocks_for(p.E), kMaxThreads, 0, stream>>>(static_cast<const A*>(p.partials),
-                                                                          static_cast<A*>(p.grad_weights), chunks, p.E);
-  }
-  return cudaGetLastError();
+    error = enqueue(backward_logits_kernel<S>, blocks_for_elements(p.N * p.K), kMaxThreads, 0, stream, p);
+  if (error != cudaSuccess || !p.grad_weights) return error;
+  const int64_t chunks = ensemble_backward_chunks(p.N);
+  if (chunks > 0)
+    error = enqueue(backward_weights_kernel<S>, blocks_for(chunks * p.E), kMaxThreads, 0, stream, p, chunks);
+  if (error != cudaSuccess) return error;
+  return enqueue(finish_weights_kernel<A>, blocks_for(p.E), kMaxThreads, 0, stream,
+                 static_cast<const A*>(p.partials), static_cast<A*>(p.grad_weights), chunks, p.E);
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ __device__ void updated(const GateParams& p, int64_t n, int64_t k, Acc<S> weight
 template <class R, class S>
 __global__ void judge_kernel(GateParams p) {
   using A = Acc<S>;
-  __shared__ RowState<A> shared[kMaxThreads];
-  __shared__ int64_t shared_votes[kMaxThreads];
+  AEP_SHARED(RowState<A>, shared, kMaxThreads);
+  AEP_SHARED(int64_t, shared_votes, kMaxThreads);
   const A weight = read<A>(p.weight), temperature = read<A>(p.temperature), threshold = read<A>(p.threshold);
   const bool on_exit = p.on == GateOn::exit;
   const A divisor = on_exit ? temperature : product(add(read<A>(p.weight_sum), weight), temperature);
@@ -85,7 +85,7 @@ __global__ void judge_kernel(GateParams p) {
 // One block: a running count over the rows gives every row its place, stayers first, both in order.
 template <class A>
 __global__ void place_kernel(GateParams p) {
-  __shared__ int shared[kPlaceThreads];
+  AEP_SHARED(int, shared, kPlaceThreads);
   GateRow* rows = static_cast<GateRow*>(p.scratch);
   int64_t stayed = 0;  // before this stretch of rows
   for (int64_t first = 0; first < p.n; first += kPlaceThreads) {
@@ -93,7 +93,7 @@ __global__ void place_kernel(GateParams p) {
     const int stays = n < p.n && !rows[n].leaves;
     shared[threadIdx.x] = stays;
     __syncthreads();
-    for (int step = 1; step < kPlaceThreads; step *= 2) {
+    for (unsigned step = 1; step < kPlaceThreads; step *= 2) {
       const int before = threadIdx.x >= step ? shared[threadIdx.x - step] : 0;
       __syncthreads();
       shared[threadIdx.x] += before;
@@ -170,10 +170,11 @@ __global__ void scatter_kernel(GateParams p) {
 
 template <class R, class S>
 cudaError_t launch(const GateParams& p, cudaStream_t stream) {
-  if (p.n > 0) judge_kernel<R, S><<<blocks_for(p.n), threads_for(p.K), 0, stream>>>(p);
-  place_kernel<Acc<S>><<<1, kPlaceThreads, 0, stream>>>(p);
-  if (p.n > 0) scatter_kernel<R, S><<<blocks_for(p.n), kMaxThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  cudaError_t error = cudaSuccess;
+  if (p.n > 0) error = enqueue(judge_kernel<R, S>, blocks_for(p.n), threads_for(p.K), 0, stream, p);
+  if (error == cudaSuccess) error = enqueue(place_kernel<Acc<S>>, 1, kPlaceThreads, 0, stream, p);
+  if (error == cudaSuccess && p.n > 0) error = enqueue(scatter_kernel<R, S>, blocks_for(p.n), kMaxThreads, 0, stream, p);
+  return error;
 }
 
 }  // namespace

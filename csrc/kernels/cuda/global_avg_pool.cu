@@ -29,7 +29,7 @@ __global__ void pool_along_image(GlobalAvgPoolParams p) {
 template <class S>
 __global__ void pool_along_channels(GlobalAvgPoolParams p) {
   using A = Acc<S>;
-  __shared__ A partial[kRows][kWarp];
+  AEP_SHARED(A, partial, kRows * kWarp);
   const int64_t items = p.N * p.C, spatial = p.H * p.W;
   const S* input = static_cast<const S*>(p.input);
   S* output = static_cast<S*>(p.output);
@@ -41,10 +41,10 @@ __global__ void pool_along_channels(GlobalAvgPoolParams p) {
       for (int64_t i = threadIdx.y; i < spatial; i += kRows)
         sum += value_of(x[(i / p.W) * p.stride_h + (i % p.W) * p.stride_w]);
     }
-    partial[threadIdx.y][threadIdx.x] = sum;
+    partial[threadIdx.y * kWarp + threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y == 0 && item < items) {
-      for (int row = 1; row < kRows; ++row) sum += partial[row][threadIdx.x];
+      for (int row = 1; row < kRows; ++row) sum += partial[row * kWarp + threadIdx.x];
       put(output + n * p.out_stride_n + c * p.out_stride_c, sum / static_cast<A>(spatial));
     }
     __syncthreads();
@@ -57,11 +57,9 @@ cudaError_t launch(const GlobalAvgPoolParams& p, cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
   const dim3 threads(kWarp, kRows);
   if (p.stride_c == 1 && p.H * p.W > 1) {
-    pool_along_channels<S><<<blocks_for((items + kWarp - 1) / kWarp), threads, 0, stream>>>(p);
-  } else {
-    pool_along_image<S><<<blocks_for((items + kRows - 1) / kRows), threads, 0, stream>>>(p);
+    return enqueue(pool_along_channels<S>, blocks_for((items + kWarp - 1) / kWarp), threads, 0, stream, p);
   }
-  return cudaGetLastError();
+  return enqueue(pool_along_image<S>, blocks_for((items + kRows - 1) / kRows), threads, 0, stream, p);
 }
 
 }  // namespace

@@ -1,0 +1,97 @@
+// What only the CUDA kernels promise: labels out of range are no error there, and they are checked on the device.
+#include "testing.h"
+
+using namespace testing;
+
+namespace {
+
+constexpr int64_t kIgnore = -100;
+
+// Rows 1 and 4 have labels out of range, row 2 is ignored: compared with the CPU's kernels, which get valid labels there.
+void bad_labels(DType d, int64_t K, bool weighted, double smoothing) {
+  const int64_t E = 2, N = 6;
+  const DType acc = acc_of(d);
+  Random random(static_cast<uint64_t>(K));
+  Logits x(d, E, N, K, Logits::padded);
+  x.values.fill_normal(random, 2);
+  Values w(acc, K), a(acc, E), grad(d, E * N * K), again(d, E * N * K), other(d, E * N * K), rows(acc, E * N),
+      expected(acc, E * N), tops(acc, E * N), sums(acc, E * N), loss(acc, 1), exits(acc, E), denominator(acc, 1);
+  for (int64_t k = 0; k < K; ++k) w.set(k, 0.3 + random.uniform());
+  a.set(0, 0.4), a.set(1, 1.5);
+  Guarded target(static_cast<size_t>(N) * 8);
+  const int64_t labels[] = {0, K, kIgnore, K - 1, -1, K / 2};
+  for (int64_t n = 0; n < N; ++n) target.as<int64_t>()[n] = labels[n];
+
+  JointCrossEntropyGradParams q{};
+  JointCrossEntropyParams& p = q.loss;
+  p.logits = x.data(), p.target = target.as<int64_t>(), p.class_weight = weighted ? w.data() : nullptr;
+  p.row_losses = rows.data(), p.row_max = tops.data(), p.row_sum = sums.data(), p.dtype = d, p.E = E, p.N = N, p.K = K;
+  p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = x.stride_k, p.target_stride = 1;
+  p.ignore_index = kIgnore, p.label_smoothing = smoothing;
+  q.coefficients.exit_weights = a.data(), q.coefficients.factor = 1;
+  q.grad_logits = grad.data(), q.out_stride_e = N * K, q.out_stride_n = K, q.out_stride_k = 1;
+  backend::check(cuda::launch_joint_cross_entropy_grad(q, nullptr), "joint_cross_entropy_grad");
+
+  JointCrossEntropyBackwardParams b{};
+  b.logits = p.logits, b.target = p.target, b.class_weight = p.class_weight, b.row_max = tops.data();
+  b.row_sum = sums.data(), b.coefficients = q.coefficients, b.grad_logits = again.data(), b.dtype = d;
+  b.E = E, b.N = N, b.K = K, b.stride_e = p.stride_e, b.stride_n = p.stride_n, b.stride_k = p.stride_k;
+  b.target_stride = 1, b.out_stride_e = N * K, b.out_stride_n = K, b.ignore_index = kIgnore;
+  b.label_smoothing = smoothing;
+  backend::check(cuda::launch_joint_cross_entropy_backward(b, nullptr), "joint_cross_entropy_backward");
+
+  JointCrossEntropyReduceParams r{};
+  r.row_losses = rows.data(), r.exit_weights = a.data(), r.target = p.target, r.class_weight = p.class_weight;
+  r.loss = loss.data(), r.exit_losses = exits.data(), r.denominator = denominator.data(), r.dtype = d;
+  r.reduction = Reduction::mean, r.E = E, r.N = N, r.K = K, r.target_stride = 1, r.ignore_index = kIgnore;
+  backend::joint_cross_entropy_reduce(r);
+  CHECK(isnan(loss.get(0)) && isnan(exits.get(0)));
+
+  target.as<int64_t>()[1] = target.as<int64_t>()[4] = 0;
+  p.row_losses = expected.data(), q.grad_logits = other.data();
+  cpu::kScalarTable.joint_cross_entropy_grad(q, 0, E * N);
+  for (int64_t i = 0; i < E * N; ++i) {
+    const int64_t n = i % N;
+    const bool bad = n == 1 || n == 4, zero = bad || n == 2;
+    CHECK(bad ? isnan(rows.get(i)) : near(rows.get(i), expected.get(i), 1e-5), "%s K %ld row %ld: %g, want %g",
+          name_of(d), long(K), long(i), rows.get(i), expected.get(i));
+    for (int64_t k = 0; k < K; ++k) {
+      const double want = zero ? 0 : other.get(i * K + k), close = zero ? 0 : 2e-5 + 2 * epsilon(d);
+      CHECK(near(grad.get(i * K + k), want, close), "%s K %ld row %ld", name_of(d), long(K), long(i));
+      CHECK(near(again.get(i * K + k), want, close), "%s K %ld row %ld", name_of(d), long(K), long(i));
+    }
+  }
+}
+
+void subsets_with_bad_labels() {
+  const int64_t E = 3, N = 4, K = 5;
+  Logits x(DType::f32, E, N, K, Logits::dense);
+  for (int64_t i = 0; i < E * N * K; ++i) x.values.set(i, static_cast<double>(i % K));  // class 4 is the largest
+  Values w(DType::f32, E);
+  for (int64_t e = 0; e < E; ++e) w.set(e, 1);
+  Guarded target(static_cast<size_t>(N) * 8), counts(7 * 16);
+  const int64_t labels[] = {4, 5, -1, INT64_MAX};
+  for (int64_t n = 0; n < N; ++n) target.as<int64_t>()[n] = labels[n];
+  memset(counts.data(), 0, counts.size());
+  SubsetCorrectParams p{};
+  p.logits = x.data(), p.weights = w.data(), p.target = target.as<int64_t>(), p.counts = counts.as<int64_t>();
+  p.dtype = DType::f32, p.E = E, p.N = N, p.K = K, p.stride_e = N * K, p.stride_n = K, p.stride_k = 1;
+  p.target_stride = 1;
+  backend::check(cuda::launch_subset_correct(p, nullptr), "subset_correct");
+  for (int i = 0; i < 14; ++i) CHECK(counts.as<int64_t>()[i] == 1);
+  p.E = kMaxSubsetExits + 1;
+  CHECK(cuda::launch_subset_correct(p, nullptr) == cudaErrorInvalidValue);
+}
+
+}  // namespace
+
+int main() {
+  for (DType d : kAllTypes) {
+    for (int64_t K : {1, 2, 33, 257}) {
+      bad_labels(d, K, false, 0);
+      bad_labels(d, K, true, 0.1);
+    }
+  }
+  subsets_with_bad_labels();
+  return finish("test_cuda_kernels");
+}
