@@ -1,4 +1,6 @@
 // What only the CUDA kernels promise: labels out of range are no error there, and they are checked on the device.
+#include <memory>
+
 #include "testing.h"
 
 using namespace testing;
@@ -83,6 +85,57 @@ void subsets_with_bad_labels() {
   CHECK(cuda::launch_subset_correct(p, nullptr) == cudaErrorInvalidValue);
 }
 
+// Many maps of all layouts at once, as each alone; where a map begins changes no bit.
+void many_pools(DType d) {
+  struct Map {
+    int64_t N, C, H, W;
+    bool channels_last;
+  };
+  constexpr Map kinds[] = {{2, 8, 4, 4, false}, {2, 8, 4, 4, true},  {3, 5, 7, 7, false}, {1, 64, 1, 1, false},
+                           {0, 4, 2, 2, false}, {3, 5, 7, 7, true}, {70, 64, 2, 3, true}};
+  Random random(5);
+  constexpr int kMaps = 21;
+  std::vector<GlobalAvgPoolParams> pools, moved;
+  std::vector<std::unique_ptr<Values>> memory;
+  std::vector<Values*> results, again;
+  const auto fresh = [&](int64_t count) { return memory.emplace_back(new Values(d, count)).get(); };
+  for (int i = 0; i < kMaps; ++i) {
+    const Map& m = kinds[i % 7];
+    const int64_t size = m.N * m.C * m.H * m.W, unit = 16;
+    GlobalAvgPoolParams p{};
+    p.dtype = d, p.N = m.N, p.C = m.C, p.H = m.H, p.W = m.W, p.stride_n = m.C * m.H * m.W;
+    p.stride_c = m.channels_last ? 1 : m.H * m.W, p.stride_w = m.channels_last ? m.C : 1, p.stride_h = m.W * p.stride_w;
+    p.out_stride_n = m.C, p.out_stride_c = 1;
+    for (int64_t shift : {0, 1}) {  // from the end, which is a multiple of a page
+      const int64_t gap = (unit - size % unit) % unit + (shift ? unit - shift : 0);
+      Values* x = fresh(size + gap);
+      for (int64_t k = 0; k < size; ++k) x->set(k, shift ? memory[memory.size() - 3]->get(k) : random.normal());
+      p.input = x->data();
+      Values* y = fresh(m.N * m.C);
+      p.output = y->data();
+      (shift ? moved : pools).push_back(p);
+      (shift ? again : results).push_back(y);
+    }
+  }
+  const int64_t launches = emulated::launches();
+  backend::check(cuda::launch_global_avg_pools(pools.data(), kMaps, nullptr), "global_avg_pools");
+  CHECK(emulated::launches() - launches == 2);  // 18 that are not empty
+  for (const GlobalAvgPoolParams& p : moved) backend::check(cuda::launch_global_avg_pool(p, nullptr), "global_avg_pool");
+  for (size_t i = 0; i < kMaps; ++i) {
+    const GlobalAvgPoolParams& p = pools[i];
+    Values want(d, p.N * p.C);
+    GlobalAvgPoolParams q = p;
+    q.output = want.data();
+    cpu::kScalarTable.global_avg_pool(q, 0, p.N * p.C);
+    for (int64_t k = 0; k < p.N * p.C; ++k) {
+      CHECK(near(results[i]->get(k), want.get(k), 1e-6 + 2 * epsilon(d)), "%s map %zu: %g, want %g", name_of(d), i,
+            results[i]->get(k), want.get(k));
+      CHECK(same(results[i]->get(k), again[i]->get(k)), "%s map %zu, moved", name_of(d), i);
+    }
+  }
+  CHECK(cuda::launch_global_avg_pools(nullptr, 0, nullptr) == cudaSuccess);
+}
+
 }  // namespace
 
 int main() {
@@ -91,6 +144,7 @@ int main() {
       bad_labels(d, K, false, 0);
       bad_labels(d, K, true, 0.1);
     }
+    many_pools(d);
   }
   subsets_with_bad_labels();
   return finish("test_cuda_kernels");

@@ -174,6 +174,12 @@ int main() {
           run(*t, d, rd, c, 6, 1000, 0);
           run(*t, d, rd, c, 64, 32, 16);
           run(*t, d, rd, c, 1, 257, 4096);
+          if (rd == DType::f32 && c.policy == GatePolicy::confidence) {
+            run(*t, d, rd, c, 300, 3, 8);      // beyond what one launch of the CUDA kernels takes
+            run(*t, d, rd, c, 3, 8, 40000);    // rows in several pieces
+            run(*t, d, rd, c, 3, 6000, 8);
+            if (c.enabled && c.clear_behind && c.on == GateOn::ensemble) run(*t, d, rd, c, 4200, 2, 2);
+          }
           if (d == acc_of(d)) break;
         }
       }

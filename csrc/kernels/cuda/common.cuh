@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "api.h"
 
@@ -80,6 +81,56 @@ __device__ inline A read(Scalar s) {
   return s.ptr ? *static_cast<const A*>(s.ptr) : static_cast<A>(s.value);
 }
 
+// V values that lie beside each other: 16 bytes, or one value where rows do not begin at multiples of 16 bytes.
+template <class S>
+constexpr int kWide = static_cast<int>(16 / sizeof(S));
+
+template <int V, class S>
+struct Pack {
+  S value[V];
+};
+
+// `aligned`: the address is a multiple of 16. Which values make a pack depends on shape and strides alone, so that sums
+// have the same order wherever a tensor begins.
+template <int V, class S>
+__device__ inline Pack<V, S> load_pack(const S* p, int64_t stride, int count, bool aligned) {
+  Pack<V, S> pack{};
+  if constexpr (V > 1) {
+    if (aligned && count == V) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(p);
+      memcpy(&pack, &raw, sizeof(raw));
+      return pack;
+    }
+  }
+  for (int i = 0; i < V; ++i) {
+    if (i < count) pack.value[i] = p[i * stride];
+  }
+  return pack;
+}
+template <int V, class S>
+__device__ inline void store_pack(S* p, int64_t stride, const Pack<V, S>& pack, int count, bool aligned) {
+  if constexpr (V > 1) {
+    if (aligned && count == V) {
+      uint4 raw;
+      memcpy(&raw, &pack, sizeof(raw));
+      *reinterpret_cast<uint4*>(p) = raw;
+      return;
+    }
+  }
+  for (int i = 0; i < V; ++i) {
+    if (i < count) p[i * stride] = pack.value[i];
+  }
+}
+// Values of the pack that begins at k of K.
+template <int V>
+__device__ inline int pack_count(int64_t k, int64_t K) {
+  return K - k < V ? static_cast<int>(K - k) : V;
+}
+
+inline bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+constexpr unsigned kWarpSize = 32, kAllLanes = 0xffffffffu;
+
 constexpr int kMaxThreads = 256;
 
 // The block's merged value, in every thread; a tree over the threads, so the order depends on blockDim only.
@@ -109,6 +160,10 @@ inline unsigned threads_for(int64_t count) {
   while (threads < kMaxThreads && static_cast<int64_t>(threads) * 4 < count) threads *= 2;
   return threads;
 }
+
+// Rows of `packs` packs are taken by warps, each a row, where that fills the device or a block would not be needed.
+inline bool row_needs_block(int64_t rows, int64_t packs) { return packs > 256 || (packs > 32 && rows < 2048); }
+constexpr int64_t kRowsOfBlock = kMaxThreads / kWarpSize;  // one row for each warp
 
 // Blocks for `count` pieces of work; kernels loop over what lies beyond (grid stride), so that any int64 count is fine.
 inline unsigned blocks_for(int64_t count) {
