@@ -34,6 +34,7 @@ foreach(name IN ITEMS ensemble gate global_avg_pool joint_cross_entropy subset_c
 endforeach()
 target_link_libraries(test_cuda_kernels PRIVATE aep_emulated_cuda)
 target_link_libraries(test_emulated_cuda PRIVATE aep_emulated_cuda)
+target_link_libraries(test_gated_exit PRIVATE aep_emulated_cuda)
 
 # test_contract also holds tests/cpp/units/contract.cpp once for every instruction set, each with its own flags.
 foreach(isa IN LISTS aep_isa_built)

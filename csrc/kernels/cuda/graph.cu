@@ -109,7 +109,7 @@ cudaError_t GatedGraph::add_exit(GatedExitParams p, bool opens) {
   const GatedExitKernel kernel = gated_exit_kernel(p);
   void* arguments[] = {&p};
   cudaKernelNodeParams launch{};
-  launch.func = const_cast<void*>(kernel.function);
+  launch.func = reinterpret_cast<void*>(kernel.function);
   launch.gridDim = dim3(kernel.blocks);
   launch.blockDim = dim3(kernel.threads);
   launch.kernelParams = arguments;  // copied by the call

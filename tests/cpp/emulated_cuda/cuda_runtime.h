@@ -116,6 +116,10 @@ T __ldg(const T* p) {
   return *p;
 }
 inline void __threadfence() {}
+// A test gives the address of an unsigned as the handle.
+inline void cudaGraphSetConditional(unsigned long long handle, unsigned value) {
+  *reinterpret_cast<unsigned*>(handle) = value;
+}
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -1,5 +1,6 @@
 // An exit of the gated graph: one launch that adds, judges, answers and sets the condition of what follows.
-#include "graph.h"
+#include "gated_exit.h"
+
 #include "row_stats.cuh"
 
 namespace aep::kernels::cuda {
@@ -46,8 +47,8 @@ __device__ void tell(const GatedExitParams& p, uint32_t staying) {
     atomicAdd(&tally[0], staying);
     __threadfence();
     if (atomicAdd(&tally[1], 1u) + 1 != gridDim.x) return;
-    total = atomicExch(&tally[0], 0u);
-    atomicExch(&tally[1], 0u);
+    total = atomicAdd(&tally[0], 0u);
+    tally[0] = tally[1] = 0;
   }
   p.remaining[p.e] = total;
   if (p.sets) cudaGraphSetConditional(p.condition, total > 0 ? 1u : 0u);
@@ -56,8 +57,8 @@ __device__ void tell(const GatedExitParams& p, uint32_t staying) {
 template <class S>
 __global__ void gated_exit_of(GatedExitParams p) {
   using A = Acc<S>;
-  __shared__ RowState<A> shared[kMaxThreads];
-  __shared__ int64_t shared_votes[kMaxThreads];
+  AEP_SHARED(RowState<A>, shared, kMaxThreads / kWarpSize);
+  AEP_SHARED(int64_t, shared_votes, kMaxThreads);
   const bool first = p.e == 0, last = p.e == p.E - 1, live = !last && p.may_leave && p.enabled[p.e];
   const bool vote = p.policy == GatePolicy::vote, patience = p.policy == GatePolicy::patience;
   const bool judges = live || last || vote || patience;
@@ -78,11 +79,12 @@ __global__ void gated_exit_of(GatedExitParams p) {
     for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) {
       const A own = value_of(logits[k]), sum = add(first ? A(0) : sums[k], product(weight, own));
       sums[k] = sum;
-      if (judges) add_value(row, on_exit ? own : sum, k, divisor);
+      const A judged[1] = {on_exit ? own : sum};
+      if (judges) add_values(row, judged, k, 1, divisor);
     }
     bool leaves = false;
     if (judges) {
-      const RowResult result = finish_row(block_reduce(row, shared, merge_rows<A>));
+      const RowResult result = finish_row(merge_team<true>(row, shared));
       const bool judged = result.confidence == result.confidence;
       int64_t most = 0, seen[2] = {-1, 0};
       if (vote) {
@@ -115,16 +117,16 @@ __global__ void gated_exit_of(GatedExitParams p) {
   if (threadIdx.x == 0) tell(p, staying);
 }
 
-const void* kernel_for(DType dtype) {
+auto kernel_for(DType dtype) {
   switch (dtype) {
     case DType::f64:
-      return reinterpret_cast<const void*>(&gated_exit_of<double>);
+      return &gated_exit_of<double>;
     case DType::bf16:
-      return reinterpret_cast<const void*>(&gated_exit_of<BF16>);
+      return &gated_exit_of<BF16>;
     case DType::f16:
-      return reinterpret_cast<const void*>(&gated_exit_of<F16>);
+      return &gated_exit_of<F16>;
     default:
-      return reinterpret_cast<const void*>(&gated_exit_of<float>);
+      return &gated_exit_of<float>;
   }
 }
 
@@ -136,9 +138,7 @@ GatedExitKernel gated_exit_kernel(const GatedExitParams& p) {
 
 cudaError_t launch_gated_exit(const GatedExitParams& p, cudaStream_t stream) {
   const GatedExitKernel kernel = gated_exit_kernel(p);
-  GatedExitParams copy = p;
-  void* arguments[] = {&copy};
-  return cudaLaunchKernel(kernel.function, dim3(kernel.blocks), dim3(kernel.threads), arguments, 0, stream);
+  return enqueue(kernel.function, dim3(kernel.blocks), dim3(kernel.threads), 0, stream, p);
 }
 
 }  // namespace aep::kernels::cuda
