@@ -36,6 +36,15 @@ target_link_libraries(test_cuda_kernels PRIVATE aep_emulated_cuda)
 target_link_libraries(test_emulated_cuda PRIVATE aep_emulated_cuda)
 target_link_libraries(test_gated_exit PRIVATE aep_emulated_cuda)
 
+# The composition of the gated graph, on a runtime that records what it is told.
+set(aep_mocked_unit "${CMAKE_CURRENT_BINARY_DIR}/mocked_graph/graph.cpp")
+file(CONFIGURE OUTPUT "${aep_mocked_unit}"
+     CONTENT "#include \"${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels/cuda/graph.cu\"\n")
+target_sources(test_graph PRIVATE "${aep_mocked_unit}")
+target_include_directories(
+  test_graph BEFORE PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/tests/cpp/mocked_graph" "${CMAKE_CURRENT_SOURCE_DIR}/csrc"
+                            "${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels")
+
 # test_contract also holds tests/cpp/units/contract.cpp once for every instruction set, each with its own flags.
 foreach(isa IN LISTS aep_isa_built)
   if(isa STREQUAL "scalar")

@@ -213,7 +213,7 @@ def test_an_exit_alone_does_what_the_operator_does(dtype, n, classes, policy):
 def test_what_the_native_class_refuses(logits):
     gated = gated_on(logits)
     graphed = GraphedGatedNet(gated, numbered(0, 4).cuda())
-    tensors = dict(graphed._built._handle and GraphedGatedNet._make_tensors(graphed, logits[0, :4].cuda()))
+    tensors = graphed._make_tensors(logits[0, :4].cuda())
     make = _load.extension.GatedGraph
     for name, wrong, match in (
         ("exit", tensors["exit"].cpu(), "must be on the CUDA device"),
