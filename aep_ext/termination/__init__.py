@@ -11,6 +11,7 @@ from .curve import ThresholdCurve, Thresholds
 from .executor import GatedOutput
 from .exit_costs import exit_costs
 from .gated import GatedNet
+from .graphed import GraphedGatedNet
 from .identity import DataIdentity
 from .metrics import ExitMetrics, exit_metrics, expected_calibration_error, failure_auroc, probability_metrics
 from .path import ThresholdPath, path_losses
@@ -24,10 +25,11 @@ from .thresholds import ThresholdSearch
 
 __all__ = [
     "AccuracyBudget", "Budget", "Calibration", "Confidence", "CostBudget", "Custom", "DataIdentity", "Entropy",
-    "ExitCache", "ExitMetrics", "GateReport", "GatedNet", "GatedOutput", "Judged", "Margin", "POLICIES", "Patience",
-    "Policy", "Refill", "RiskBudget", "RiskTest", "Simulation", "StageCosts", "TemperatureFit", "ThresholdCurve",
-    "ThresholdPath", "ThresholdSearch", "Thresholds", "Vote", "as_policy", "budget_from_dict", "budget_to_dict",
-    "calibrate", "conformal_risk_control", "control_risk", "exit_costs", "exit_metrics",
-    "expected_calibration_error", "failure_auroc", "fit_temperature", "fit_temperatures", "from_thresholds",
-    "learn_then_test", "near_threshold", "path_losses", "probability_metrics", "simulate", "terminate",
+    "ExitCache", "ExitMetrics", "GateReport", "GatedNet", "GatedOutput", "GraphedGatedNet", "Judged", "Margin",
+    "POLICIES", "Patience", "Policy", "Refill", "RiskBudget", "RiskTest", "Simulation", "StageCosts",
+    "TemperatureFit", "ThresholdCurve", "ThresholdPath", "ThresholdSearch", "Thresholds", "Vote", "as_policy",
+    "budget_from_dict", "budget_to_dict", "calibrate", "conformal_risk_control", "control_risk", "exit_costs",
+    "exit_metrics", "expected_calibration_error", "failure_auroc", "fit_temperature", "fit_temperatures",
+    "from_thresholds", "learn_then_test", "near_threshold", "path_losses", "probability_metrics", "simulate",
+    "terminate",
 ]

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 
 #include "kernels/cpu/api.h"
+#ifdef AEP_WITH_CUDA
+#include "cuda/graph.h"
+#endif
 
 PYBIND11_MODULE(_C, module) {
   namespace cpu = aep::kernels::cpu;
@@ -10,4 +13,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa_in_use", &cpu::isa_in_use, "The instruction set that the CPU kernels run with.");
   module.def("isa_supported", &cpu::isa_supported, "Those that this machine can run, comma-separated.");
   module.def("isa_notice", &cpu::isa_notice, "One line if AEP_ISA asked for one that cannot be had, else ''.");
+#ifdef AEP_WITH_CUDA
+  aep::register_gated_graph(module);
+#endif
 }

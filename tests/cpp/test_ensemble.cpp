@@ -9,7 +9,8 @@ struct Shape {
   int64_t E, N, K;
 };
 constexpr Shape kShapes[] = {{1, 0, 5},  {1, 1, 1},    {3, 2, 1},   {4, 3, 3},  {2, 5, 17},
-                             {7, 3, 64}, {4, 2, 1000}, {17, 1, 33}, {2, 1, 129}};
+                             {7, 3, 64}, {4, 2, 1000}, {17, 1, 33}, {2, 1, 129},
+                             {1, 2, 2},  {2, 7, 31},   {3, 64, 10}, {2, 2, 256}, {1, 1, 5003}};
 
 // Statistics by their definition, in double.
 void statistics(const std::vector<double>& z, double divisor, double out[3], int64_t& argmax) {
@@ -48,6 +49,7 @@ void statistics(const std::vector<double>& z, double divisor, double out[3], int
 
 void forward(const KernelTable& t, DType d, Shape s, int layout, double normalizer, double temperature, bool special,
              bool keep_logits) {
+  if (!take(d)) return;
   Random random(static_cast<uint64_t>(s.E * 1000 + s.N * 100 + s.K + layout));
   Logits x(d, s.E, s.N, s.K, layout);
   x.values.fill_normal(random, 3);
@@ -105,6 +107,7 @@ void forward(const KernelTable& t, DType d, Shape s, int layout, double normaliz
 }
 
 void backward(const KernelTable& t, DType d, Shape s, int layout, bool expanded) {
+  if (!take(d)) return;
   Random random(static_cast<uint64_t>(s.E + s.N + s.K));
   Logits x(d, s.E, s.N, s.K, layout);
   x.values.fill_normal(random);
@@ -122,7 +125,7 @@ void backward(const KernelTable& t, DType d, Shape s, int layout, bool expanded)
   p.out_stride_n = s.K;
   t.ensemble_backward_logits(p, 0, s.N);
   t.ensemble_backward_weights(p, 0, chunks);
-  cpu::ensemble_backward_weights_finish(p);
+  backend::ensemble_backward_weights_finish(p);
   for (int64_t e = 0; e < s.E; ++e) {
     double sum = 0, size = 0;
     for (int64_t n = 0; n < s.N; ++n) {

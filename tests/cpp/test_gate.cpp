@@ -15,6 +15,7 @@ struct Case {
 };
 
 void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int64_t K, int64_t feature_bytes) {
+  if (!take(d)) return;
   Random random(static_cast<uint64_t>(n * 10 + K) + static_cast<uint64_t>(c.policy));
   const DType acc = acc_of(d);
   const int64_t S = c.policy == GatePolicy::patience ? 2 : c.policy == GatePolicy::vote ? K : 0;
@@ -33,7 +34,7 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
     features.as<unsigned char>()[i] = static_cast<unsigned char>(random.below(255) + 1);
   if (features_out.size() > 0) memset(features_out.data(), 0xa5, features_out.size());
   Guarded indices(bytes(n * 8)), indices_out(bytes(n * 8)), state(bytes(n * S * 8)), state_out(bytes(n * S * 8));
-  Guarded stats_out(bytes(n * 12)), argmax_out(bytes(n * 8)), count_out(8), scratch(cpu::gate_scratch_bytes(n));
+  Guarded stats_out(bytes(n * 12)), argmax_out(bytes(n * 8)), count_out(8), scratch(backend::gate_scratch_bytes(n));
   for (int64_t i = 0; i < n; ++i) indices.as<int64_t>()[i] = 1000 + 3 * i;
   for (int64_t i = 0; i < n * S; ++i)
     state.as<int64_t>()[i] = random.below(c.policy == GatePolicy::patience && i % 2 == 0 ? K + 1 : 3) -
@@ -58,7 +59,7 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
   p.policy = c.policy, p.on = c.on, p.enabled = c.enabled, p.clear_behind = c.clear_behind;
   t.gate_judge(p, n / 2, n);
   t.gate_judge(p, 0, n / 2);
-  const int64_t count = cpu::gate_partition(p);
+  const int64_t count = backend::gate_partition(p);
   t.gate_scatter(p, 0, n / 3);
   t.gate_scatter(p, n / 3, n);
 
@@ -171,6 +172,14 @@ int main() {
           run(*t, d, rd, c, 17, 1, 64);
           run(*t, d, rd, c, 9, 10, 33);
           run(*t, d, rd, c, 6, 1000, 0);
+          run(*t, d, rd, c, 64, 32, 16);
+          run(*t, d, rd, c, 1, 257, 4096);
+          if (rd == DType::f32 && c.policy == GatePolicy::confidence) {
+            run(*t, d, rd, c, 300, 3, 8);      // beyond what one launch of the CUDA kernels takes
+            run(*t, d, rd, c, 3, 8, 40000);    // rows in several pieces
+            run(*t, d, rd, c, 3, 6000, 8);
+            if (c.enabled && c.clear_behind && c.on == GateOn::ensemble) run(*t, d, rd, c, 4200, 2, 2);
+          }
           if (d == acc_of(d)) break;
         }
       }

@@ -5,8 +5,17 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "api.h"
+
+// A block's own memory. By macros, since tests/cpp/emulated_cuda has others: there it is allocated for each block.
+#ifndef AEP_SHARED
+#define AEP_SHARED(type, name, count) __shared__ type name[count]
+#define AEP_DYNAMIC_SHARED(type, name)                          \
+  extern __shared__ __align__(16) unsigned char name##_bytes[]; \
+  type* const name = reinterpret_cast<type*>(name##_bytes)
+#endif
 
 namespace aep::kernels::cuda {
 namespace {
@@ -72,6 +81,56 @@ __device__ inline A read(Scalar s) {
   return s.ptr ? *static_cast<const A*>(s.ptr) : static_cast<A>(s.value);
 }
 
+// V values that lie beside each other: 16 bytes, or one value where rows do not begin at multiples of 16 bytes.
+template <class S>
+constexpr int kWide = static_cast<int>(16 / sizeof(S));
+
+template <int V, class S>
+struct Pack {
+  S value[V];
+};
+
+// `aligned`: the address is a multiple of 16. Which values make a pack depends on shape and strides alone, so that sums
+// have the same order wherever a tensor begins.
+template <int V, class S>
+__device__ inline Pack<V, S> load_pack(const S* p, int64_t stride, int count, bool aligned) {
+  Pack<V, S> pack{};
+  if constexpr (V > 1) {
+    if (aligned && count == V) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(p);
+      memcpy(&pack, &raw, sizeof(raw));
+      return pack;
+    }
+  }
+  for (int i = 0; i < V; ++i) {
+    if (i < count) pack.value[i] = p[i * stride];
+  }
+  return pack;
+}
+template <int V, class S>
+__device__ inline void store_pack(S* p, int64_t stride, const Pack<V, S>& pack, int count, bool aligned) {
+  if constexpr (V > 1) {
+    if (aligned && count == V) {
+      uint4 raw;
+      memcpy(&raw, &pack, sizeof(raw));
+      *reinterpret_cast<uint4*>(p) = raw;
+      return;
+    }
+  }
+  for (int i = 0; i < V; ++i) {
+    if (i < count) p[i * stride] = pack.value[i];
+  }
+}
+// Values of the pack that begins at k of K.
+template <int V>
+__device__ inline int pack_count(int64_t k, int64_t K) {
+  return K - k < V ? static_cast<int>(K - k) : V;
+}
+
+inline bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+constexpr unsigned kWarpSize = 32, kAllLanes = 0xffffffffu;
+
 constexpr int kMaxThreads = 256;
 
 // The block's merged value, in every thread; a tree over the threads, so the order depends on blockDim only.
@@ -102,12 +161,27 @@ inline unsigned threads_for(int64_t count) {
   return threads;
 }
 
+// Rows of `packs` packs are taken by warps, each a row, where that fills the device or a block would not be needed.
+inline bool row_needs_block(int64_t rows, int64_t packs) { return packs > 256 || (packs > 32 && rows < 2048); }
+constexpr int64_t kRowsOfBlock = kMaxThreads / kWarpSize;  // one row for each warp
+
 // Blocks for `count` pieces of work; kernels loop over what lies beyond (grid stride), so that any int64 count is fine.
 inline unsigned blocks_for(int64_t count) {
   constexpr int64_t most = 1 << 20;
   return static_cast<unsigned>(count < most ? count : most);
 }
 inline unsigned blocks_for_elements(int64_t count) { return blocks_for((count + kMaxThreads - 1) / kMaxThreads); }
+
+// A launch as a function call: <<<>>> is no C++, and the kernels are also compiled by the host's compiler, for tests.
+template <class... P, class... A>
+inline cudaError_t enqueue(void (*kernel)(P...), dim3 blocks, dim3 threads, size_t shared_bytes, cudaStream_t stream,
+                           A&&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks, config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
+  return error == cudaSuccess ? error : cudaGetLastError();  // which forgets it: it has been told
+}
 
 #define AEP_CUDA_BY_DTYPE(dtype, F, ...) \
   switch (dtype) {                       \

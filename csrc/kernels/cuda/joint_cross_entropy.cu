@@ -56,8 +56,8 @@ __device__ void write_gradient(const S* x, int64_t stride_k, S* out, int64_t out
 template <class S, bool kGrad>
 __global__ void forward_kernel(JointCrossEntropyGradParams q) {
   using A = Acc<S>;
-  __shared__ LogSum<A> shared[kMaxThreads];
-  __shared__ A shared_sum[kMaxThreads];
+  AEP_SHARED(LogSum<A>, shared, kMaxThreads);
+  AEP_SHARED(A, shared_sum, kMaxThreads);
   const JointCrossEntropyParams& p = q.loss;
   const A* class_weight = static_cast<const A*>(p.class_weight);
   const A smoothing = static_cast<A>(p.label_smoothing);
@@ -124,16 +124,14 @@ cudaError_t launch_forward(const JointCrossEntropyParams& p, cudaStream_t stream
   if (p.E * p.N == 0) return cudaSuccess;
   JointCrossEntropyGradParams q{};
   q.loss = p;
-  forward_kernel<S, false><<<blocks_for(p.E * p.N), threads_for(p.K), 0, stream>>>(q);
-  return cudaGetLastError();
+  return enqueue(forward_kernel<S, false>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, q);
 }
 
 template <class S>
 cudaError_t launch_grad(const JointCrossEntropyGradParams& q, cudaStream_t stream) {
   const JointCrossEntropyParams& p = q.loss;
   if (p.E * p.N == 0) return cudaSuccess;
-  forward_kernel<S, true><<<blocks_for(p.E * p.N), threads_for(p.K), 0, stream>>>(q);
-  return cudaGetLastError();
+  return enqueue(forward_kernel<S, true>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, q);
 }
 
 template <class S>
@@ -153,14 +151,13 @@ __global__ void scale_kernel(LossGradScaleParams p) {
 template <class S>
 cudaError_t launch_scale(const LossGradScaleParams& p, cudaStream_t stream) {
   if (p.E * p.N == 0) return cudaSuccess;
-  scale_kernel<S><<<blocks_for(p.E * p.N), threads_for(p.K), 0, stream>>>(p);
-  return cudaGetLastError();
+  return enqueue(scale_kernel<S>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, p);
 }
 
 template <class S>
 __global__ void backward_kernel(JointCrossEntropyBackwardParams p) {
   using A = Acc<S>;
-  __shared__ A shared_sum[kMaxThreads];
+  AEP_SHARED(A, shared_sum, kMaxThreads);
   const A* class_weight = static_cast<const A*>(p.class_weight);
   const A smoothing = static_cast<A>(p.label_smoothing);
   A total = static_cast<A>(p.K);
@@ -185,8 +182,7 @@ __global__ void backward_kernel(JointCrossEntropyBackwardParams p) {
 template <class S>
 cudaError_t launch_backward(const JointCrossEntropyBackwardParams& p, cudaStream_t stream) {
   if (p.E * p.N == 0) return cudaSuccess;
-  backward_kernel<S><<<blocks_for(p.E * p.N), threads_for(p.K), 0, stream>>>(p);
-  return cudaGetLastError();
+  return enqueue(backward_kernel<S>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, p);
 }
 
 template <class A>
@@ -220,7 +216,7 @@ __device__ A denominator_of(const JointCrossEntropyReduceParams& p, double* shar
 
 template <class A>
 __global__ void denominator_kernel(JointCrossEntropyReduceParams p) {
-  __shared__ double shared[kMaxThreads];
+  AEP_SHARED(double, shared, kMaxThreads);
   const A denominator = denominator_of<A>(p, shared);
   if (threadIdx.x == 0) *static_cast<A*>(p.denominator) = denominator;
 }
@@ -228,7 +224,7 @@ __global__ void denominator_kernel(JointCrossEntropyReduceParams p) {
 // One block: the divisor, then exit after exit.
 template <class A>
 __global__ void total_loss_kernel(JointCrossEntropyReduceParams p) {
-  __shared__ double shared[kMaxThreads];
+  AEP_SHARED(double, shared, kMaxThreads);
   const A* rows = static_cast<const A*>(p.row_losses);
   const A denominator = denominator_of<A>(p, shared);
   A loss = 0;
@@ -252,16 +248,14 @@ template <class A>
 cudaError_t launch_reduce(const JointCrossEntropyReduceParams& p, cudaStream_t stream) {
   if (p.reduction == Reduction::none) {
     const unsigned blocks = blocks_for_elements(p.N > 0 ? p.N : 1);  // N == 0 still writes the divisor
-    losses_per_sample_kernel<A><<<blocks, kMaxThreads, 0, stream>>>(p);
-  } else {
-    total_loss_kernel<A><<<1, kMaxThreads, 0, stream>>>(p);
+    return enqueue(losses_per_sample_kernel<A>, blocks, kMaxThreads, 0, stream, p);
   }
-  return cudaGetLastError();
+  return enqueue(total_loss_kernel<A>, 1, kMaxThreads, 0, stream, p);
 }
 
 __global__ void find_bad_label_kernel(const int64_t* target, int64_t stride, int64_t N, int64_t K, bool has_ignore,
                                       int64_t ignore, int64_t* result) {
-  __shared__ int64_t shared[kMaxThreads];
+  AEP_SHARED(int64_t, shared, kMaxThreads);
   int64_t first = N;
   for (int64_t n = threadIdx.x; n < N && first == N; n += blockDim.x) {
     const int64_t y = target[n * stride];
@@ -286,21 +280,16 @@ cudaError_t launch_loss_grad_scale(const LossGradScaleParams& p, cudaStream_t st
   AEP_CUDA_BY_DTYPE(p.dtype, launch_scale, p, stream);
 }
 cudaError_t launch_joint_cross_entropy_denominator(const JointCrossEntropyReduceParams& p, cudaStream_t stream) {
-  if (p.dtype == DType::f64) {
-    denominator_kernel<double><<<1, kMaxThreads, 0, stream>>>(p);
-  } else {
-    denominator_kernel<float><<<1, kMaxThreads, 0, stream>>>(p);
-  }
-  return cudaGetLastError();
+  return p.dtype == DType::f64 ? enqueue(denominator_kernel<double>, 1, kMaxThreads, 0, stream, p)
+                               : enqueue(denominator_kernel<float>, 1, kMaxThreads, 0, stream, p);
 }
 cudaError_t launch_joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p, cudaStream_t stream) {
   return p.dtype == DType::f64 ? launch_reduce<double>(p, stream) : launch_reduce<float>(p, stream);
 }
 cudaError_t launch_find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t K,
                                   const int64_t* ignore_index, int64_t* result, cudaStream_t stream) {
-  find_bad_label_kernel<<<1, kMaxThreads, 0, stream>>>(target, stride, N, K, ignore_index != nullptr,
-                                                       ignore_index ? *ignore_index : 0, result);
-  return cudaGetLastError();
+  return enqueue(find_bad_label_kernel, 1, kMaxThreads, 0, stream, target, stride, N, K, ignore_index != nullptr,
+                 ignore_index ? *ignore_index : 0, result);
 }
 
 }  // namespace aep::kernels::cuda

@@ -21,6 +21,10 @@ __device__ RowState<A> empty_row() {
   return {-infinity<A>(), -infinity<A>(), A(0), A(0), -infinity<A>(), -1, -1, false};
 }
 
+__device__ inline int64_t shuffle_index(int64_t index, int step) {
+  return static_cast<int64_t>(__shfl_xor_sync(kAllLanes, static_cast<long long>(index), step));
+}
+
 // Moves sums that are relative to `from` to `to` >= from.
 template <class A>
 __device__ void rebase(A& sum, A& weighted, A from, A to) {
@@ -30,50 +34,82 @@ __device__ void rebase(A& sum, A& weighted, A from, A to) {
   sum *= scale;
 }
 
+// The states of a warp's lanes, merged, in every lane. The sums are brought to the common maximum first, so that merging
+// them is plain addition; a + b is b + a, so all lanes have the same bits.
 template <class A>
-__device__ RowState<A> merge_rows(RowState<A> a, RowState<A> b) {
-  const A top = larger(a.top, b.top);
-  rebase(a.sum, a.weighted, a.top, top);
-  rebase(b.sum, b.weighted, b.top, top);
-  a.next = larger(larger(a.next, b.next), smaller(a.top, b.top));
-  a.top = top;
-  a.sum += b.sum;
-  a.weighted += b.weighted;
-  if (b.best_at >= 0 && (a.best_at < 0 || b.best > a.best || (b.best == a.best && b.best_at < a.best_at))) {
-    a.best = b.best;
-    a.best_at = b.best_at;
+__device__ RowState<A> merge_lanes(RowState<A> row) {
+  const A own_top = row.top;
+  for (int step = 1; step < static_cast<int>(kWarpSize); step *= 2) {
+    const A top = __shfl_xor_sync(kAllLanes, row.top, step), next = __shfl_xor_sync(kAllLanes, row.next, step);
+    row.next = larger(larger(row.next, next), smaller(row.top, top));
+    row.top = larger(row.top, top);
+    const A best = __shfl_xor_sync(kAllLanes, row.best, step);
+    const int64_t best_at = shuffle_index(row.best_at, step), nan_at = shuffle_index(row.nan_at, step);
+    if (best_at >= 0 && (row.best_at < 0 || best > row.best || (best == row.best && best_at < row.best_at))) {
+      row.best = best;
+      row.best_at = best_at;
+    }
+    if (nan_at >= 0 && (row.nan_at < 0 || nan_at < row.nan_at)) row.nan_at = nan_at;
   }
-  if (b.nan_at >= 0 && (a.nan_at < 0 || b.nan_at < a.nan_at)) a.nan_at = b.nan_at;
-  a.nan_z |= b.nan_z;
-  return a;
+  row.nan_z = __any_sync(kAllLanes, row.nan_z);
+  rebase(row.sum, row.weighted, own_top, row.top);
+  for (int step = 1; step < static_cast<int>(kWarpSize); step *= 2) {
+    row.sum += __shfl_xor_sync(kAllLanes, row.sum, step);
+    row.weighted += __shfl_xor_sync(kAllLanes, row.weighted, step);
+  }
+  return row;
 }
 
-// Takes in the value v at index k; z = v / divisor is what is judged.
-template <class A>
-__device__ void add_value(RowState<A>& row, A v, int64_t k, A divisor) {
-  if (v != v) {
-    if (row.nan_at < 0) row.nan_at = k;
-    row.nan_z = true;
-    return;
+// The states of all threads of a team (a warp, or a block of several) merged, in every thread. `shared` holds a state for
+// each warp of a block and may be used again at once.
+template <bool kBlock, class A>
+__device__ RowState<A> merge_team(RowState<A> row, RowState<A>* shared) {
+  row = merge_lanes(row);
+  if constexpr (kBlock) {
+    const unsigned lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
+    if (lane == 0) shared[threadIdx.x / kWarpSize] = row;
+    __syncthreads();
+    row = merge_lanes(lane < warps ? shared[lane] : empty_row<A>());
+    __syncthreads();
   }
-  if (row.best_at < 0 || v > row.best) {  // indices ascend within a thread: the first of equals stays
-    row.best = v;
-    row.best_at = k;
+  return row;
+}
+
+// Takes in `count` values at k, k + 1, ..; z = value / divisor is what is judged. One rebasing for all of them.
+template <int V, class A>
+__device__ void add_values(RowState<A>& row, const A (&values)[V], int64_t k, int count, A divisor) {
+  A z[V];
+  const A before = row.top;
+  for (int i = 0; i < V; ++i) {
+    const A v = values[i];
+    z[i] = -infinity<A>();
+    if (i >= count) continue;
+    if (v != v) {
+      if (row.nan_at < 0) row.nan_at = k + i;
+      row.nan_z = true;
+      continue;
+    }
+    if (row.best_at < 0 || v > row.best) {  // indices ascend within a thread: the first of equals stays
+      row.best = v;
+      row.best_at = k + i;
+    }
+    const A judged = v / divisor;
+    if (judged != judged) {
+      row.nan_z = true;
+      continue;
+    }
+    z[i] = judged;
+    row.next = larger(row.next, smaller(row.top, judged));
+    row.top = larger(row.top, judged);
   }
-  const A z = v / divisor;
-  if (z != z) {
-    row.nan_z = true;
-    return;
+  rebase(row.sum, row.weighted, before, row.top);
+  if (!finite(row.top)) return;
+  for (int i = 0; i < V; ++i) {
+    if (z[i] == -infinity<A>()) continue;
+    const A d = z[i] - row.top, e = exponential(d);
+    row.sum += e;
+    row.weighted += e > A(0) ? e * d : A(0);
   }
-  row.next = larger(row.next, smaller(row.top, z));
-  if (z > row.top) {
-    rebase(row.sum, row.weighted, row.top, z);
-    row.top = z;
-  }
-  if (z == -infinity<A>() || !finite(row.top)) return;
-  const A d = z - row.top, e = exponential(d);
-  row.sum += e;
-  row.weighted += e > A(0) ? e * d : A(0);
 }
 
 struct RowResult {

@@ -22,9 +22,8 @@ __device__ A subset_sum(const A* products, int64_t E, int64_t stride, uint32_t m
 template <class S>
 __global__ void subset_correct_kernel(SubsetCorrectParams p, int64_t tile) {
   using A = Acc<S>;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  A* products = reinterpret_cast<A*>(shared_bytes);  // (E, tile)
-  __shared__ A target_products[kMaxSubsetExits];
+  AEP_DYNAMIC_SHARED(A, products);  // (E, tile)
+  AEP_SHARED(A, target_products, kMaxSubsetExits);
   const A* weights = static_cast<const A*>(p.weights);
   const uint32_t subsets = (1u << p.E) - 1u;
   for (int64_t n = blockIdx.x; n < p.N; n += gridDim.x) {
@@ -74,8 +73,8 @@ cudaError_t launch(const SubsetCorrectParams& p, cudaStream_t stream) {
   if (p.E < 1 || p.E > kMaxSubsetExits) return cudaErrorInvalidValue;
   const int64_t most = kSharedBytes / static_cast<int64_t>(sizeof(A)) / p.E, tile = p.K < most ? p.K : most;
   const unsigned threads = threads_for((int64_t(1) << p.E) * 4);
-  subset_correct_kernel<S><<<blocks_for(p.N), threads, static_cast<size_t>(p.E * tile) * sizeof(A), stream>>>(p, tile);
-  return cudaGetLastError();
+  return enqueue(subset_correct_kernel<S>, blocks_for(p.N), threads, static_cast<size_t>(p.E * tile) * sizeof(A), stream,
+                 p, tile);
 }
 
 }  // namespace

@@ -34,9 +34,8 @@ std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::T
                                                   const Biases& biases) {
   const HeadCall call = prepare_head(features, weights, biases);
   const OnDevice device(call.pooled);
-  for (const auto& p : call.pools) {
-    C10_CUDA_CHECK(cuda::launch_global_avg_pool(p, device.stream));
-  }
+  C10_CUDA_CHECK(
+      cuda::launch_global_avg_pools(call.pools.data(), static_cast<int64_t>(call.pools.size()), device.stream));
   for (size_t e = 0; e < weights.size(); ++e) {
     finish_exit(call, e, weights[e], biases[e]);
   }

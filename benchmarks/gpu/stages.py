@@ -1,0 +1,184 @@
+"""What the GPU check consists of: stages, their parts, and the verdict on each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_NATIVE = ("csrc", "cmake", "build_support", "CMakeLists.txt")
+# The sources that a stage judges: a part that is finished is run again only where one of them changed.
+SOURCES = {
+    "build": _NATIVE,
+    "tests": (*_NATIVE, "aep_ext", "tests"),
+    "sanitize": (*_NATIVE, "aep_ext", "benchmarks/gpu/driver.py"),
+    "ceilings": ("benchmarks/gpu/ceilings.py", "benchmarks/gpu/clock.py"),
+    "ops": (*_NATIVE, "aep_ext", "benchmarks/gpu", "benchmarks/rivals.py"),
+    "e2e": (*_NATIVE, "aep_ext", "benchmarks/gpu"),
+    "graphed": (*_NATIVE, "aep_ext", "benchmarks/gpu"),
+}
+STAGES = tuple(SOURCES)
+BENCHES = {
+    "ops": "benchmarks/gpu/test_operators.py",
+    "e2e": "benchmarks/gpu/test_end_to_end.py",
+    "graphed": "benchmarks/gpu/test_graphed.py",
+}
+SANITIZERS = ("memcheck", "racecheck")
+_SUMMARY = re.compile(r"([0-9]+ (passed|failed|skipped|deselected|error)|no tests ran).* in [0-9.]+s")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a command."""
+
+    code: int | None
+    """Its exit status; None: it was stopped at the limit."""
+    output: str
+
+    @property
+    def last_line(self) -> str:
+        """The last one that says something."""
+        lines = [line.strip().strip("=").strip() for line in self.output.splitlines()]
+        return next((line for line in reversed(lines) if line), "")[:300]
+
+    @property
+    def pytest_line(self) -> str:
+        """pytest's closing line; other lines may follow it."""
+        lines = [line.strip().strip("=").strip() for line in self.output.splitlines() if _SUMMARY.search(line)]
+        return lines[-1][:300] if lines else self.last_line
+
+
+Run = Callable[[Sequence[str], dict[str, str] | None, float], Outcome]
+"""``run(command, environment to add, limit in seconds)``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One piece of a stage. ``judge`` gives status and note."""
+
+    name: str
+    command: tuple[str, ...]
+    judge: Callable[[Outcome], tuple[str, str]]
+    environment: dict[str, str] | None = None
+    details: Path | None = None
+    """A JSON file that the command writes; it goes into the result."""
+
+
+def run_for_real(command: Sequence[str], environment: dict[str, str] | None, limit: float) -> Outcome:
+    """Runs, shows the output as it comes, and stops all that was started when the time is up."""
+    process = subprocess.Popen(
+        command,
+        env=os.environ | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    import signal
+    import threading
+
+    stopped = threading.Event()
+
+    def stop() -> None:
+        stopped.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit, stop)
+    timer.daemon = True
+    timer.start()
+    lines = []
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        code = process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    finally:
+        timer.cancel()
+    return Outcome(None if stopped.is_set() else code, "".join(lines))
+
+
+def judge_pytest(outcome: Outcome) -> tuple[str, str]:
+    """A run in which nothing was selected (status 5), or everything was skipped, is no success and no failure."""
+    line = outcome.pytest_line
+    if outcome.code == 0:
+        return ("passed" if " passed" in f" {line}" else "left out"), line
+    return ("left out" if outcome.code == 5 else "failed"), line
+
+
+def judge_exit(outcome: Outcome) -> tuple[str, str]:
+    """By the exit status; what passed needs no note."""
+    return ("passed", "") if outcome.code == 0 else ("failed", outcome.last_line)
+
+
+def judge_sanitizer(outcome: Outcome) -> tuple[str, str]:
+    """Clean is a driver that came to its end under a sanitizer that found nothing."""
+    came_through = re.search(r"^driver: .*$", outcome.output, re.MULTILINE)
+    note = "; ".join(filter(None, (came_through.group() if came_through else "", outcome.last_line)))
+    return ("passed" if outcome.code == 0 and came_through else "failed"), note
+
+
+def build_part(work: Path) -> Part:
+    """A build without the CUDA kernels is a failure here, and not one with a notice."""
+    script = (
+        "from pathlib import Path; from build_support.native import build_into; build_into(Path('aep_ext')); "
+        "import json, aep_ext; info = aep_ext.build_info(); print(info); "
+        f"Path({str(work / 'build.json')!r}).write_text(json.dumps(info.to_dict()))"
+    )
+    wishes = {"FORCE_CUDA": "1"}
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        import torch
+
+        wishes["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability(0))  # this machine's alone
+    return Part("build", (sys.executable, "-c", script), judge_exit, wishes, work / "build.json")
+
+
+def test_parts(run: Run, limit: float) -> Iterator[Part]:
+    """The files that hold GPU tests, each in a process of its own: a kernel that crashes takes only its file along."""
+    pytest = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu")
+    found = run((*pytest, "tests", "--collect-only", "-q", "--no-header"), None, limit)
+    files = dict.fromkeys(line.split("::")[0] for line in found.output.splitlines() if "::" in line)
+    if not files and found.code not in (0, 5):
+        yield Part("collection", (*pytest, "tests", "--collect-only", "-q"), judge_pytest)
+    for file in files:
+        yield Part(file, (*pytest, file, "-q"), judge_pytest)
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer, from the PATH or the toolkit."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)])
+    return shutil.which("compute-sanitizer", path=path)
+
+
+def sanitizer_parts(sanitizer: str) -> Iterator[Part]:
+    """The operators and, since sanitizers may not know conditional nodes, apart from them the gated graph."""
+    for tool in SANITIZERS:
+        # Races are ours to find, not torch's.
+        only = () if tool == "memcheck" else ("--kernel-name", "kernel_substring=aep")
+        for what in ("operators", "graphed"):
+            command = (sanitizer, "--tool", tool, *only, "--error-exitcode", "99", sys.executable)
+            script = ("-m", "benchmarks.gpu.driver", what)
+            yield Part(f"{tool} {what}", (*command, *script), judge_sanitizer, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def ceilings_part(work: Path) -> Part:
+    """Copy bandwidth and launch latencies."""
+    file = work / "ceilings.json"
+    return Part("ceilings", (sys.executable, "-m", "benchmarks.gpu.ceilings", str(file)), judge_exit, None, file)
+
+
+def read_details(part: Part) -> dict | None:
+    """What the part's command wrote down."""
+    if part.details is None or not part.details.is_file():
+        return None
+    return json.loads(part.details.read_text(encoding="utf-8"))

@@ -1,0 +1,111 @@
+#include "backend.h"
+
+#include "testing.h"
+
+namespace backend {
+namespace {
+
+// Whether this part of 0 .. total stands for all of it.
+bool whole(int64_t begin, int64_t end, int64_t total) { return begin == 0 && (end > 0 || total == 0); }
+
+void global_avg_pool(const GlobalAvgPoolParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.N * p.C)) check(cuda::launch_global_avg_pool(p, nullptr), "global_avg_pool");
+}
+void ensemble(const EnsembleParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.N)) check(cuda::launch_ensemble(p, nullptr), "ensemble");
+}
+void ensemble_stats(const EnsembleStatsParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.ensemble.N)) check(cuda::launch_ensemble_stats(p, nullptr), "ensemble_stats");
+}
+void ensemble_backward_logits(const EnsembleBackwardParams& p, int64_t begin, int64_t end) {
+  EnsembleBackwardParams q = p;
+  q.grad_weights = nullptr;
+  if (whole(begin, end, p.N)) check(cuda::launch_ensemble_backward(q, nullptr), "ensemble_backward");
+}
+void ensemble_backward_weights(const EnsembleBackwardParams&, int64_t, int64_t) {}  // with the last step, below
+void joint_cross_entropy(const JointCrossEntropyParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.E * p.N)) check(cuda::launch_joint_cross_entropy(p, nullptr), "joint_cross_entropy");
+}
+void joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.E * p.N))
+    check(cuda::launch_joint_cross_entropy_backward(p, nullptr), "joint_cross_entropy_backward");
+}
+void joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.loss.E * p.loss.N))
+    check(cuda::launch_joint_cross_entropy_grad(p, nullptr), "joint_cross_entropy_grad");
+}
+void loss_grad_scale(const LossGradScaleParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.E * p.N)) check(cuda::launch_loss_grad_scale(p, nullptr), "loss_grad_scale");
+}
+void subset_correct(const SubsetCorrectParams& p, int64_t begin, int64_t end, int64_t* counts) {
+  SubsetCorrectParams q = p;
+  q.counts = counts;
+  if (whole(begin, end, p.N)) check(cuda::launch_subset_correct(q, nullptr), "subset_correct");
+}
+void gate_judge(const GateParams&, int64_t, int64_t) {}
+void gate_scatter(const GateParams&, int64_t, int64_t) {}
+
+std::vector<emulated::Region> guarded_memory() {
+  std::vector<emulated::Region> list;
+  for (testing::Guarded* memory : testing::all_guarded()) list.push_back({memory->data(), memory->size()});
+  return list;
+}
+const bool told = (emulated::regions = guarded_memory, true);
+
+}  // namespace
+
+const cpu::KernelTable& table() {
+  static const cpu::KernelTable cuda_table = [] {
+    cpu::KernelTable t = cpu::kScalarTable;  // what has no CUDA kernel stays
+    t.name = "cuda, emulated";
+    t.global_avg_pool = global_avg_pool;
+    t.ensemble = ensemble;
+    t.ensemble_stats = ensemble_stats;
+    t.ensemble_backward_logits = ensemble_backward_logits;
+    t.ensemble_backward_weights = ensemble_backward_weights;
+    t.joint_cross_entropy = joint_cross_entropy;
+    t.joint_cross_entropy_backward = joint_cross_entropy_backward;
+    t.joint_cross_entropy_grad = joint_cross_entropy_grad;
+    t.loss_grad_scale = loss_grad_scale;
+    t.subset_correct = subset_correct;
+    t.gate_judge = gate_judge;
+    t.gate_scatter = gate_scatter;
+    return t;
+  }();
+  return cuda_table;
+}
+
+void check(cudaError_t error, const char* what) {
+  ++testing::checks;
+  if (error == cudaSuccess) return;
+  testing::report(__FILE__, __LINE__,
+                  std::string(what) + ": error " + std::to_string(static_cast<int>(error)) + " " + emulated::fault());
+  emulated::clear_fault();
+}
+
+int64_t gate_partition(const GateParams& p) {
+  check(cuda::launch_gate(p, nullptr), "gate");
+  return *p.count_out;
+}
+
+void ensemble_backward_weights_finish(const EnsembleBackwardParams& p) {
+  EnsembleBackwardParams q = p;
+  q.grad_logits = nullptr;
+  check(cuda::launch_ensemble_backward(q, nullptr), "ensemble_backward");
+}
+
+void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p) {
+  if (p.denominator) {
+    JointCrossEntropyReduceParams alone = p;
+    check(cuda::launch_joint_cross_entropy_denominator(alone, nullptr), "joint_cross_entropy_denominator");
+  }
+  check(cuda::launch_joint_cross_entropy_reduce(p, nullptr), "joint_cross_entropy_reduce");
+}
+
+int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t K, const int64_t* ignore_index) {
+  int64_t result = -7;
+  check(cuda::launch_find_bad_label(target, stride, N, K, ignore_index, &result, nullptr), "find_bad_label");
+  return result;
+}
+
+}  // namespace backend

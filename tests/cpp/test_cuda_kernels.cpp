@@ -1,0 +1,151 @@
+// What only the CUDA kernels promise: labels out of range are no error there, and they are checked on the device.
+#include <memory>
+
+#include "testing.h"
+
+using namespace testing;
+
+namespace {
+
+constexpr int64_t kIgnore = -100;
+
+// Rows 1 and 4 have labels out of range, row 2 is ignored: compared with the CPU's kernels, which get valid labels there.
+void bad_labels(DType d, int64_t K, bool weighted, double smoothing) {
+  const int64_t E = 2, N = 6;
+  const DType acc = acc_of(d);
+  Random random(static_cast<uint64_t>(K));
+  Logits x(d, E, N, K, Logits::padded);
+  x.values.fill_normal(random, 2);
+  Values w(acc, K), a(acc, E), grad(d, E * N * K), again(d, E * N * K), other(d, E * N * K), rows(acc, E * N),
+      expected(acc, E * N), tops(acc, E * N), sums(acc, E * N), loss(acc, 1), exits(acc, E), denominator(acc, 1);
+  for (int64_t k = 0; k < K; ++k) w.set(k, 0.3 + random.uniform());
+  a.set(0, 0.4), a.set(1, 1.5);
+  Guarded target(static_cast<size_t>(N) * 8);
+  const int64_t labels[] = {0, K, kIgnore, K - 1, -1, K / 2};
+  for (int64_t n = 0; n < N; ++n) target.as<int64_t>()[n] = labels[n];
+
+  JointCrossEntropyGradParams q{};
+  JointCrossEntropyParams& p = q.loss;
+  p.logits = x.data(), p.target = target.as<int64_t>(), p.class_weight = weighted ? w.data() : nullptr;
+  p.row_losses = rows.data(), p.row_max = tops.data(), p.row_sum = sums.data(), p.dtype = d, p.E = E, p.N = N, p.K = K;
+  p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = x.stride_k, p.target_stride = 1;
+  p.ignore_index = kIgnore, p.label_smoothing = smoothing;
+  q.coefficients.exit_weights = a.data(), q.coefficients.factor = 1;
+  q.grad_logits = grad.data(), q.out_stride_e = N * K, q.out_stride_n = K, q.out_stride_k = 1;
+  backend::check(cuda::launch_joint_cross_entropy_grad(q, nullptr), "joint_cross_entropy_grad");
+
+  JointCrossEntropyBackwardParams b{};
+  b.logits = p.logits, b.target = p.target, b.class_weight = p.class_weight, b.row_max = tops.data();
+  b.row_sum = sums.data(), b.coefficients = q.coefficients, b.grad_logits = again.data(), b.dtype = d;
+  b.E = E, b.N = N, b.K = K, b.stride_e = p.stride_e, b.stride_n = p.stride_n, b.stride_k = p.stride_k;
+  b.target_stride = 1, b.out_stride_e = N * K, b.out_stride_n = K, b.ignore_index = kIgnore;
+  b.label_smoothing = smoothing;
+  backend::check(cuda::launch_joint_cross_entropy_backward(b, nullptr), "joint_cross_entropy_backward");
+
+  JointCrossEntropyReduceParams r{};
+  r.row_losses = rows.data(), r.exit_weights = a.data(), r.target = p.target, r.class_weight = p.class_weight;
+  r.loss = loss.data(), r.exit_losses = exits.data(), r.denominator = denominator.data(), r.dtype = d;
+  r.reduction = Reduction::mean, r.E = E, r.N = N, r.K = K, r.target_stride = 1, r.ignore_index = kIgnore;
+  backend::joint_cross_entropy_reduce(r);
+  CHECK(isnan(loss.get(0)) && isnan(exits.get(0)));
+
+  target.as<int64_t>()[1] = target.as<int64_t>()[4] = 0;
+  p.row_losses = expected.data(), q.grad_logits = other.data();
+  cpu::kScalarTable.joint_cross_entropy_grad(q, 0, E * N);
+  for (int64_t i = 0; i < E * N; ++i) {
+    const int64_t n = i % N;
+    const bool bad = n == 1 || n == 4, zero = bad || n == 2;
+    CHECK(bad ? isnan(rows.get(i)) : near(rows.get(i), expected.get(i), 1e-5), "%s K %ld row %ld: %g, want %g",
+          name_of(d), long(K), long(i), rows.get(i), expected.get(i));
+    for (int64_t k = 0; k < K; ++k) {
+      const double want = zero ? 0 : other.get(i * K + k), close = zero ? 0 : 2e-5 + 2 * epsilon(d);
+      CHECK(near(grad.get(i * K + k), want, close), "%s K %ld row %ld", name_of(d), long(K), long(i));
+      CHECK(near(again.get(i * K + k), want, close), "%s K %ld row %ld", name_of(d), long(K), long(i));
+    }
+  }
+}
+
+void subsets_with_bad_labels() {
+  const int64_t E = 3, N = 4, K = 5;
+  Logits x(DType::f32, E, N, K, Logits::dense);
+  for (int64_t i = 0; i < E * N * K; ++i) x.values.set(i, static_cast<double>(i % K));  // class 4 is the largest
+  Values w(DType::f32, E);
+  for (int64_t e = 0; e < E; ++e) w.set(e, 1);
+  Guarded target(static_cast<size_t>(N) * 8), counts(7 * 16);
+  const int64_t labels[] = {4, 5, -1, INT64_MAX};
+  for (int64_t n = 0; n < N; ++n) target.as<int64_t>()[n] = labels[n];
+  memset(counts.data(), 0, counts.size());
+  SubsetCorrectParams p{};
+  p.logits = x.data(), p.weights = w.data(), p.target = target.as<int64_t>(), p.counts = counts.as<int64_t>();
+  p.dtype = DType::f32, p.E = E, p.N = N, p.K = K, p.stride_e = N * K, p.stride_n = K, p.stride_k = 1;
+  p.target_stride = 1;
+  backend::check(cuda::launch_subset_correct(p, nullptr), "subset_correct");
+  for (int i = 0; i < 14; ++i) CHECK(counts.as<int64_t>()[i] == 1);
+  p.E = kMaxSubsetExits + 1;
+  CHECK(cuda::launch_subset_correct(p, nullptr) == cudaErrorInvalidValue);
+}
+
+// Many maps of all layouts at once, as each alone; where a map begins changes no bit.
+void many_pools(DType d) {
+  struct Map {
+    int64_t N, C, H, W;
+    bool channels_last;
+  };
+  constexpr Map kinds[] = {{2, 8, 4, 4, false}, {2, 8, 4, 4, true},  {3, 5, 7, 7, false}, {1, 64, 1, 1, false},
+                           {0, 4, 2, 2, false}, {3, 5, 7, 7, true}, {70, 64, 2, 3, true}};
+  Random random(5);
+  constexpr int kMaps = 21;
+  std::vector<GlobalAvgPoolParams> pools, moved;
+  std::vector<std::unique_ptr<Values>> memory;
+  std::vector<Values*> results, again;
+  const auto fresh = [&](int64_t count) { return memory.emplace_back(new Values(d, count)).get(); };
+  for (int i = 0; i < kMaps; ++i) {
+    const Map& m = kinds[i % 7];
+    const int64_t size = m.N * m.C * m.H * m.W, unit = 16;
+    GlobalAvgPoolParams p{};
+    p.dtype = d, p.N = m.N, p.C = m.C, p.H = m.H, p.W = m.W, p.stride_n = m.C * m.H * m.W;
+    p.stride_c = m.channels_last ? 1 : m.H * m.W, p.stride_w = m.channels_last ? m.C : 1, p.stride_h = m.W * p.stride_w;
+    p.out_stride_n = m.C, p.out_stride_c = 1;
+    for (int64_t shift : {0, 1}) {  // from the end, which is a multiple of a page
+      const int64_t gap = (unit - size % unit) % unit + (shift ? unit - shift : 0);
+      Values* x = fresh(size + gap);
+      for (int64_t k = 0; k < size; ++k) x->set(k, shift ? memory[memory.size() - 3]->get(k) : random.normal());
+      p.input = x->data();
+      Values* y = fresh(m.N * m.C);
+      p.output = y->data();
+      (shift ? moved : pools).push_back(p);
+      (shift ? again : results).push_back(y);
+    }
+  }
+  const int64_t launches = emulated::launches();
+  backend::check(cuda::launch_global_avg_pools(pools.data(), kMaps, nullptr), "global_avg_pools");
+  CHECK(emulated::launches() - launches == 2);  // 18 that are not empty
+  for (const GlobalAvgPoolParams& p : moved) backend::check(cuda::launch_global_avg_pool(p, nullptr), "global_avg_pool");
+  for (size_t i = 0; i < kMaps; ++i) {
+    const GlobalAvgPoolParams& p = pools[i];
+    Values want(d, p.N * p.C);
+    GlobalAvgPoolParams q = p;
+    q.output = want.data();
+    cpu::kScalarTable.global_avg_pool(q, 0, p.N * p.C);
+    for (int64_t k = 0; k < p.N * p.C; ++k) {
+      CHECK(near(results[i]->get(k), want.get(k), 1e-6 + 2 * epsilon(d)), "%s map %zu: %g, want %g", name_of(d), i,
+            results[i]->get(k), want.get(k));
+      CHECK(same(results[i]->get(k), again[i]->get(k)), "%s map %zu, moved", name_of(d), i);
+    }
+  }
+  CHECK(cuda::launch_global_avg_pools(nullptr, 0, nullptr) == cudaSuccess);
+}
+
+}  // namespace
+
+int main() {
+  for (DType d : kAllTypes) {
+    for (int64_t K : {1, 2, 33, 257}) {
+      bad_labels(d, K, false, 0);
+      bad_labels(d, K, true, 0.1);
+    }
+    many_pools(d);
+  }
+  subsets_with_bad_labels();
+  return finish("test_cuda_kernels");
+}
