@@ -74,6 +74,9 @@ def test_kernels_under_address_and_undefined_sanitizers(tmp_path: Path) -> None:
     assert "100% tests passed" in output
     for source in (ROOT / "tests" / "cpp").glob("test_*.cpp"):
         assert source.stem in output
+    # The CUDA kernels, run by an emulation on the host.
+    for kernel in (ROOT / "csrc" / "kernels" / "cuda").glob("*.cu"):
+        assert kernel.stem.startswith("graph") or f"cuda_{kernel.stem}" in output
 
 
 def test_kernels_under_thread_sanitizer(tmp_path: Path) -> None:
@@ -136,7 +139,7 @@ def test_kernels_on_arm(tmp_path: Path) -> None:
     output = _ctest(build)
     assert "100% tests passed" in output
     for source in (ROOT / "tests" / "cpp").glob("test_*.cpp"):
-        assert source.stem in output
+        assert source.stem in output or "cuda" in source.stem
 
 
 @pytest.mark.slow

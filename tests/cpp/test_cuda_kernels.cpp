@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kIgnore = -100;
 
-// Rows 1 and 4 have labels out of range, row 2 is ignored: compared with the CPU's kernels, which get valid labels there.
+// Rows 1 and 4 have labels out of range, row 2 is ignored: compared with the CPU's kernels, which get valid labels.
 void bad_labels(DType d, int64_t K, bool weighted, double smoothing) {
   const int64_t E = 2, N = 6;
   const DType acc = acc_of(d);
@@ -120,7 +120,7 @@ void many_pools(DType d) {
   const int64_t launches = emulated::launches();
   backend::check(cuda::launch_global_avg_pools(pools.data(), kMaps, nullptr), "global_avg_pools");
   CHECK(emulated::launches() - launches == 2);  // 18 that are not empty
-  for (const GlobalAvgPoolParams& p : moved) backend::check(cuda::launch_global_avg_pool(p, nullptr), "global_avg_pool");
+  for (const GlobalAvgPoolParams& p : moved) backend::check(cuda::launch_global_avg_pool(p, nullptr), "moved pool");
   for (size_t i = 0; i < kMaps; ++i) {
     const GlobalAvgPoolParams& p = pools[i];
     Values want(d, p.N * p.C);

@@ -206,8 +206,8 @@ struct Logits {
   double row_get(int64_t row, int64_t k) { return get(row / N, row % N, k); }
 };
 
-// Whether to run the next case of this type: emulated, where every launch runs three times, all of float32 and a third of
-// the others, evenly spread.
+// Whether to run the next case of this type: emulated, where every launch runs several times, all of float32 and a
+// third of the others, evenly spread.
 inline bool take(DType d) {
   static int next = 0;
   return !backend::kCuda || d == DType::f32 || ++next % 3 == 0;

@@ -15,7 +15,8 @@
 namespace aep::kernels::cuda {
 
 cudaError_t launch_global_avg_pool(const GlobalAvgPoolParams& p, cudaStream_t stream);
-// `count` poolings of one dtype, one launch for each kPoolsPerLaunch of them. A result depends on its own parameters only.
+// `count` poolings of one dtype, one launch for each kPoolsPerLaunch of them. A result depends on its own parameters
+// only.
 constexpr int kPoolsPerLaunch = 16;
 cudaError_t launch_global_avg_pools(const GlobalAvgPoolParams* pools, int64_t count, cudaStream_t stream);
 

@@ -1,8 +1,8 @@
 // The gate in one launch for small batches, in two up to kFlagRows rows, in three beyond. Nothing is read by the host.
 //
 // One launch: every block judges all rows itself (they are few and come from the L2 cache), so each knows the place of
-// every row without waiting for another block, and copies its share. Two: a launch judges, the next one counts the flags
-// in front of each row that it copies. Three: one block places the rows in between.
+// every row without waiting for another block, and copies its share. Two: one launch judges, the next one counts the
+// flags in front of each row that it copies. Three: one block places the rows in between.
 #include "row_stats.cuh"
 
 namespace aep::kernels::cuda {
@@ -18,7 +18,7 @@ struct GateRow {
 };
 
 constexpr int kPlaceThreads = 1024;
-constexpr int64_t kSmallRows = kMaxThreads, kSmallLogits = 16384, kFlagRows = 4096;
+constexpr int64_t kSmallRows = kMaxThreads, kSmallLogits = 16384, kFlagRows = 1024;
 constexpr int64_t kChunk = 16384;  // bytes of features that a block copies at a time
 constexpr int64_t kSmallBlocks = 512;
 
@@ -295,7 +295,9 @@ cudaError_t launch(const GateParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-size_t gate_scratch_bytes(int64_t n) { return static_cast<size_t>(n) * sizeof(GateRow) + static_cast<size_t>(n + 7) / 8 * 8; }
+size_t gate_scratch_bytes(int64_t n) {
+  return static_cast<size_t>(n) * sizeof(GateRow) + static_cast<size_t>(n + 7) / 8 * 8;
+}
 
 cudaError_t launch_gate(const GateParams& p, cudaStream_t stream) {
   const bool wide = p.running_dtype == DType::f32;  // the running sum in float, the logits in two bytes

@@ -1,8 +1,8 @@
-// Global average pooling of several feature maps in one launch: the maps' descriptions are a parameter of the kernel, and
-// each block finds the map that it works for.
+// Global average pooling of several feature maps in one launch: the maps' descriptions are a parameter of the kernel,
+// and each block finds the map that it works for.
 //
-// A mean's order of additions follows from the map's shape and strides; where the tensor begins only decides whether it is
-// read 16 bytes at a time.
+// A mean's order of additions follows from the map's shape and strides; where the tensor begins only decides whether it
+// is read 16 bytes at a time.
 #include "common.cuh"
 
 namespace aep::kernels::cuda {
@@ -111,7 +111,8 @@ __device__ void pool_anyhow(const Pool& pool, int64_t block) {
     for (int64_t i = lane; i < spatial; i += kWarpSize)
       sum += value_of(x[(i / p.W) * p.stride_h + (i % p.W) * p.stride_w]);
     for (int half = kWarpSize / 2; half > 0; half /= 2) sum += __shfl_down_sync(kAllLanes, sum, half);
-    if (lane == 0) put(static_cast<S*>(p.output) + n * p.out_stride_n + c * p.out_stride_c, sum / static_cast<A>(spatial));
+    if (lane == 0)
+      put(static_cast<S*>(p.output) + n * p.out_stride_n + c * p.out_stride_c, sum / static_cast<A>(spatial));
   }
 }
 

@@ -11,12 +11,37 @@ struct LogSum {
   bool nan;
 };
 
+// The lanes of a warp, in every lane: brought to the common maximum first, then added.
 template <class A>
-__device__ LogSum<A> merge_sums(LogSum<A> a, LogSum<A> b) {
-  const A top = larger(a.top, b.top);
-  if (a.sum != A(0) && a.top != top) a.sum *= exponential(a.top - top);
-  if (b.sum != A(0) && b.top != top) b.sum *= exponential(b.top - top);
-  return {top, a.sum + b.sum, a.nan || b.nan};
+__device__ LogSum<A> merge_lanes(LogSum<A> row) {
+  const A own = row.top;
+  for (int step = 1; step < static_cast<int>(kWarpSize); step *= 2)
+    row.top = larger(row.top, __shfl_xor_sync(kAllLanes, row.top, step));
+  if (row.sum != A(0) && own != row.top) row.sum *= exponential(own - row.top);
+  for (int step = 1; step < static_cast<int>(kWarpSize); step *= 2)
+    row.sum += __shfl_xor_sync(kAllLanes, row.sum, step);
+  row.nan = __any_sync(kAllLanes, row.nan);
+  return row;
+}
+// The block's, in every thread; `shared` holds one for each warp and may be used again at once.
+template <class A>
+__device__ LogSum<A> merge_block(LogSum<A> row, LogSum<A>* shared) {
+  row = merge_lanes(row);
+  const unsigned lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
+  if (warps == 1) return row;
+  if (lane == 0) shared[threadIdx.x / kWarpSize] = row;
+  __syncthreads();
+  row = merge_lanes(lane < warps ? shared[lane] : LogSum<A>{-infinity<A>(), A(0), false});
+  __syncthreads();
+  return row;
+}
+
+// Whether rows can be read in packs, or written: a matter of strides and sizes. How they are read decides the order of
+// additions; how they are written, nothing.
+template <class S>
+bool in_packs(int64_t E, int64_t N, int64_t K, int64_t stride_e, int64_t stride_n, int64_t stride_k) {
+  constexpr int64_t V = kWide<S>;
+  return (K == 1 || stride_k == 1) && K >= V && (E == 1 || stride_e % V == 0) && (N == 1 || stride_n % V == 0);
 }
 
 // c[e, n] of LossCoefficients.
@@ -36,27 +61,41 @@ __device__ A coefficient_of(const LossCoefficients& c, int64_t e, int64_t n) {
 
 // A row's gradient, from what turns its logits into probabilities: e^(x - shift) * whole. Each element is read and
 // written by the same thread, so `out` may be `x`.
-template <class S>
+template <int V, class S>
 __device__ void write_gradient(const S* x, int64_t stride_k, S* out, int64_t out_stride_k, int64_t K, int64_t y,
                                const Acc<S>* class_weight, Acc<S> smoothing, Acc<S> total, Acc<S> c, Acc<S> shift,
-                               Acc<S> whole) {
+                               Acc<S> whole, bool aligned, bool out_aligned) {
   using A = Acc<S>;
   const A share = smoothing / static_cast<A>(K);
   const A own = (A(1) - smoothing) * (class_weight ? class_weight[y] : A(1));  // the target's part of the loss
   const A scale = smoothing > 0 ? own + share * total : own;
-  for (int64_t k = threadIdx.x; k < K; k += blockDim.x) {
-    A grad = scale * (exponential(value_of(x[k * stride_k]) - shift) * whole);
-    if (smoothing > 0) grad -= share * (class_weight ? class_weight[k] : A(1));
-    if (k == y) grad -= own;
-    put(out + k * out_stride_k, c * grad);
+  for (int64_t k = int64_t(threadIdx.x) * V; k < K; k += int64_t(blockDim.x) * V) {
+    const int count = pack_count<V>(k, K);
+    Pack<V, S> pack = load_pack<V>(x + k * stride_k, stride_k, count, aligned);
+    for (int i = 0; i < V; ++i) {
+      A grad = scale * (exponential(value_of(pack.value[i]) - shift) * whole);
+      if (smoothing > 0 && i < count) grad -= share * (class_weight ? class_weight[k + i] : A(1));
+      if (k + i == y) grad -= own;
+      put(&pack.value[i], c * grad);
+    }
+    store_pack<V>(out + k * out_stride_k, out_stride_k, pack, count, out_aligned);
   }
 }
 
+// A row of zeros.
+template <int V, class S>
+__device__ void write_zeros(S* out, int64_t out_stride_k, int64_t K, bool aligned) {
+  const Pack<V, S> zeros{};
+  for (int64_t k = int64_t(threadIdx.x) * V; k < K; k += int64_t(blockDim.x) * V)
+    store_pack<V>(out + k * out_stride_k, out_stride_k, zeros, pack_count<V>(k, K), aligned);
+}
+
 // Losses, and the gradient too if kGrad: the row is read twice, and is in a cache the second time.
-template <class S, bool kGrad>
-__global__ void forward_kernel(JointCrossEntropyGradParams q) {
+template <int V, class S, bool kGrad>
+__global__ void __launch_bounds__(kMaxThreads) forward_kernel(JointCrossEntropyGradParams q, bool aligned,
+                                                                bool out_aligned) {
   using A = Acc<S>;
-  AEP_SHARED(LogSum<A>, shared, kMaxThreads);
+  AEP_SHARED(LogSum<A>, shared, kMaxThreads / kWarpSize);
   AEP_SHARED(A, shared_sum, kMaxThreads);
   const JointCrossEntropyParams& p = q.loss;
   const A* class_weight = static_cast<const A*>(p.class_weight);
@@ -65,16 +104,25 @@ __global__ void forward_kernel(JointCrossEntropyGradParams q) {
     const int64_t e = i / p.N, n = i % p.N;
     const S* x = static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n;
     LogSum<A> row = {-infinity<A>(), A(0), false};
-    for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) {
-      const A v = value_of(x[k * p.stride_k]);
-      row.nan |= v != v;
-      if (v > row.top) {
-        if (row.sum != A(0)) row.sum *= exponential(row.top - v);
-        row.top = v;
+    for (int64_t k = int64_t(threadIdx.x) * V; k < p.K; k += int64_t(blockDim.x) * V) {
+      const int count = pack_count<V>(k, p.K);
+      const Pack<V, S> pack = load_pack<V>(x + k * p.stride_k, p.stride_k, count, aligned);
+      A top = row.top;
+      for (int i = 0; i < V; ++i) {
+        const A v = i < count ? value_of(pack.value[i]) : -infinity<A>();
+        row.nan |= v != v;
+        if (v > top) top = v;
       }
-      if (v > -infinity<A>() && finite(row.top)) row.sum += exponential(v - row.top);
+      if (top > row.top) {  // one rescaling for all of them
+        if (row.sum != A(0)) row.sum *= exponential(row.top - top);
+        row.top = top;
+      }
+      for (int i = 0; i < V; ++i) {
+        const A v = i < count ? value_of(pack.value[i]) : -infinity<A>();
+        if (v > -infinity<A>() && finite(row.top)) row.sum += exponential(v - row.top);
+      }
     }
-    row = block_reduce(row, shared, merge_sums<A>);
+    row = merge_block(row, shared);
     // As the softmax: NaN for a row with NaN or +inf, or of nothing but -inf.
     const bool proper = !row.nan && finite(row.top);
     const A log_sum = proper ? logarithm(row.sum) : not_a_number<A>();
@@ -109,11 +157,11 @@ __global__ void forward_kernel(JointCrossEntropyGradParams q) {
       __syncthreads();  // the first thread has read the target's logit, which may now be overwritten
       S* out = static_cast<S*>(q.grad_logits) + e * q.out_stride_e + n * q.out_stride_n;
       if (ignored || !valid) {
-        for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) put(out + k * q.out_stride_k, A(0));
+        write_zeros<V>(out, q.out_stride_k, p.K, out_aligned);
       } else {
         const A whole = proper ? A(1) / row.sum : not_a_number<A>();
-        write_gradient(x, p.stride_k, out, q.out_stride_k, p.K, y, class_weight, smoothing, weight_sum,
-                       coefficient_of<A>(q.coefficients, e, n), row.top, whole);
+        write_gradient<V>(x, p.stride_k, out, q.out_stride_k, p.K, y, class_weight, smoothing, weight_sum,
+                          coefficient_of<A>(q.coefficients, e, n), row.top, whole, aligned, out_aligned);
       }
     }
   }
@@ -124,14 +172,25 @@ cudaError_t launch_forward(const JointCrossEntropyParams& p, cudaStream_t stream
   if (p.E * p.N == 0) return cudaSuccess;
   JointCrossEntropyGradParams q{};
   q.loss = p;
-  return enqueue(forward_kernel<S, false>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, q);
+  constexpr int V = kWide<S>;
+  if (in_packs<S>(p.E, p.N, p.K, p.stride_e, p.stride_n, p.stride_k)) {
+    return enqueue(forward_kernel<V, S, false>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, q,
+                   aligned_to_16(p.logits), false);
+  }
+  return enqueue(forward_kernel<1, S, false>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, q, false, false);
 }
 
 template <class S>
 cudaError_t launch_grad(const JointCrossEntropyGradParams& q, cudaStream_t stream) {
   const JointCrossEntropyParams& p = q.loss;
   if (p.E * p.N == 0) return cudaSuccess;
-  return enqueue(forward_kernel<S, true>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, q);
+  constexpr int V = kWide<S>;
+  if (in_packs<S>(p.E, p.N, p.K, p.stride_e, p.stride_n, p.stride_k)) {
+    const bool out_packs = in_packs<S>(p.E, p.N, p.K, q.out_stride_e, q.out_stride_n, q.out_stride_k);
+    return enqueue(forward_kernel<V, S, true>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, q,
+                   aligned_to_16(p.logits), out_packs && aligned_to_16(q.grad_logits));
+  }
+  return enqueue(forward_kernel<1, S, true>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, q, false, false);
 }
 
 template <class S>
@@ -154,8 +213,9 @@ cudaError_t launch_scale(const LossGradScaleParams& p, cudaStream_t stream) {
   return enqueue(scale_kernel<S>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, p);
 }
 
-template <class S>
-__global__ void backward_kernel(JointCrossEntropyBackwardParams p) {
+template <int V, class S>
+__global__ void __launch_bounds__(kMaxThreads) backward_kernel(JointCrossEntropyBackwardParams p, bool aligned,
+                                                                 bool out_aligned) {
   using A = Acc<S>;
   AEP_SHARED(A, shared_sum, kMaxThreads);
   const A* class_weight = static_cast<const A*>(p.class_weight);
@@ -171,18 +231,25 @@ __global__ void backward_kernel(JointCrossEntropyBackwardParams p) {
     const S* x = static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n;
     S* out = static_cast<S*>(p.grad_logits) + e * p.out_stride_e + n * p.out_stride_n;
     if (y == p.ignore_index || y < 0 || y >= p.K) {
-      for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) put(out + k, A(0));
+      write_zeros<V>(out, 1, p.K, out_aligned);
       continue;
     }
-    write_gradient(x, p.stride_k, out, 1, p.K, y, class_weight, smoothing, total, coefficient_of<A>(p.coefficients, e, n),
-                   static_cast<const A*>(p.row_max)[i], A(1) / static_cast<const A*>(p.row_sum)[i]);
+    write_gradient<V>(x, p.stride_k, out, 1, p.K, y, class_weight, smoothing, total,
+                      coefficient_of<A>(p.coefficients, e, n), static_cast<const A*>(p.row_max)[i],
+                      A(1) / static_cast<const A*>(p.row_sum)[i], aligned, out_aligned);
   }
 }
 
 template <class S>
 cudaError_t launch_backward(const JointCrossEntropyBackwardParams& p, cudaStream_t stream) {
   if (p.E * p.N == 0) return cudaSuccess;
-  return enqueue(backward_kernel<S>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, p);
+  constexpr int V = kWide<S>;
+  if (in_packs<S>(p.E, p.N, p.K, p.stride_e, p.stride_n, p.stride_k)) {
+    const bool out_packs = in_packs<S>(p.E, p.N, p.K, p.out_stride_e, p.out_stride_n, 1);
+    return enqueue(backward_kernel<V, S>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, p,
+                   aligned_to_16(p.logits), out_packs && aligned_to_16(p.grad_logits));
+  }
+  return enqueue(backward_kernel<1, S>, blocks_for(p.E * p.N), threads_for(p.K), 0, stream, p, false, false);
 }
 
 template <class A>

@@ -34,8 +34,8 @@ __device__ void rebase(A& sum, A& weighted, A from, A to) {
   sum *= scale;
 }
 
-// The states of a warp's lanes, merged, in every lane. The sums are brought to the common maximum first, so that merging
-// them is plain addition; a + b is b + a, so all lanes have the same bits.
+// The states of a warp's lanes, merged, in every lane. The sums are brought to the common maximum first, so that
+// merging them is plain addition; a + b is b + a, so all lanes have the same bits.
 template <class A>
 __device__ RowState<A> merge_lanes(RowState<A> row) {
   const A own_top = row.top;
@@ -60,8 +60,8 @@ __device__ RowState<A> merge_lanes(RowState<A> row) {
   return row;
 }
 
-// The states of all threads of a team (a warp, or a block of several) merged, in every thread. `shared` holds a state for
-// each warp of a block and may be used again at once.
+// The states of all threads of a team (a warp, or a block of several) merged, in every thread. `shared` holds a state
+// for each warp of a block and may be used again at once.
 template <bool kBlock, class A>
 __device__ RowState<A> merge_team(RowState<A> row, RowState<A>* shared) {
   row = merge_lanes(row);

@@ -1,31 +1,56 @@
-// Top-1 and top-5 counts of every subset of the exits: a block a sample, a thread a subset.
+// Top-1 and top-5 counts of every subset of the exits: a block takes samples one after the other, whose weighted logits
+// are held in shared memory, a tile of classes at a time.
 //
-// The sample's weighted logits are held in shared memory, a tile of classes at a time; every thread adds up its
-// subset's exits in ascending order for each class, and counts the classes that stand before the target. Counts are
-// integers: their atomics commute.
+// Some lanes share a prefix (a subset of all exits but the last three) and take the classes in turn: the prefix's sum
+// is formed once for each class, and the eight sums that the last exits make of it follow by one addition each, in
+// ascending order of the exits as a plain sum has it. They count the classes that stand before the target. Counts are
+// integers: the order in which blocks add theirs does not matter.
 #include "common.cuh"
 
 namespace aep::kernels::cuda {
 namespace {
 
 constexpr int kSharedBytes = 40 * 1024;  // below the 48 KiB that every device grants without asking
+constexpr int kLast = 3, kLeaves = 1 << kLast;
+constexpr int64_t kSubsetBlocks = 2048;  // each adds its counts of several samples
+constexpr int64_t kCountedSubsets = 256;  // up to so many, a block keeps counts of its own
 
+// The sums of the subsets {prefix} + each subset of the last `last` exits, bit i of whose index is the i-th of these.
+// products: one class, exits `stride` apart.
 template <class A>
-__device__ A subset_sum(const A* products, int64_t E, int64_t stride, uint32_t mask) {
+__device__ void leaf_sums(const A* products, int64_t stride, int64_t E, int64_t last, uint32_t prefix,
+                          A (&sums)[kLeaves]) {
   A sum = 0;  // 0 + x is x, but for the sign of a zero, which no comparison sees
-  for (int64_t e = 0; e < E; ++e) {
-    if (mask >> e & 1u) sum = add(sum, products[e * stride]);
+  for (int64_t e = 0; e < E - last; ++e) {
+    if (prefix >> e & 1u) sum = add(sum, products[e * stride]);
   }
-  return sum;
+  sums[0] = sum;
+  for (int i = 0; i < kLast; ++i) {
+    const A x = i < last ? products[(E - last + i) * stride] : A(0);
+    for (int leaf = 0; leaf < 1 << i; ++leaf) sums[leaf + (1 << i)] = add(sums[leaf], x);
+  }
 }
 
+struct SubsetPlan {
+  int64_t tile;     // classes in shared memory
+  int64_t last;     // exits behind the prefix, at most kLast
+  int32_t lanes;    // threads that share a prefix
+  bool own_counts;  // the block keeps counts in shared memory until its last sample
+};
+
 template <class S>
-__global__ void subset_correct_kernel(SubsetCorrectParams p, int64_t tile) {
+__global__ void __launch_bounds__(kMaxThreads) subset_correct_kernel(SubsetCorrectParams p, SubsetPlan plan) {
   using A = Acc<S>;
   AEP_DYNAMIC_SHARED(A, products);  // (E, tile)
   AEP_SHARED(A, target_products, kMaxSubsetExits);
+  AEP_SHARED(int, own_counts, kCountedSubsets * 2);
   const A* weights = static_cast<const A*>(p.weights);
-  const uint32_t subsets = (1u << p.E) - 1u;
+  const uint32_t subsets = (1u << p.E) - 1u, prefixes = 1u << (p.E - plan.last);
+  const unsigned lane = threadIdx.x % static_cast<unsigned>(plan.lanes);
+  const unsigned group = threadIdx.x / static_cast<unsigned>(plan.lanes), groups = blockDim.x / plan.lanes;
+  if (plan.own_counts) {
+    for (uint32_t i = threadIdx.x; i < subsets * 2; i += blockDim.x) own_counts[i] = 0;
+  }
   for (int64_t n = blockIdx.x; n < p.N; n += gridDim.x) {
     const int64_t y = p.target[n * p.target_stride];
     if (y < 0 || y >= p.K) continue;  // the same for the whole block: wrong at every k
@@ -35,34 +60,58 @@ __global__ void subset_correct_kernel(SubsetCorrectParams p, int64_t tile) {
       target_products[threadIdx.x] =
           product(weights[threadIdx.x], value_of(x[threadIdx.x * p.stride_e + y * p.stride_k]));
     }
-    for (uint32_t group = 0; group < subsets; group += blockDim.x) {
-      const uint32_t mask = group + threadIdx.x + 1u;
-      const bool mine = mask <= subsets;
-      int64_t rank = 0;
-      bool nan = false;
-      for (int64_t first = 0; first < p.K; first += tile) {
-        const int64_t width = smaller(tile, p.K - first);
-        if (group == 0 || p.K > tile) {  // one tile stays for all groups
+    for (uint32_t start = 0; start < prefixes; start += groups) {
+      const uint32_t prefix = start + group;
+      const bool mine = prefix < prefixes;
+      int rank[kLeaves] = {}, wrong = 0;  // bit: a NaN was seen
+      for (int64_t first = 0; first < p.K; first += plan.tile) {
+        const int64_t width = smaller(plan.tile, p.K - first);
+        if (start == 0 || p.K > plan.tile) {  // one tile stays for all prefixes
           __syncthreads();
-          for (int64_t i = threadIdx.x; i < p.E * width; i += blockDim.x) {
-            const int64_t e = i / width, k = i % width;
-            products[e * tile + k] = product(weights[e], value_of(x[e * p.stride_e + (first + k) * p.stride_k]));
+          for (int64_t e = 0; e < p.E; ++e) {
+            for (int64_t k = threadIdx.x; k < width; k += blockDim.x)
+              products[e * plan.tile + k] = product(weights[e], value_of(x[e * p.stride_e + (first + k) * p.stride_k]));
           }
           __syncthreads();
         }
         if (!mine) continue;
-        const A own = subset_sum(target_products, p.E, 1, mask);
-        for (int64_t k = 0; k < width; ++k) {
-          const A sum = subset_sum(products + k, p.E, tile, mask);
-          nan |= sum != sum;
-          rank += sum > own || (sum == own && first + k < y);
+        A own[kLeaves], sums[kLeaves];
+        leaf_sums(target_products, 1, p.E, plan.last, prefix, own);
+        for (int64_t k = lane; k < width; k += plan.lanes) {
+          leaf_sums(products + k, plan.tile, p.E, plan.last, prefix, sums);
+          const bool ahead = first + k < y;
+          for (int leaf = 0; leaf < kLeaves; ++leaf) {
+            wrong |= static_cast<int>(sums[leaf] != sums[leaf]) << leaf;
+            rank[leaf] += sums[leaf] > own[leaf] || (ahead && sums[leaf] == own[leaf]);
+          }
         }
       }
-      if (!mine || nan) continue;
-      unsigned long long* counts = reinterpret_cast<unsigned long long*>(p.counts) + (mask - 1u) * 2ull;
-      if (rank < 1) atomicAdd(counts, 1ull);
-      if (rank < 5) atomicAdd(counts + 1, 1ull);
+      // Every lane of the warp takes part, those without a prefix too.
+      for (int step = 1; step < plan.lanes; step *= 2) {
+        wrong |= __shfl_xor_sync(kAllLanes, wrong, step);
+        for (int leaf = 0; leaf < kLeaves; ++leaf) rank[leaf] += __shfl_xor_sync(kAllLanes, rank[leaf], step);
+      }
+      if (!mine || lane != 0) continue;
+      for (uint32_t leaf = 0; leaf < 1u << plan.last; ++leaf) {
+        const uint32_t mask = prefix | leaf << (p.E - plan.last);
+        if (mask == 0 || wrong >> leaf & 1) continue;
+        const uint32_t at = (mask - 1u) * 2u;
+        for (uint32_t top = 0; top < 2; ++top) {
+          if (rank[leaf] >= (top == 0 ? 1 : 5)) continue;
+          if (plan.own_counts) {
+            own_counts[at + top] += 1;  // no other thread has this subset
+          } else {
+            atomicAdd(reinterpret_cast<unsigned long long*>(p.counts) + at + top, 1ull);
+          }
+        }
+      }
     }
+  }
+  if (!plan.own_counts) return;  // the same for the whole grid
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < subsets * 2; i += blockDim.x) {
+    if (own_counts[i] != 0)
+      atomicAdd(reinterpret_cast<unsigned long long*>(p.counts) + i, static_cast<unsigned long long>(own_counts[i]));
   }
 }
 
@@ -71,10 +120,18 @@ cudaError_t launch(const SubsetCorrectParams& p, cudaStream_t stream) {
   using A = Acc<S>;
   if (p.N == 0) return cudaSuccess;
   if (p.E < 1 || p.E > kMaxSubsetExits) return cudaErrorInvalidValue;
-  const int64_t most = kSharedBytes / static_cast<int64_t>(sizeof(A)) / p.E, tile = p.K < most ? p.K : most;
-  const unsigned threads = threads_for((int64_t(1) << p.E) * 4);
-  return enqueue(subset_correct_kernel<S>, blocks_for(p.N), threads, static_cast<size_t>(p.E * tile) * sizeof(A), stream,
-                 p, tile);
+  SubsetPlan plan{};
+  const int64_t most = kSharedBytes / static_cast<int64_t>(sizeof(A)) / p.E;
+  plan.tile = p.K < most ? p.K : most;
+  plan.last = p.E < kLast ? p.E : kLast;
+  plan.lanes = 1;
+  while (plan.lanes < static_cast<int32_t>(kWarpSize) && plan.lanes < p.K) plan.lanes *= 2;
+  plan.own_counts = (int64_t(1) << p.E) <= kCountedSubsets;
+  // Blocks of one to eight warps: as many threads as there are prefixes and lanes.
+  int64_t threads = kWarpSize;
+  while (threads < kMaxThreads && threads < (int64_t(1) << (p.E - plan.last)) * plan.lanes) threads *= 2;
+  return enqueue(subset_correct_kernel<S>, static_cast<unsigned>(p.N < kSubsetBlocks ? p.N : kSubsetBlocks),
+                 static_cast<unsigned>(threads), static_cast<size_t>(p.E * plan.tile) * sizeof(A), stream, p, plan);
 }
 
 }  // namespace

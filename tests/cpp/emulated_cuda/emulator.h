@@ -1,12 +1,12 @@
-// An emulation of CUDA's execution model on the host, for tests: enough of it that csrc/kernels/cuda/*.cu compile with a
-// C++ compiler and do what they would do on a device, one block after the other, every thread a fiber of its own.
+// An emulation of CUDA's execution model on the host, for tests: enough of it that csrc/kernels/cuda/*.cu compile with
+// a C++ compiler and do what they would do on a device, one block after the other, every thread a fiber of its own.
 //
 // What it finds, and reports as cudaErrorLaunchFailure with a message in fault():
 //   * __syncthreads() that not all threads of the block reach, or that they reach in different lines;
 //   * warp operations whose lanes do not all arrive, arrive at different operations, or read a lane outside the mask;
 //   * work that depends on the order in which threads and blocks run (a missing barrier, a race): every launch runs in
-//     several orders from the same memory, whose bytes must be the same afterwards; shared memory starts with other
-//     bytes each time, so that reading it before it was written shows too;
+//     several orders (three, or two if it is large) from the same memory, whose bytes must be the same afterwards;
+//     shared memory starts with other bytes each time, so that reading it before it was written shows too;
 //   * sizes that a launch would refuse: threads, grid, shared memory, parameters.
 // Shared memory is allocated for each block in its exact size, so that the address sanitizer sees what goes beyond.
 //
