@@ -61,7 +61,7 @@ def _gate_options(group: argparse._ArgumentGroup, static: str) -> None:
         "--caution",
         type=float,
         metavar="N",
-        help="standard errors added to the cross-validated drop before it is held against the budget (default: 1)",
+        help="standard errors added to the cross-validated drop before it is held against the budget (default: 2)",
     )
     group.add_argument(
         "--output-weights",

@@ -28,7 +28,8 @@ class CalibrationSettings:
         policy: a built-in policy.
         judge: "ensemble" or "exit": what the policy judges; the answer is the ensemble's in either case.
         caution: so many standard errors are added to the cross-validated drop before it is held against the budget; 0:
-            the plain estimate, which is missed as often as it is kept.
+            the plain estimate, which is missed as often as it is kept. The default asks for about 98 %, for one network
+            alone; the choice among many gates and the test images' own chance take their part of that.
         output_weights: "fitted": those of the gated exits are fitted with the temperatures
             (:func:`aep_ext.ensemble.fit_output_weights`); "run": as the network was trained and pruned with.
         images: "select": choose on the run's images to select on. "spare": on the training images that it left aside
@@ -42,7 +43,7 @@ class CalibrationSettings:
     delta: float = 0.1
     policy: str = "confidence"
     judge: str = "ensemble"
-    caution: float = 1.0
+    caution: float = 2.0
     output_weights: str = "fitted"
     images: str = "auto"
     seed: int = 0
