@@ -10,8 +10,8 @@ is exactly within the budget there is beyond it elsewhere. Two things answer tha
   unseen images. The subset and the tightened budget are chosen by these figures, and only then the search is made on
   all of the images. (M. Stone, "Cross-validatory choice and assessment of statistical predictions", 1974.)
 - Caution. The cross-validated drop is itself an estimate, and a budget that is kept in expectation is missed every
-  other time. So ``caution`` standard errors are added before it is held against the budget (as in the one-standard-error
-  rule of L. Breiman et al., "Classification and regression trees", 1984).
+  other time. So ``caution`` standard errors are added before it is held against the budget (as in the one-standard-
+  error rule of L. Breiman et al., "Classification and regression trees", 1984).
 
 What remains is the choice between the candidates by their cross-validated figures, which are strongly alike: they share
 most of their exits and all of their images.
