@@ -253,9 +253,7 @@ def _gate_one_(
     on: str = "ensemble",
     enabled: bool = True,
 ) -> None:
-    _checks.gate_one_(
-        running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature, policy, on
-    )
+    _checks.gate_one_(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature, policy, on)
 
 
 def register() -> None:

@@ -26,8 +26,8 @@ def gate_one_(
     Sum, statistics and decision are those of :func:`aep_ext.ops.gate` for the same row, bit for bit on the same path.
 
     Args:
-        running: (1, K), contiguous: read and written. In the accumulation dtype of ``exit_logits`` (float64 for float64,
-            else float32) or in the dtype of ``exit_logits``; zeros before the first exit.
+        running: (1, K), contiguous: read and written. In the accumulation dtype of ``exit_logits`` (float64 for
+            float64, else float32) or in the dtype of ``exit_logits``; zeros before the first exit.
         stats: (1, 3) float32, contiguous: written. Confidence, entropy in nats and margin of the judged distribution.
         leaves: (1,) bool: written. Whether the row leaves here.
         exit_logits: (1, K): this exit's logits; any strides.

@@ -140,7 +140,7 @@ def first_of(policy: Policy, settings: GateSettings, logits: Tensor) -> First:
 
 
 def answer(
-    run: Run, policy: Policy, settings: GateSettings, x: Tensor, compacts: Compacts, known: dict[Any, First]
+    run: Run, policy: Policy, settings: GateSettings, x: Tensor, compacts: Compacts, known: dict[Any, Any]
 ) -> GatedOutput:
     """A batch, (n, ...) of any size, from the first unit on; closes the run.
 
@@ -208,10 +208,9 @@ class Slim(NamedTuple):
 def slim_of(policy: Policy, settings: GateSettings, dtype: torch.dtype) -> Slim:
     """For logits of ``dtype``."""
     stops, usual = [], ("confidence", "ensemble", True)
-    for e, (before, weight, threshold, temperature, live) in enumerate(
-        zip(settings.sums[_ACC[dtype]], settings.weights, settings.thresholds, settings.temperatures, settings.live)
-    ):
-        numbers, names = (before, weight, threshold, temperature), (policy.name, policy.on, live)
+    exits = (settings.sums[_ACC[dtype]], settings.weights, settings.thresholds, settings.temperatures)
+    for e, (numbers, live) in enumerate(zip(zip(*exits, strict=True), settings.live, strict=True)):
+        names = (policy.name, policy.on, live)
         # A default costs less than a string.
         stops.append((numbers if names == usual else numbers + names, live, torch.tensor([e], device=_CPU)))
     return Slim(policy, settings, tuple(stops))
@@ -234,13 +233,14 @@ def _slim(
     leaves = torch.empty(1, dtype=torch.bool, device=_CPU)
     stops = slim.stops
     last = len(stops) - 1
-    for e, (numbers, live, mark) in enumerate(stops):
+    for e, (numbers, live, _) in enumerate(stops):
         if e:
             features, logits = run(e, features)
         ops.gate_one_(running, stats, leaves, logits, *numbers)
         if e == last or (live and leaves.item()):
             break
-    return GatedOutput(running if running.dtype == dtype else running.to(dtype), mark.clone(), stats.select(1, 0))
+    taken = stops[e][2].clone()
+    return GatedOutput(running if running.dtype == dtype else running.to(dtype), taken, stats.select(1, 0))
 
 
 class Answers:

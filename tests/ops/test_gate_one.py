@@ -42,7 +42,9 @@ def compare(exits: list[Tensor], running: Tensor, **options: object) -> list[boo
     for e, logits in enumerate(exits):
         numbers = {"weight": 0.3 + 0.1 * e, "temperature": 0.8 + 0.3 * e} | options
         before = logits.clone()
-        wanted = ops.gate(torch.zeros(1, 0), theirs, total, row, torch.zeros(1, 0, dtype=torch.int64), logits, **numbers)
+        wanted = ops.gate(
+            torch.zeros(1, 0), theirs, total, row, torch.zeros(1, 0, dtype=torch.int64), logits, **numbers
+        )
         assert ops.gate_one_(ours, stats, leaves, logits, total, **numbers) is None
         theirs, total = wanted.running, wanted.weight_sum.item()
         assert same(ours, theirs) and same(stats, wanted.stats) and same(logits, before)
@@ -67,7 +69,9 @@ def test_decides_at_the_threshold_itself(policy):
     value = stats[0, column]
     beyond = torch.nextafter(value, torch.tensor(-math.inf if policy == "entropy" else math.inf)).item()
     for threshold, wanted in ((value.item(), True), (beyond, False)):
-        assert compare([logits], start(7)[0], weight=1.0, temperature=1.0, threshold=threshold, policy=policy) == [wanted]
+        assert compare([logits], start(7)[0], weight=1.0, temperature=1.0, threshold=threshold, policy=policy) == [
+            wanted
+        ]
 
 
 def test_disabled_nobody_leaves_but_the_sum_goes_on(dtype):
@@ -128,7 +132,11 @@ SHARED = torch.zeros(1, 8)
 CASES = {
     "policy": ({"policy": "vote"}, ValueError, "policy must be one of confidence, entropy, margin, got 'vote'"),
     "on": ({"on": "both"}, ValueError, "on must be 'ensemble' or 'exit', got 'both'"),
-    "logits rows": ({"exit_logits": X.expand(2, 4)}, ValueError, r"exit_logits must have shape \[1, K\] .*, got \[2, 4\]"),
+    "logits rows": (
+        {"exit_logits": X.expand(2, 4)},
+        ValueError,
+        r"exit_logits must have shape \[1, K\] .*, got \[2, 4\]",
+    ),
     "logits empty": ({"exit_logits": X[:, :0]}, ValueError, r"exit_logits must have shape \[1, K\] with K >= 1, got"),
     "logits int": ({"exit_logits": X.long()}, TypeError, "exit_logits must be float32, .*, got int64"),
     "running dtype": ({"running": X.double()}, TypeError, "running must be float32, got float64"),
@@ -143,7 +151,11 @@ CASES = {
     "stats dtype": ({"stats": torch.zeros(1, 3).double()}, TypeError, "stats must be float32, got float64"),
     "stats shape": ({"stats": torch.zeros(3)}, ValueError, r"stats must have shape \[1, 3\], got \[3\]"),
     "leaves dtype": ({"leaves": torch.zeros(1)}, TypeError, "leaves must be bool, got float32"),
-    "leaves shape": ({"leaves": torch.zeros((), dtype=torch.bool)}, ValueError, r"leaves must have shape \[1\], got \[\]"),
+    "leaves shape": (
+        {"leaves": torch.zeros((), dtype=torch.bool)},
+        ValueError,
+        r"leaves must have shape \[1\], got \[\]",
+    ),
     "weight": ({"weight": math.nan}, ValueError, "weight must not be NaN, got nan"),
     "weight_sum": ({"weight_sum": math.nan}, ValueError, "weight_sum must not be NaN, got nan"),
     "threshold": ({"threshold": math.nan}, ValueError, "threshold must not be NaN, got nan"),
