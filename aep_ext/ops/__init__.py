@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from aep_ext.ops.combine import ensemble, ensemble_stats
 from aep_ext.ops.gating import gate
+from aep_ext.ops.gating_one import gate_one_
 from aep_ext.ops.head import multi_exit_linear_head
 from aep_ext.ops.linear_loss import linear_joint_cross_entropy
 from aep_ext.ops.loss import joint_cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "ensemble",
     "ensemble_stats",
     "gate",
+    "gate_one_",
     "global_avg_pool",
     "joint_cross_entropy",
     "linear_joint_cross_entropy",

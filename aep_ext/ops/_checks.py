@@ -20,7 +20,8 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "mean", "sum")
 MEMORY_MODES = ("recompute", "in_forward", "in_place")
 NEEDS_ONE_LOSS = "aep::joint_cross_entropy: memory='{}' needs reduction 'mean' or 'sum', got 'none'"
-POLICIES = ("confidence", "entropy", "margin", "patience", "vote")
+STATELESS = ("confidence", "entropy", "margin")
+POLICIES = (*STATELESS, "patience", "vote")
 SUBJECTS = ("ensemble", "exit")
 MAX_SUBSET_EXITS = 16
 
@@ -341,10 +342,7 @@ def gate(
         raise ValueError(f"aep::{op}: features must have {rows} rows, got shape {_shape(features)}")
     _same_device(op, "features", features, device)
     _tensor(op, "running", running)
-    allowed = accumulate_dtype(exit_logits.dtype)
-    if running.dtype not in (allowed, exit_logits.dtype):
-        rule = _name(allowed) if allowed == exit_logits.dtype else f"{_name(allowed)} or {_name(exit_logits.dtype)}"
-        raise TypeError(f"aep::{op}: running must be {rule}, got {_name(running.dtype)}")
+    _running_sum(op, running, exit_logits.dtype)
     _has_shape(op, "running", running, [rows, classes])
     _same_device(op, "running", running, device)
     _integers(op, "indices", indices, [rows], device)
@@ -355,12 +353,71 @@ def gate(
     _scalar(op, "temperature", temperature, device, positive=True)
 
 
+def gate_one_(
+    running: Tensor,
+    stats: Tensor,
+    leaves: Tensor,
+    exit_logits: Tensor,
+    weight_sum: float,
+    weight: float,
+    threshold: float,
+    temperature: float,
+    policy: str,
+    on: str,
+) -> None:
+    """Arguments of ``aep::gate_one_``."""
+    op = "gate_one_"
+    tensors = {"running": running, "stats": stats, "leaves": leaves, "exit_logits": exit_logits}
+    for name, tensor in tensors.items():
+        _tensor(op, name, tensor)
+    _floating(op, "exit_logits", exit_logits)
+    if exit_logits.dim() != 2 or exit_logits.shape[0] != 1 or exit_logits.shape[1] < 1:
+        raise ValueError(f"aep::{op}: exit_logits must have shape [1, K] with K >= 1, got {_shape(exit_logits)}")
+    device = exit_logits.device
+    if policy not in STATELESS:
+        raise ValueError(f"aep::{op}: policy must be one of {', '.join(STATELESS)}, got '{policy}'")
+    if on not in SUBJECTS:
+        raise ValueError(f"aep::{op}: on must be 'ensemble' or 'exit', got '{on}'")
+    _running_sum(op, running, exit_logits.dtype)
+    _row(op, "running", running, exit_logits.shape[1], device)
+    _dtype(op, "stats", stats, torch.float32)
+    _row(op, "stats", stats, 3, device)
+    _dtype(op, "leaves", leaves, torch.bool)
+    _has_shape(op, "leaves", leaves, [1])
+    _same_device(op, "leaves", leaves, device)
+    for name, value in (("weight_sum", weight_sum), ("weight", weight), ("threshold", threshold)):
+        _scalar(op, name, value, device)
+    _scalar(op, "temperature", temperature, device, positive=True)
+    _apart(op, {name: tensors.pop(name) for name in ("running", "stats", "leaves")}, tensors)
+
+
+def _running_sum(op: str, running: Tensor, dtype: torch.dtype) -> None:
+    """A sum of logits of ``dtype`` is kept in the accumulation dtype or in their own."""
+    allowed = accumulate_dtype(dtype)
+    if running.dtype not in (allowed, dtype):
+        rule = _name(allowed) if allowed == dtype else f"{_name(allowed)} or {_name(dtype)}"
+        raise TypeError(f"aep::{op}: running must be {rule}, got {_name(running.dtype)}")
+
+
+def _row(op: str, name: str, tensor: Tensor, count: int, device: torch.device) -> None:
+    """One dense row that is written in place."""
+    _has_shape(op, name, tensor, [1, count])
+    _same_device(op, name, tensor, device)
+    if not tensor.is_contiguous():
+        raise ValueError(f"aep::{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
+
+
 # ---- out tensors: checked as csrc/torch/results.h does
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would have something to record."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def no_gradients(op: str, *tensors: Tensor | None) -> None:
     """Operators that write into the caller's tensors record nothing, so nothing may require a gradient."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if needs_gradient(*tensors):
         raise ValueError(f"aep::{op}: arguments must not require a gradient where out is given, got requires_grad=True")
 
 

@@ -283,6 +283,22 @@ def _gate_out(
     _checks.gate_out(features, running, indices, state, exit_logits, scalars, out)
 
 
+def _gate_one_(
+    running: Tensor,
+    stats: Tensor,
+    leaves: Tensor,
+    exit_logits: Tensor,
+    weight_sum: float,
+    weight: float,
+    threshold: float,
+    temperature: float = 1.0,
+    policy: str = "confidence",
+    on: str = "ensemble",
+    enabled: bool = True,
+) -> None:
+    _checks.gate_one_(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature, policy, on)
+
+
 def register() -> None:
     """Registers the fake kernels; the extension must be loaded."""
     for fake in (
@@ -301,6 +317,7 @@ def register() -> None:
         _linear_joint_cross_entropy_with_grad,
         _subset_correct,
         _gate,
+        _gate_one_,
     ):
         torch.library.register_fake(f"aep::{fake.__name__.removeprefix('_')}", fake)
     for fake in (_ensemble_out, _ensemble_stats_out, _subset_correct_out, _gate_out):

@@ -30,6 +30,7 @@ if _load.extension is not None:
     subset_correct_out = torch.ops.aep.subset_correct.out
     gate = torch.ops.aep.gate.default
     gate_out = torch.ops.aep.gate.out
+    gate_one_ = torch.ops.aep.gate_one_.default
 
 
 def scalars(op: str, **values: float | Tensor) -> tuple[tuple[float, ...], tuple[Tensor | None, ...]]:

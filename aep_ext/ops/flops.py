@@ -24,6 +24,7 @@ _NO_PRODUCTS = (
     "joint_cross_entropy_scale_",
     "subset_correct",
     "gate",
+    "gate_one_",
 )
 
 

@@ -232,6 +232,41 @@ def gate(
         )
 
 
+def gate_one_(
+    running: Tensor,
+    stats: Tensor,
+    leaves: Tensor,
+    exit_logits: Tensor,
+    weight_sum: float,
+    weight: float,
+    threshold: float,
+    temperature: float,
+    policy: str,
+    on: str,
+    enabled: bool,
+) -> None:
+    """One row of :func:`gate`, in place."""
+    row = exit_logits.new_zeros(1, dtype=torch.int64)
+    result = gate(
+        exit_logits.narrow(1, 0, 0),
+        running,
+        weight_sum,
+        row,
+        row[:, None].narrow(1, 0, 0),
+        exit_logits,
+        weight=weight,
+        threshold=threshold,
+        temperature=temperature,
+        policy=policy,
+        on=on,
+        enabled=enabled,
+    )
+    with torch.no_grad():
+        running.copy_(result.running)
+        stats.copy_(result.stats)
+        leaves.copy_(result.count == 0)
+
+
 def _decide(
     policy: str, stats: Tensor, judged_class: Tensor, state: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor]:

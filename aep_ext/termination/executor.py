@@ -140,7 +140,7 @@ def first_of(policy: Policy, settings: GateSettings, logits: Tensor) -> First:
 
 
 def answer(
-    run: Run, policy: Policy, settings: GateSettings, x: Tensor, compacts: Compacts, known: dict[Any, First]
+    run: Run, policy: Policy, settings: GateSettings, x: Tensor, compacts: Compacts, known: dict[Any, Any]
 ) -> GatedOutput:
     """A batch, (n, ...) of any size, from the first unit on; closes the run.
 
@@ -149,6 +149,8 @@ def answer(
     try:
         features, logits = run(0, x)
         if logits.shape[0] == 1:
+            if logits.dtype in _ACC and type(logits) is Tensor and logits.is_cpu and only_adds(policy):
+                return _slim(run, policy, settings, features, logits, known)
             return _one(run, policy, settings, features, logits, known)
         return _batch(run, policy, settings, features, logits, compacts)
     finally:
@@ -182,6 +184,63 @@ def _one(
             )
         running, state = result.running, result.state
     raise AssertionError("the last exit answers")
+
+
+_ACC = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+}
+"""The dtypes that gates take, and those in which they form sums."""
+_CPU = torch.device("cpu")  # said always: the default device may be another
+
+
+class Slim(NamedTuple):
+    """What :func:`_slim` needs, made once for each form of logits; tensors are only read."""
+
+    policy: Policy
+    settings: GateSettings
+    stops: tuple[tuple[tuple[Any, ...], bool, Tensor], ...]
+    """For each exit: what ``gate_one_`` takes beside its tensors, whether one may leave, and its number (1,) int64."""
+
+
+def slim_of(policy: Policy, settings: GateSettings, dtype: torch.dtype) -> Slim:
+    """For logits of ``dtype``."""
+    stops, usual = [], ("confidence", "ensemble", True)
+    exits = (settings.sums[_ACC[dtype]], settings.weights, settings.thresholds, settings.temperatures)
+    for e, (numbers, live) in enumerate(zip(zip(*exits, strict=True), settings.live, strict=True)):
+        names = (policy.name, policy.on, live)
+        # A default costs less than a string.
+        stops.append((numbers if names == usual else numbers + names, live, torch.tensor([e], device=_CPU)))
+    return Slim(policy, settings, tuple(stops))
+
+
+def _slim(
+    run: Run, policy: Policy, settings: GateSettings, features: Any, logits: Tensor, known: dict[Any, Any]
+) -> GatedOutput:
+    """One sample on the CPU, by a policy without a memory: as :func:`_one` does, bit for bit, with fewer tensors.
+
+    The sum is updated in the memory that the answer is given in. This call allocates it, so nothing that is written on
+    is shared between calls or threads.
+    """
+    dtype = logits.dtype
+    slim = known.get(dtype)
+    if slim is None or slim.settings is not settings or slim.policy is not policy:
+        slim = known[dtype] = slim_of(policy, settings, dtype)
+    running = torch.zeros((1, logits.shape[1]), dtype=_ACC[dtype], device=_CPU)
+    stats = torch.empty((1, 3), dtype=torch.float32, device=_CPU)
+    leaves = torch.empty(1, dtype=torch.bool, device=_CPU)
+    stops = slim.stops
+    last = len(stops) - 1
+    for e, (numbers, live, _) in enumerate(stops):
+        if e:
+            features, logits = run(e, features)
+        ops.gate_one_(running, stats, leaves, logits, *numbers)
+        if e == last or (live and leaves.item()):
+            break
+    taken = stops[e][2].clone()
+    return GatedOutput(running if running.dtype == dtype else running.to(dtype), taken, stats.select(1, 0))
 
 
 class Answers:

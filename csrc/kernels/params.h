@@ -1,7 +1,7 @@
 // Parameters of the aep kernels: one plain struct per operator, shared by the CPU and the CUDA kernels.
 //
 // Interface changes after the first version are announced here:
-//   SmallLinearParams: new. GateParams::clear_behind: new, set it to true for what was.
+//   SmallLinearParams and GateOneParams: new. GateParams::clear_behind: new, set it to true for what was.
 //   joint_cross_entropy's row losses may come without the log-sum-exp; its backward forms the rows' coefficients itself
 //   (LossCoefficients); JointCrossEntropyGradParams and LossGradScaleParams are new.
 //
@@ -237,6 +237,22 @@ struct GateParams {
   GateOn on;
   bool enabled;
   bool clear_behind;  // false: the rows of features_out behind those that stay are not written
+};
+
+// The gate for one row, in place, for policies without a state (confidence, entropy, margin): the same sums, statistics
+// and decision, to the bit. No partition, so nothing else is left of it. CPU only.
+struct GateOneParams {
+  void* running;            // running_dtype (K), read and written
+  const void* exit_logits;  // dtype (K)
+  float* stats_out;         // (3)
+  bool* leaves_out;         // one value
+  DType dtype;              // of exit_logits; decides acc
+  DType running_dtype;      // dtype, or the acc type of dtype
+  int64_t K;
+  double weight_sum, weight, threshold, temperature;  // converted to acc
+  GatePolicy policy;
+  GateOn on;
+  bool enabled;
 };
 
 }  // namespace aep::kernels

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <cmath>
 #include <ostream>
 
@@ -87,6 +88,26 @@ void is_integers(const char* op, Name name, const Tensor& tensor, at::IntArrayRe
   has_type(op, name, tensor, at::kLong);
   has_shape(op, name, tensor, shape);
   on_device(op, name, tensor, device);
+}
+
+// The dtypes in which sums of logits of `type` may be kept.
+void is_running_sum(const char* op, const Tensor& running, at::ScalarType type) {
+  const auto wide = accumulate_type(type);
+  if (type == wide) {
+    has_type(op, {"running"}, running, type);
+  } else {
+    TORCH_CHECK_TYPE(running.scalar_type() == type || running.scalar_type() == wide, "aep::", op, ": running must be ",
+                     type_name(wide), " or ", type_name(type), ", got ", type_name(running.scalar_type()));
+  }
+}
+
+// A tensor that is written in place: (1, count), dense.
+void is_row(const char* op, const char* name, const Tensor& tensor, int64_t count, at::Device device) {
+  const std::array<int64_t, 2> shape{1, count};
+  has_shape(op, {name}, tensor, shape);
+  on_device(op, {name}, tensor, device);
+  TORCH_CHECK_VALUE(tensor.is_contiguous(), "aep::", op, ": ", name, " must be contiguous, got strides ",
+                    tensor.strides());
 }
 
 }  // namespace
@@ -242,19 +263,32 @@ void check_gate(const Tensor& features, const Tensor& running, const Tensor& ind
   TORCH_CHECK_VALUE(features.dim() >= 1 && features.size(0) == rows, "aep::", op, ": features must have ", rows,
                     " rows, got shape ", features.sizes());
   on_device(op, {"features"}, features, device);
-  const auto type = exit_logits.scalar_type();
-  const auto wide = accumulate_type(type);
-  if (type == wide) {
-    has_type(op, {"running"}, running, type);
-  } else {
-    TORCH_CHECK_TYPE(running.scalar_type() == type || running.scalar_type() == wide, "aep::", op, ": running must be ",
-                     type_name(wide), " or ", type_name(type), ", got ", type_name(running.scalar_type()));
-  }
+  is_running_sum(op, running, exit_logits.scalar_type());
   has_shape(op, {"running"}, running, {rows, classes});
   on_device(op, {"running"}, running, device);
   is_integers(op, {"indices"}, indices, {rows}, device);
   const int64_t width = policy == "patience" ? 2 : policy == "vote" ? classes : 0;
   is_integers(op, {"state"}, state, {rows, width}, device);
+}
+
+void check_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
+                    std::string_view policy, std::string_view on) {
+  constexpr const char* op = "gate_one_";
+  floating(op, {"exit_logits"}, exit_logits);
+  TORCH_CHECK_VALUE(exit_logits.dim() == 2 && exit_logits.size(0) == 1 && exit_logits.size(1) >= 1, "aep::", op,
+                    ": exit_logits must have shape [1, K] with K >= 1, got ", exit_logits.sizes());
+  const at::Device device = exit_logits.device();
+  TORCH_CHECK_VALUE(policy == "confidence" || policy == "entropy" || policy == "margin", "aep::", op,
+                    ": policy must be one of confidence, entropy, margin, got '", policy, "'");
+  TORCH_CHECK_VALUE(on == "ensemble" || on == "exit", "aep::", op, ": on must be 'ensemble' or 'exit', got '", on, "'");
+  is_running_sum(op, running, exit_logits.scalar_type());
+  is_row(op, "running", running, exit_logits.size(1), device);
+  has_type(op, {"stats"}, stats, at::kFloat);
+  is_row(op, "stats", stats, 3, device);
+  has_type(op, {"leaves"}, leaves, at::kBool);
+  const std::array<int64_t, 1> one{1};
+  has_shape(op, {"leaves"}, leaves, one);
+  on_device(op, {"leaves"}, leaves, device);
 }
 
 }  // namespace aep

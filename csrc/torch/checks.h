@@ -35,5 +35,7 @@ void check_floating(const char* op, const char* name, const Tensor& tensor);
 void check_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target);
 void check_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
                 const Tensor& exit_logits, std::string_view policy, std::string_view on);
+void check_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
+                    std::string_view policy, std::string_view on);
 
 }  // namespace aep

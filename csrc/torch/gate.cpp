@@ -9,14 +9,14 @@ namespace aep {
 using OptionalTensor = std::optional<Tensor>;
 using GateResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-namespace {
-
 kernels::GatePolicy kernel_policy(std::string_view policy) {
   if (policy == "confidence") return kernels::GatePolicy::confidence;
   if (policy == "entropy") return kernels::GatePolicy::entropy;
   if (policy == "margin") return kernels::GatePolicy::margin;
   return policy == "patience" ? kernels::GatePolicy::patience : kernels::GatePolicy::vote;
 }
+
+namespace {
 
 // A matrix whose rows are dense.
 Tensor dense_rows(const Tensor& matrix) {

@@ -79,4 +79,10 @@ TORCH_LIBRARY(aep, m) {
       "Tensor? temperature_tensor=None, *, Tensor(a!) features_out, Tensor(b!) running_out, Tensor(c!) indices_out, "
       "Tensor(d!) state_out, Tensor(e!) stats_out, Tensor(f!) argmax_out, Tensor(g!) weight_sum_out, "
       "Tensor(h!) count_out) -> ()");
+  // One row in place, for policies without a state; CPU only. The decision is a tensor, not a bool: a result that depends
+  // on data could not be traced.
+  m.def(
+      "gate_one_(Tensor(a!) running, Tensor(b!) stats, Tensor(c!) leaves, Tensor exit_logits, float weight_sum, "
+      "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
+      "bool enabled=True) -> ()");
 }

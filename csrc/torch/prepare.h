@@ -146,4 +146,15 @@ GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tenso
                       const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
                       std::string_view on, bool enabled, const GateOut* out = nullptr);
 
+struct GateOneCall {
+  Tensor exit_logits;  // dense
+  kernels::GateOneParams params{};
+};
+GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves,
+                             const Tensor& exit_logits, double weight_sum, double weight, double threshold,
+                             double temperature, std::string_view policy, std::string_view on, bool enabled);
+
+// The name, checked before.
+kernels::GatePolicy kernel_policy(std::string_view policy);
+
 }  // namespace aep

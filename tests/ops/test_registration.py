@@ -27,6 +27,7 @@ OPERATORS = [
     "joint_cross_entropy_scale_",
     "subset_correct",
     "gate",
+    "gate_one_",
 ]
 
 
@@ -81,6 +82,10 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
         yield rand(3, 5, 4).detach(), rand().detach(), 2.0
     elif name == "subset_correct":
         yield rand(3, 5, 4), rand(3), target.clamp(0)
+    elif name == "gate_one_":  # refuses what requires a gradient, and runs on the CPU only
+        if device == "cpu":
+            row = torch.zeros(1, 4), torch.zeros(1, 3), torch.zeros(1, dtype=torch.bool)
+            yield *row, rand(1, 4).detach(), 0.2, 0.3, 0.5, 1.5, "margin", "exit"
     else:
         for policy, width in {"confidence": 0, "patience": 2, "vote": 4}.items():
             features = rand(5, 2, 3, 3)

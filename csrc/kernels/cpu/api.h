@@ -72,4 +72,7 @@ void gate_judge(const GateParams& p, int64_t begin, int64_t end);
 int64_t gate_partition(const GateParams& p);
 void gate_scatter(const GateParams& p, int64_t begin, int64_t end);
 
+// One row by itself; nothing is allocated.
+void gate_one(const GateOneParams& p);
+
 }  // namespace aep::kernels::cpu

@@ -154,5 +154,6 @@ void subset_correct(const SubsetCorrectParams& p, int64_t begin, int64_t end, in
 }
 void gate_judge(const GateParams& p, int64_t begin, int64_t end) { active_table().gate_judge(p, begin, end); }
 void gate_scatter(const GateParams& p, int64_t begin, int64_t end) { active_table().gate_scatter(p, begin, end); }
+void gate_one(const GateOneParams& p) { active_table().gate_one(p); }
 
 }  // namespace aep::kernels::cpu

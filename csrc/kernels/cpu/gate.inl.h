@@ -2,6 +2,7 @@
 //
 // Outputs are a partition, so a row's place is known only when all are judged. The running sum is computed twice
 // instead of being kept in between: reading two rows again costs no more than writing one and reading it back.
+// One row alone needs no partition: gate_one updates its sum in place.
 
 namespace aep::kernels::cpu::AEP_ISA_NAMESPACE {
 namespace {
@@ -26,17 +27,43 @@ TopTwo<Acc<S>> top_two(const S* row, int64_t K) {
   return top;
 }
 
-template <class A>
-bool leaves(const GateParams& p, int64_t row, const RowStats& stats, bool judged, float threshold,
-            double count_threshold) {
-  if (!judged) return false;
-  switch (p.policy) {
+// Statistics of the row whose running' is in `running`, with its largest two values in `top`: of running' or of the
+// exit's logits.
+template <class R, class S>
+RowStats judge(GateOn on, const R* running, const TopTwo<Acc<S>>& top, const S* logits, int64_t K,
+               const Divisor<Acc<S>>& divisor) {
+  Acc<S> first, second;
+  if (on == GateOn::ensemble) {
+    top.reduce(first, second);
+    return row_stats(running, K, first, second, divisor);
+  }
+  top_two(logits, K).reduce(first, second);
+  return row_stats(logits, K, first, second, divisor);
+}
+
+// For the policies that compare a statistic; false for NaN.
+inline bool reaches(GatePolicy policy, const RowStats& stats, float threshold) {
+  switch (policy) {
     case GatePolicy::confidence:
       return stats.confidence >= threshold;
     case GatePolicy::entropy:
       return stats.entropy <= threshold;
     case GatePolicy::margin:
       return stats.margin >= threshold;
+    default:
+      return false;
+  }
+}
+
+template <class A>
+bool leaves(const GateParams& p, int64_t row, const RowStats& stats, bool judged, float threshold,
+            double count_threshold) {
+  if (!judged) return false;
+  switch (p.policy) {
+    case GatePolicy::confidence:
+    case GatePolicy::entropy:
+    case GatePolicy::margin:
+      return reaches(p.policy, stats, threshold);
     case GatePolicy::patience: {
       const int64_t* state = p.state + row * 2;
       return static_cast<double>(state[0] == stats.argmax ? state[1] + 1 : 1) >= count_threshold;
@@ -63,18 +90,9 @@ void gate_judge_as(const GateParams& p, int64_t begin, int64_t end) {
     const S* logits = static_cast<const S*>(p.exit_logits) + n * p.logits_stride_n;
     TopTwo<A> top;
     update_running(static_cast<const R*>(p.running) + n * p.running_stride_n, logits, weight, p.K, running.get(), top);
-    RowStats stats;
-    A first, second;
+    const RowStats stats = judge(p.on, running.get(), top, logits, p.K, divisor);
     GateRow& row = places[n];
-    if (p.on == GateOn::ensemble) {
-      top.reduce(first, second);
-      stats = row_stats(running.get(), p.K, first, second, divisor);
-      row.answer = stats.argmax;
-    } else {
-      top_two(logits, p.K).reduce(first, second);
-      stats = row_stats(logits, p.K, first, second, divisor);
-      row.answer = argmax_of(running.get(), p.K);
-    }
+    row.answer = p.on == GateOn::ensemble ? stats.argmax : argmax_of(running.get(), p.K);
     const bool judged = stats.confidence == stats.confidence;
     row.judged = judged ? stats.argmax : -1;
     row.stats[0] = stats.confidence;
@@ -122,6 +140,24 @@ void gate_scatter_as(const GateParams& p, int64_t begin, int64_t end) {
   }
 }
 
+template <class R, class S>
+void gate_one_as(const GateOneParams& p) {
+  using A = Acc<S>;
+  const A weight = static_cast<A>(p.weight), temperature = static_cast<A>(p.temperature);
+  const Divisor<A> divisor(p.on == GateOn::ensemble ? (static_cast<A>(p.weight_sum) + weight) * temperature
+                                                    : temperature);
+  R* running = static_cast<R*>(p.running);
+  const S* logits = static_cast<const S*>(p.exit_logits);
+  TopTwo<A> top;
+  update_running(running, logits, weight, p.K, running, top);
+  const RowStats stats = judge(p.on, running, top, logits, p.K, divisor);
+  p.stats_out[0] = stats.confidence;
+  p.stats_out[1] = stats.entropy;
+  p.stats_out[2] = stats.margin;
+  const bool judged = stats.confidence == stats.confidence;
+  *p.leaves_out = p.enabled && judged && reaches(p.policy, stats, static_cast<float>(static_cast<A>(p.threshold)));
+}
+
 #define AEP_GATE_BY_DTYPE(F, ...)                                                                      \
   switch (p.dtype) {                                                                                   \
     case DType::f32:                                                                                   \
@@ -136,6 +172,7 @@ void gate_scatter_as(const GateParams& p, int64_t begin, int64_t end) {
 
 void gate_judge(const GateParams& p, int64_t begin, int64_t end) { AEP_GATE_BY_DTYPE(gate_judge_as, p, begin, end) }
 void gate_scatter(const GateParams& p, int64_t begin, int64_t end) { AEP_GATE_BY_DTYPE(gate_scatter_as, p, begin, end) }
+void gate_one(const GateOneParams& p) { AEP_GATE_BY_DTYPE(gate_one_as, p) }
 
 }  // namespace
 }  // namespace aep::kernels::cpu::AEP_ISA_NAMESPACE

@@ -28,6 +28,7 @@ struct KernelTable {
   void (*subset_correct)(const SubsetCorrectParams&, int64_t, int64_t, int64_t*);
   void (*gate_judge)(const GateParams&, int64_t, int64_t);
   void (*gate_scatter)(const GateParams&, int64_t, int64_t);
+  void (*gate_one)(const GateOneParams&);
   // For the tests: the vector exponential and the conversions to and from half precision.
   void (*exp_f32)(const float*, float*, int64_t);
   void (*exp_f64)(const double*, double*, int64_t);

@@ -53,6 +53,7 @@ extern const KernelTable AEP_ISA_TABLE = {
     AEP_ISA_NAMESPACE::subset_correct,
     AEP_ISA_NAMESPACE::gate_judge,
     AEP_ISA_NAMESPACE::gate_scatter,
+    AEP_ISA_NAMESPACE::gate_one,
     AEP_ISA_NAMESPACE::exponentials<float>,
     AEP_ISA_NAMESPACE::exponentials<double>,
     AEP_ISA_NAMESPACE::convert,

@@ -262,6 +262,14 @@ void gate_out(const Tensor& features, const Tensor& running, const Tensor& indic
   run(call.params);
 }
 
+void gate_one_(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
+               double weight_sum, double weight, double threshold, double temperature, std::string_view policy,
+               std::string_view on, bool enabled) {
+  cpu::gate_one(prepare_gate_one(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature,
+                                 policy, on, enabled)
+                    .params);
+}
+
 }  // namespace
 
 }  // namespace aep
@@ -284,4 +292,5 @@ TORCH_LIBRARY_IMPL(aep, CPU, m) {
   m.impl("subset_correct.out", &aep::subset_correct_out);
   m.impl("gate", &aep::gate);
   m.impl("gate.out", &aep::gate_out);
+  m.impl("gate_one_", &aep::gate_one_);
 }
