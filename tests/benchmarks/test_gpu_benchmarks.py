@@ -182,6 +182,7 @@ def test_cases_write_themselves_down_and_are_not_run_twice(tmp_path):
             "AEP_GPU_SOURCE": "abc",
             "AEP_GPU_END": str(end),
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_ADDOPTS": "",  # of the run around this one: options of plugins that are not loaded here
         }
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
         # Without pytest-benchmark's timing: describing the machine takes it seconds.
