@@ -62,8 +62,9 @@ class Contestants:
         engine: that runs them.
         calls: by name ``ungated`` (the pruned ensemble with its heads), ``subset`` (the gated network's exits without
             gates; left out where they are the pruned ensemble's) and ``gated``: images (n, C, H, W) -> anything.
-        exits: images -> the exit that the gated network takes, (n,) int64.
-        live: where samples can leave, as the measured costs have it: E - 1 flags.
+        exits: (n,) int64, the exit that each image takes where gates are open.
+        gates_at: whether they are, at a batch size, as the measured costs have it.
+        live: where samples can leave then: E - 1 flags.
         one, many: stage times of the gated subset, for batch 1 and for larger ones.
         pruned_one, pruned_many: of the pruned ensemble.
         notices: of the engine.
@@ -71,7 +72,8 @@ class Contestants:
 
     engine: str
     calls: dict[str, Callable[[Tensor], object]]
-    exits: Callable[[Tensor], Tensor]
+    exits: Tensor
+    gates_at: Callable[[int], bool]
     live: tuple[bool, ...]
     one: StageCosts
     many: StageCosts
@@ -118,16 +120,15 @@ def contestants(
         small = large if same else _prepared(pruned, x[: max(batches)], large.backend, threads, batches)
         engine, notices = large.backend, large.notices
         judge = GatedNet(large, *numbers, mode="auto").eval()
+    exits = _compare(judge, large, x)
     one, many = _stage_times(judge, x, batches)
-    judge.use_costs(many)
     without = GatedNet(small, "confidence", 2.0).eval()  # for its parts' times alone
     pruned_one, pruned_many = (one, many) if same else _stage_times(without, x, batches)
     calls: dict[str, Callable[[Tensor], object]] = {"ungated": small, "subset": large, "gated": judge}
     if same:
         del calls["subset"]
-    _compare(judge, large, x)
     return Contestants(
-        engine, calls, lambda images: judge(images).exit, judge.live, one, many, pruned_one, pruned_many, tuple(notices)
+        engine, calls, exits, judge.gates_at, judge.live, one, many, pruned_one, pruned_many, tuple(notices)
     )
 
 
@@ -147,8 +148,8 @@ def _stage_times(net: GatedNet, x: Tensor, batches: Sequence[int]) -> tuple[Stag
     return net.measure(x[:1], repeats=_REPEATS), net.measure(x)
 
 
-def _compare(judge: GatedNet, subset: Any, x: Tensor) -> None:
-    """The gated network's exits and logits against the simulator's, on the subset's exit logits."""
+def _compare(judge: GatedNet, subset: Any, x: Tensor) -> Tensor:
+    """The gated network's exits and logits against the simulator's, on the subset's exit logits; gives the exits."""
     logits = subset.exit_logits(x)
     expected, found = judge.simulate(logits), judge(x)
     same = expected.exits == found.exit
@@ -161,3 +162,4 @@ def _compare(judge: GatedNet, subset: Any, x: Tensor) -> None:
     torch.testing.assert_close(
         found.logits[same], expected.logits[same], rtol=1e-3, atol=1e-3, msg=lambda text: f"aep bench: logits: {text}"
     )
+    return found.exit.cpu()

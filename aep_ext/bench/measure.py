@@ -81,7 +81,7 @@ def bench_run(
         with torch.no_grad():  # not inference mode: what is made there cannot be told from what was changed since
             ready = contestants(gated, pruned, x, backend, threads, batches)
         with torch.inference_mode():
-            exits = torch.cat([ready.exits(part).cpu() for part in x.split(64)])
+            exits = ready.exits
             rows = [_row(ready, x, exits, n, seconds, say) for n in sorted(set(batches))]
         environment = _environment(device)
     result = {
@@ -139,7 +139,10 @@ def _row(
     chosen = draw_batches(len(x), n, SEED)
     times = race(ready.calls, [x[part.to(x.device)] for part in chosen], seconds, wait=_wait(x.device))
     met = [part for part, taken in zip(chosen, times["gated"].batches, strict=True) if taken]
-    counts = exits[torch.cat(met)].bincount(minlength=len(ready.live) + 1)
+    taken = exits[torch.cat(met)]
+    if not ready.gates_at(n):
+        taken = torch.full_like(taken, len(ready.live))
+    counts = taken.bincount(minlength=len(ready.live) + 1)
     row: dict[str, Any] = {"batch": n, **{name: latency(taken, n) for name, taken in times.items()}}
     row.setdefault("subset", None)
     row["ratio"], row["ratio_interval"] = _ratio(times, "ungated")
@@ -148,6 +151,7 @@ def _row(
     row["share_of_predicted_saving"] = share_of_predicted(row["ratio"], row["predicted_ratio"])
     positions = torch.arange(len(counts), dtype=torch.float64)
     row["mean_exit"] = float((counts * positions).sum() / counts.sum())
+    row["gates"] = ready.gates_at(n)
     row["batches"], row["calls"] = len(met), sum(map(len, times["gated"].batches))
     say(_line(row))
     return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from .refill import Refill, images_of, predicted
 from .settings import GateSettings, check_modes, flags_buffer, numbers_buffer, settings_of
 from .simulate import Simulation, simulate
 from .units import GivenUnits, NetUnits, units_of
+from .whole_calls import sizes_without_gates
 
 _KEPT = ("thresholds", "temperatures")
 
@@ -91,7 +93,8 @@ class GatedNet(nn.Module):
         self.register_buffer("enabled", flags_buffer(enabled, self._exits - 1).to(device))
         self.costs: StageCosts | None = None
         self._pays = (True,) * (self._exits - 1)
-        self._cache: tuple[tuple[tuple[Tensor, int, int], ...], GateSettings] | None = None
+        self._closed_at: tuple[tuple[int, bool], ...] = ()  # by batch size: whether gates of mode "auto" stay shut
+        self._cache: tuple[tuple[tuple[Tensor, int, int], ...], tuple[GateSettings, GateSettings]] | None = None
         self._known: dict[Any, First] = {}
         self.training = getattr(pruned, "training", False)
         self.settings()
@@ -132,12 +135,22 @@ class GatedNet(nn.Module):
         """E-1 flags: where samples can leave early, by flags, modes and measured costs; ``simulate``'s ``enabled``."""
         return self.settings().live[:-1]
 
+    def gates_at(self, rows: int) -> bool:
+        """Whether the exits of mode "auto" are gated in a batch of so many rows: False where :meth:`measure` found the
+        network faster without; of the sizes measured, the largest one up to ``rows`` decides."""
+        place = bisect_right(self._closed_at, rows, key=lambda entry: entry[0])
+        return not (self._closed_at and self._closed_at[max(place - 1, 0)][1])
+
     def settings(self) -> GateSettings:
         """The buffers as numbers, read again only where one has changed.
 
         Raises:
             ValueError: a value is out of its range.
         """
+        return self._both_settings()[0]
+
+    def _both_settings(self) -> tuple[GateSettings, GateSettings]:
+        """With the gates of mode "auto", and with them shut."""
         buffers = self._buffers
         tensors = (buffers["thresholds"], buffers["temperatures"], buffers["enabled"], self._weights())
         if self._cache is not None:
@@ -148,7 +161,8 @@ class GatedNet(nn.Module):
             else:
                 return self._cache[1]
         gated = [mode != "off" and (mode != "auto" or pays) for mode, pays in zip(self._modes, self._pays, strict=True)]
-        settings = settings_of(tensors[3], *tensors[:3], gated)
+        shut = [gate and mode != "auto" for gate, mode in zip(gated, self._modes, strict=True)]
+        settings = settings_of(tensors[3], *tensors[:3], gated), settings_of(tensors[3], *tensors[:3], shut)
         self._cache = None
         if not any(tensor.is_inference() for tensor in tensors):  # tensors of inference mode count no versions
             self._cache = tuple((t, t._version, t.data_ptr()) for t in tensors), settings
@@ -175,7 +189,9 @@ class GatedNet(nn.Module):
         return self._answer(x)
 
     def _answer(self, x: Tensor) -> GatedOutput:
-        return answer(self._units.begin(), self.policy, self.settings(), x, self._compacts, self._known)
+        opened, shut = self._both_settings()
+        settings = shut if self._closed_at and not self.gates_at(len(x)) else opened
+        return answer(self._units.begin(), self.policy, settings, x, self._compacts, self._known)
 
     def refill(self, capacity: int | None = None, max_delay: int | None = 64) -> Refill:
         """A pooled executor to feed by hand, with the numbers as they are now; arguments as for :class:`Refill`."""
@@ -233,9 +249,11 @@ class GatedNet(nn.Module):
         From then on, at an exit whose mode is "auto", rows are cut down where that is the cheapest way to the end, and
         carried on where it is not. An exit whose gate costs more than it can save, if the fraction ``leaving`` of those
         present goes, is not gated at all: :attr:`live` says so, and then samples go further than thresholds alone ask.
+        At last whole calls are timed, with the gates of mode "auto" and without: at batch sizes where the network is
+        faster without, :meth:`gates_at` is False, and all samples go to the end (or to an exit of another mode).
 
         Args:
-            example: (N, ...), N at least 1.
+            example: (N, ...), N at least 1: images as they will come, since what gates save depends on who leaves.
             sizes: the numbers of rows to time, up to N; by default 1, 2, 4, ... and N.
             repeats: timed calls for each part, of which the shortest counts.
             leaving: E-1 expected fractions, or one for all. With 1 an exit is given up only where it cannot pay.
@@ -256,18 +274,26 @@ class GatedNet(nn.Module):
             raise ValueError(f"GatedNet.measure: repeats must be at least 1, got {repeats}")
         with torch.no_grad():
             costs = measure_costs(self._units.begin, self.policy, self.settings(), example, sorted(wanted), repeats)
-        self.use_costs(costs, leaving)
+            self.use_costs(costs, leaving)
+            if "auto" in self._modes and any(self.live):
+                opened, shut = (
+                    lambda x, s=s: answer(self._units.begin(), self.policy, s, x, self._compacts, self._known)
+                    for s in self._both_settings()
+                )
+                slower = sizes_without_gates(opened, shut, example, costs.sizes, repeats)
+                self._closed_at = tuple((size, size in slower) for size in costs.sizes)
         return costs
 
     def use_costs(self, costs: StageCosts | None, leaving: float | Sequence[float] = 1.0) -> None:
-        """Goes by costs measured before; None: by none. ``leaving`` as for :meth:`measure`."""
+        """Goes by costs measured before; None: by none. ``leaving`` as for :meth:`measure`, whose timing of whole
+        calls is forgotten: gates are open at every batch size."""
         fractions = [leaving] * (self._exits - 1) if isinstance(leaving, int | float) else list(leaving)
         if len(fractions) != self._exits - 1 or any(not 0 <= f <= 1 for f in fractions):
             raise ValueError(f"GatedNet: leaving must be {self._exits - 1} fractions in 0..1, got {fractions}")
         if costs is not None and len(costs.stages) != self._exits:
             raise ValueError(f"GatedNet: costs must be of {self._exits} exits, got {len(costs.stages)}")
         self._pays = tuple(costs is None or costs.pays(e, share) for e, share in enumerate(fractions))
-        self.costs, self._cache = costs, None
+        self.costs, self._cache, self._closed_at = costs, None, ()
 
     def simulate(
         self, exit_logits: Tensor, *, target: Tensor | None = None, costs: Sequence[float] | Tensor | None = None

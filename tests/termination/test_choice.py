@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from replay import numbered, replay_net
 
 from aep_ext.surgery.networks import build
 from aep_ext.termination import GatedNet, StageCosts
+from aep_ext.termination.whole_calls import sizes_without_gates
 
 LINEAR = StageCosts((1, 8), ((1.0, 8.0),) * 3, ((0.1, 0.1),) * 3, ((0.1, 0.8),) * 2)
 """Three stages of 1 ms a row, copies of 0.1 ms a row."""
@@ -125,3 +127,51 @@ def test_costs_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"copies must have 1 rows of 1 entries, got \[1, 1\]"):
         StageCosts((1,), ((1.0,),) * 2, ((1.0,),) * 2, ((1.0,),) * 2)
     assert not math.isnan(LINEAR.stage(0, 3))
+
+
+def _two_exits() -> tuple[GatedNet, torch.Tensor]:
+    """A gate at which every sample would leave."""
+    net = build("resnet_small", 4).eval()
+    return GatedNet(net, "confidence", 0.0), torch.randn(9, 3, 8, 8)
+
+
+def test_gates_stay_shut_at_batch_sizes_where_the_network_is_faster_without(monkeypatch: pytest.MonkeyPatch):
+    gated, x = _two_exits()
+    assert gated.gates_at(1) and gated.gates_at(1000)
+    seen = []
+
+    def slower(with_gates, without, example, sizes, repeats):
+        seen.append((with_gates(x[:4]).exit.tolist(), without(x[:4]).exit.tolist(), tuple(sizes)))
+        return frozenset({2, 4})
+
+    monkeypatch.setattr("aep_ext.termination.gated.sizes_without_gates", slower)
+    gated.measure(x, [2, 4, 8], repeats=1)
+    assert seen == [([0] * 4, [3] * 4, (2, 4, 8))]
+    assert [gated.gates_at(n) for n in (0, 1, 2, 3, 4, 7, 8, 9)] == [False] * 6 + [True] * 2
+    for n in (1, 4, 7, 8, 9):  # below the first size measured it decides too
+        answer = gated(x[:n])
+        assert set(answer.exit.tolist()) == ({0} if n >= 8 else {3})
+        reference = gated.net(x[:n]) if n < 8 else gated.simulate(gated.net.exit_logits(x[:n])).logits
+        torch.testing.assert_close(answer.logits, reference)
+    gated.mode = ("compact", "auto", "auto")  # what was fixed by hand is not given up
+    assert gated(x[:4]).exit.tolist() == [0] * 4
+    gated.use_costs(gated.costs)
+    assert gated.gates_at(4)
+
+
+def test_whole_calls_are_timed_in_turn():
+    calls = {"gated": [], "ungated": []}
+
+    def timed(name, seconds):
+        def call(batch):
+            calls[name].append(len(batch))
+            time.sleep(seconds(len(batch)))
+
+        return call
+
+    example = torch.zeros(8, 1)
+    found = sizes_without_gates(
+        timed("gated", lambda n: 0.004 if n < 4 else 0.001), timed("ungated", lambda n: 0.002), example, [1, 2, 4, 8], 2
+    )
+    assert found == {1, 2}
+    assert calls["gated"] == calls["ungated"] and set(calls["gated"]) == {1, 2, 4, 8}
