@@ -153,7 +153,7 @@ def _peer_figures(found: dict[str, Any]) -> str:
                     f"{100 * (1 - macs / ungated):.1f} %",
                 ]
             )
-    head = ["gates", "test top-1", "without gates", "points", "mean multiply-adds", "without gates", "saving"]
+    head = ["gates", "test top-1", "without gates", "points", "mean multiply-adds", "all without gates", "saving"]
     return markdown(head, rows, 1)
 
 
@@ -165,7 +165,7 @@ def _peer_times(found: dict[str, Any]) -> str:
             rows.append(
                 [
                     str(row["batch"]),
-                    _CONTESTANTS.get(name, name) + (" (quickest)" if name == row["quickest_earlyon"] else ""),
+                    _CONTESTANTS.get(name, name) + (" (its quickest)" if name == row["quickest_earlyon"] else ""),
                     *(f"{times[key]:.4g}" for key in ("p50_ms", "p95_ms", "images_per_s")),
                     "" if against is None else f"{against['ratio']:.2f} {_interval(against['interval'])}",
                 ]
@@ -193,8 +193,8 @@ def _peer_lines(found: dict[str, Any]) -> Iterator[str]:
         whole = row.get("earlyon_batched")
         if whole:
             yield (
-                f"earlyon's way for batches answers otherwise than image by image: at batch {row['batch']} "
-                f"{percent(whole['top1'])} with {amount(whole['mean_macs'])} multiply-adds."
+                f"earlyon's way for batches answers otherwise than image by image: at batch {row['batch']}, seed "
+                f"{timed['seed']}, {percent(whole['top1'])} with {amount(whole['mean_macs'])} multiply-adds."
             )
 
 

@@ -10,7 +10,7 @@ over the prepared network and by its own method ``gated``.
 ``overhead_percent`` is the time of the gated network beyond the ungated one's, the median over rounds in which both
 took their turn; ``overhead_interval`` the notch around it, 1.57 * (quartile range) / sqrt(rounds) to each side, which
 is about a 95 % interval of a median (McGill, Tukey and Larsen, The American Statistician 32, 1978).
-``goal_percent`` stands where there is a goal.
+``goal_percent`` stands where there is a goal. benchmarks/gated_tables.py makes a table of it.
 """
 
 from __future__ import annotations

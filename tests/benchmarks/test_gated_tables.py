@@ -149,9 +149,9 @@ def test_peer(put):
     assert rows[2] == ["aep_ext, gated", "70.00 ± 0.40 %", "71.00 ± 0.40 %", "-1.00", "12 M", "16 M", "25.0 %"]
     assert rows[3][0] == "earlyon" and rows[3][3:] == ["-3.00", "8 M", "16 M", "50.0 %"]
     assert rows[6] == ["1", "aep_ext, gated", "2", "3", "480", ""]
-    assert rows[8] == ["1", "earlyon, staged (quickest)", "2", "3", "480", "1.25 [1.20, 1.31]"]
+    assert rows[8] == ["1", "earlyon, staged (its quickest)", "2", "3", "480", "1.25 [1.20, 1.31]"]
     assert "earlyon 9.9; resnet_small, exits 1+2, MIX, seeds 0, 1." in text
-    assert "at batch 64 66.00 % with 9 M multiply-adds" in text
+    assert "at batch 64, seed 0, 66.00 % with 9 M multiply-adds" in text
 
 
 def test_overhead(put, make_case, make_result, monkeypatch, tmp_path):
@@ -169,6 +169,12 @@ def test_overhead(put, make_case, make_result, monkeypatch, tmp_path):
     assert rows_of(made("overhead", path))[2][-1] == "the call" and unexplained("overhead", path) == []
     save(path, make_overhead(make_case, make_result, met=True))
     assert rows_of(made("overhead", path))[2][-2:] == ["met", ""]
+
+
+def test_the_tables_know_every_benchmark_of_gated_networks():
+    from benchmarks import test_gated
+
+    assert {f"test_{way}" for way in gated_tables._WAYS} == {name for name in vars(test_gated) if name[:5] == "test_"}
 
 
 def test_an_old_result_of_overhead_is_refused(make_case, make_result, tmp_path):
