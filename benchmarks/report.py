@@ -8,7 +8,9 @@ other way.
 A table between ``<!-- results: NAME -->`` and ``<!-- /results -->`` comes from ``benchmarks/results/NAME.json``, the
 ``results.json`` of an ``aep run``. One between ``<!-- benchmarks: NAME TABLE -->`` and ``<!-- /benchmarks -->`` comes
 from a result of benchmarks/condense.py or matrix.py of that name; TABLE is goals, operators, fallback, machine, trunk
-or engines. A goal that was missed needs a note in benchmarks/notes.toml: ``--check`` sees to it.
+or engines. One between ``<!-- gated: NAME TABLE -->`` and ``<!-- /gated -->`` comes from the file of that name that
+benchmarks/gated_tables.py speaks of; TABLE is gates, bench, peer or overhead. A goal that was missed needs a note in
+benchmarks/notes.toml: ``--check`` sees to it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if str(ROOT) not in sys.path:  # run as a script
 from aep_ext.report.files import write_text  # noqa: E402
 from aep_ext.report.numbers import exits, fewer, method_name, points  # noqa: E402
 from aep_ext.report.tables import HEAD, model_rows  # noqa: E402
-from benchmarks import figure, tables, trunk  # noqa: E402
+from benchmarks import figure, gated_tables, tables, trunk  # noqa: E402
 from benchmarks.condense import ResultError, load  # noqa: E402
 from benchmarks.goals import judge, load_goals, load_notes  # noqa: E402
 
@@ -36,6 +38,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 _TABLE = re.compile(r"(<!-- results: (?P<name>[\w-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _BENCHMARKS = re.compile(
     r"(?P<head><!-- benchmarks: (?P<name>[\w-]+) (?P<table>\w+) -->\n).*?(?P<tail><!-- /benchmarks -->)", re.DOTALL
+)
+_GATED = re.compile(
+    r"(?P<head><!-- gated: (?P<name>[\w-]+) (?P<table>\w+) -->\n).*?(?P<tail><!-- /gated -->)", re.DOTALL
 )
 # Latency is left out: absolute times of one machine mean little elsewhere. The report of a run has them.
 _COLUMNS = tuple(name for name in HEAD if not name.startswith("latency"))
@@ -85,7 +90,10 @@ def rendered(text: str) -> str:
         made = tables.TABLES[match["table"]](load(RESULTS / f"{match['name']}.json"))
         return match["head"] + made + match["tail"]
 
-    return _BENCHMARKS.sub(benchmarks, _TABLE.sub(run, text))
+    def gated(match: re.Match[str]) -> str:
+        return match["head"] + gated_tables.made(match["table"], RESULTS / f"{match['name']}.json") + match["tail"]
+
+    return _GATED.sub(gated, _BENCHMARKS.sub(benchmarks, _TABLE.sub(run, text)))
 
 
 def unexplained(text: str) -> list[str]:
@@ -98,6 +106,8 @@ def unexplained(text: str) -> list[str]:
             missing += [f"{v.goal.operator} {v.goal.case} {v.goal.measure}" for v in verdicts if v.unexplained]
         elif kind == "trunk":
             missing += trunk.unexplained(result)
+    for name, kind in sorted({(match["name"], match["table"]) for match in _GATED.finditer(text)}):
+        missing += gated_tables.unexplained(kind, RESULTS / f"{name}.json")
     return missing
 
 

@@ -10,7 +10,7 @@ over the prepared network and by its own method ``gated``.
 ``overhead_percent`` is the time of the gated network beyond the ungated one's, the median over rounds in which both
 took their turn; ``overhead_interval`` the notch around it, 1.57 * (quartile range) / sqrt(rounds) to each side, which
 is about a 95 % interval of a median (McGill, Tukey and Larsen, The American Statistician 32, 1978).
-``goal_percent`` stands where there is a goal.
+``goal_percent`` stands where there is a goal. benchmarks/gated_tables.py makes a table of it.
 """
 
 from __future__ import annotations
@@ -85,9 +85,15 @@ def _between(values: Tensor, leaving: int) -> float:
     return float(values[middle - 1 : middle + 1].mean())
 
 
-def _overhead(info: dict[str, Any], net: MultiExitNet | PreparedNet, goal: float | None = None) -> None:
+def _about(info: dict[str, Any], name: str, rows: int, net: MultiExitNet | PreparedNet) -> None:
+    """What the case is of: the table in benchmarks/gated_tables.py has a row for each."""
+    backbone = name.removesuffix(PREPARED)
+    info |= {"network": backbone, "pixels": PIXELS[backbone], "batch": rows}
+    info["engine"] = "eager" if isinstance(net, MultiExitNet) else net.backend
+
+
+def _overhead(info: dict[str, Any], goal: float | None = None) -> None:
     """What the race says of the gated network against the ungated one."""
-    info["network"] = "eager" if isinstance(net, MultiExitNet) else net.backend
     if "paired_ratio_ungated" not in info:  # --benchmark-disable
         return
     ratio = info["paired_ratio_ungated"]
@@ -105,9 +111,10 @@ def _overhead(info: dict[str, Any], net: MultiExitNet | PreparedNet, goal: float
 def test_gated_nobody_leaves(race, benchmark, device, name, rows):
     """The cost of the gates: every sample goes to the last exit. ratio_ungated is 1 / (1 + overhead)."""
     net, x = _network(name, rows, device)
+    _about(benchmark.extra_info, name, rows, net)
     gated = GatedNet(net, "confidence", 2.0)
     race(lambda: gated(x).logits, {"ungated": lambda: net(x)})
-    _overhead(benchmark.extra_info, net, GOALS.get((name, rows)))
+    _overhead(benchmark.extra_info, GOALS.get((name, rows)))
 
 
 @pytest.mark.parametrize("name, rows", [entry for entry in CASES if entry.values[0].endswith(PREPARED)])
@@ -115,9 +122,10 @@ def test_gated_nobody_leaves(race, benchmark, device, name, rows):
 def test_gated_nobody_leaves_by_method(race, benchmark, name, rows):
     """The same by the prepared network's own method, its gates being checked beforehand."""
     net, x = _network(name, rows, "cpu")
+    _about(benchmark.extra_info, name, rows, net)
     gates = net.gates("confidence", 2.0)
     race(lambda: net.gated(x, gates).logits, {"ungated": lambda: net(x)})
-    _overhead(benchmark.extra_info, net, GOALS.get((name, rows)))
+    _overhead(benchmark.extra_info, GOALS.get((name, rows)))
 
 
 @pytest.mark.parametrize("name, rows", BATCHES)
@@ -129,6 +137,7 @@ def test_gated_few_leave(race, benchmark, device, name, rows):
     ``nobody``.
     """
     net, x = _network(name, rows, device)
+    _about(benchmark.extra_info, name, rows, net)
     threshold = _between(_first_confidences(net, x), 1)
     only_first = [e == 0 for e in range(net.num_exits - 1)]
     auto, compact = (GatedNet(net, "confidence", threshold, enabled=only_first, mode=m) for m in ("auto", "compact"))
@@ -144,14 +153,15 @@ def test_gated_few_leave(race, benchmark, device, name, rows):
             "ungated": _for_its_cost(lambda: net(x), answer),
         },
     )
-    _overhead(benchmark.extra_info, net)
+    _overhead(benchmark.extra_info)
 
 
 @pytest.mark.parametrize("name, rows", CASES)
 @torch.no_grad()
-def test_gated_all_leave_at_the_first_exit(race, device, name, rows):
+def test_gated_all_leave_at_the_first_exit(race, benchmark, device, name, rows):
     """Against the bare stage and head, which decide nothing, and for comparison the whole network."""
     net, x = _network(name, rows, device)
+    _about(benchmark.extra_info, name, rows, net)
     gated, weight = GatedNet(net, "confidence", 0.0), float(net.output_weights[0])
     answer = gated(x).logits
 
@@ -168,9 +178,10 @@ def test_gated_all_leave_at_the_first_exit(race, device, name, rows):
 
 @pytest.mark.parametrize("name, rows", BATCHES)
 @torch.no_grad()
-def test_gated_half_leave_at_the_first_exit(race, device, name, rows):
+def test_gated_half_leave_at_the_first_exit(race, benchmark, device, name, rows):
     """Compacted, against carrying all on, a loop as a user writes it, and for comparison the whole network."""
     net, x = _network(name, rows, device)
+    _about(benchmark.extra_info, name, rows, net)
     threshold = _between(_first_confidences(net, x), rows // 2)
     only_first = [e == 0 for e in range(net.num_exits - 1)]
     compact, mask = (GatedNet(net, "confidence", threshold, enabled=only_first, mode=m) for m in ("compact", "mask"))

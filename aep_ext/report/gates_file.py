@@ -127,13 +127,13 @@ _BENCH = {
 }
 
 
-def read_gates(folder: str | Path) -> dict[str, Any] | None:
-    """The content of ``gates.json``; None where the run has none.
+def read_gates(folder: str | Path, name: str = "gates.json") -> dict[str, Any] | None:
+    """The content of ``gates.json``, or of a copy of that ``name``; None where there is none.
 
     Raises:
         UserError: it is not such a file, not complete, or contradicts itself.
     """
-    path = Path(folder) / "gates.json"
+    path = Path(folder) / name
     if not path.exists():
         return None
     gates = read_json(path)
@@ -240,13 +240,13 @@ def read_examples(folder: str | Path, examples: dict[str, list[Any]]) -> np.ndar
     return images
 
 
-def read_bench(folder: str | Path) -> dict[str, Any] | None:
-    """The content of ``bench.json``; None where the run has none.
+def read_bench(folder: str | Path, name: str = "bench.json") -> dict[str, Any] | None:
+    """The content of ``bench.json``, or of a copy of that ``name``; None where there is none.
 
     Raises:
         UserError: it is not such a file, or not complete.
     """
-    path = Path(folder) / "bench.json"
+    path = Path(folder) / name
     if not path.exists():
         return None
     bench = read_json(path)

@@ -58,7 +58,7 @@ def budget_words(budget: dict[str, Any]) -> str:
     return ", ".join([budget["kind"], *(f"{key} {value}" for key, value in numbers.items())])
 
 
-def _allowed(gates: dict[str, Any]) -> float | None:
+def allowed_points(gates: dict[str, Any]) -> float | None:
     """Points that may be lost, where the budget says so."""
     budget = gates["settings"]["budget"]
     if budget["kind"] == "accuracy":
@@ -138,7 +138,7 @@ def _of_method(gates: dict[str, Any], method: dict[str, Any]) -> Iterator[str]:
     if summary["gated_top1"]["mean"] < baseline:
         short = 100 * (baseline - summary["gated_top1"]["mean"])
         yield f"the gated network is {short:.2f} points below the single-exit baseline ({percent(baseline)})."
-    yield from _of_rivals(gates, method)
+    yield from rivals_words(gates, method)
     for seed in seeds:
         where = f"seed {seed['seed']}" if len(seeds) > 1 else "the gate"
         yield from (f"{where}: {line}" for line in _of_seed(seed))
@@ -147,7 +147,7 @@ def _of_method(gates: dict[str, Any], method: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_budget(gates: dict[str, Any], summary: dict[str, Any]) -> Iterator[str]:
-    allowed, drop = _allowed(gates), summary["drop_points"]
+    allowed, drop = allowed_points(gates), summary["drop_points"]
     if allowed is None:
         return
     low = drop["interval"][0]
@@ -160,7 +160,8 @@ def _of_budget(gates: dict[str, Any], summary: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _of_rivals(gates: dict[str, Any], method: dict[str, Any]) -> Iterator[str]:
+def rivals_words(gates: dict[str, Any], method: dict[str, Any]) -> Iterator[str]:
+    """What is as accurate as the method's gated network and no dearer; or that no static network matches it."""
     summary = method["summary"]
     top1, macs = summary["gated_top1"]["mean"], summary["mean_macs"]["mean"]
     for row in single_exits(method):

@@ -6,9 +6,9 @@ RUN is a finished folder of ``aep run``. Both get the network's exits, the same 
 on (a fifth) and to search thresholds on (the rest), and the same loss of accuracy in points, each against its own
 answer without gates: aep_ext against the ensemble of all exits, earlyon, which has no ensemble, against the last exit.
 Both are judged on the same test images, their multiply-adds counted by aep_ext. Times are taken in turn on the same
-images, of the network of the first seed. Beside both stand, where RUN was calibrated, the figures of ``aep calibrate``,
-which chooses the exits too and holds its loss against the pruned ensemble (``aep_calibrate``), and its gated network's
-times where it is of that seed (``aep_calibrate`` too).
+images, of the network of the seed that ``aep calibrate`` delivers, or, where RUN was not calibrated, of the first one.
+Beside both stand, where it was, the figures of ``aep calibrate``, which chooses the exits too and holds its loss
+against the pruned ensemble (``aep_calibrate``), and the times of what it delivers (``aep_calibrate`` too).
 
 The data is where RUN's configuration says, or where ``--data`` or the environment variable AEP_PEER_DATA say
 (``cifar10-jpeg:FILE``). earlyon is on the registry: ``pip install earlyon``; it needs torchvision.
@@ -142,13 +142,16 @@ def delivered(folder: RunFolder, method: str) -> dict[int, dict[str, Any]]:
     }
 
 
-def load_delivered(folder: RunFolder, seed: int, method: str) -> GatedNet | None:
-    """The gated network that ``aep calibrate`` delivered, if it is this seed's."""
+def delivered_seed(folder: RunFolder, method: str) -> int | None:
+    """The seed of the gated network that ``aep calibrate`` delivered, if it is of this method."""
     path = folder.path / "gates.json"
     named = read_json(path).get("delivered") if path.is_file() else None
-    if not named or (named["seed"], named["exit_weights"]) != (seed, method):
-        return None
-    net = deploy.load(folder.path / named["folder"])
+    return named["seed"] if named and named["exit_weights"] == method else None
+
+
+def load_delivered(folder: RunFolder) -> GatedNet:
+    """That network."""
+    net = deploy.load(folder.path / read_json(folder.path / "gates.json")["delivered"]["folder"])
     assert isinstance(net, GatedNet)
     return net
 
@@ -286,15 +289,16 @@ def compare_run(
         dataset = module.dataset(role)
         parts.append(dataset.__getitems__(list(range(len(dataset)))))
     images, roles = split_images(*parts)
-    method, seeds, first = config.exit_weights[0], [], None
-    chosen_exits = delivered(folder, method)
+    method, seeds, timed_net = config.exit_weights[0], [], None
+    chosen_exits, wanted = delivered(folder, method), delivered_seed(folder, method)
     for seed in config.seeds or ():
         began = time.monotonic()
         net = deploy.load(folder.unit(seed, method) / "full")
         net = prune(net, range(net.num_exits) if exits is None else exits).eval()
         gated, ours = gated_by_us(net, images, drop)
         wrapper, theirs = gated_by_earlyon(net, images, drop)
-        first = first or (gated, wrapper)
+        if timed_net is None or seed == wanted:
+            timed_net, timed_seed = (gated, wrapper), seed
         seeds.append({"seed": seed, "aep_ext": ours, "earlyon": theirs, "aep_calibrate": chosen_exits.get(seed)})
         told = ", ".join(
             f"{name} {part['top1']:.4f} at {part['mean_macs']:.0f} multiply-adds "
@@ -302,11 +306,13 @@ def compare_run(
             for name, part in (("aep_ext", ours), ("earlyon", theirs))
         )
         write(f"seed {seed} ({time.monotonic() - began:.0f} s): {told}")
-    assert first is not None
+    assert timed_net is not None
     chosen = torch.randperm(len(images.report[0]), generator=torch.Generator().manual_seed(SEED))[:samples]
-    batched = {n: peer.judge_batched(first[0].net, first[1], *images.report, n, images.shape) for n in batches if n > 1}
-    calibrated = load_delivered(folder, seeds[0]["seed"], method)
-    rows = timed(*first, images.report[0][chosen], batches, seconds, backend, calibrated, write)
+    batched = {
+        n: peer.judge_batched(timed_net[0].net, timed_net[1], *images.report, n, images.shape) for n in batches if n > 1
+    }
+    calibrated = load_delivered(folder) if timed_seed == wanted else None
+    rows = timed(*timed_net, images.report[0][chosen], batches, seconds, backend, calibrated, write)
     for row in rows:
         row["earlyon_batched"] = batched.get(row["batch"])
     return {
@@ -316,7 +322,7 @@ def compare_run(
         "environment": _environment(torch.device("cpu")),
         "data": {"title": module.roles.title, "roles": roles},
         "network": config.network,
-        "exits": list(first[0].net.exit_ids),
+        "exits": list(timed_net[0].net.exit_ids),
         "exit_weights": method,
         "drop_points": drop,
         "summary": {
@@ -329,7 +335,7 @@ def compare_run(
         },
         "seeds": seeds,
         "timed": {
-            "seed": seeds[0]["seed"],
+            "seed": timed_seed,
             "samples": len(chosen),
             "seconds": seconds,
             "engine": backend,

@@ -10,9 +10,11 @@ import torch
 
 pytest.importorskip("earlyon", reason="the peer: pip install earlyon")
 
-from aep_ext import ExitWeights, MultiExitNet
+from aep_ext import ExitWeights, MultiExitNet, deploy
 from aep_ext.pruning import count_macs, prune
 from aep_ext.surgery import networks
+from aep_ext.termination import GatedNet
+from aep_ext.training.folder import RunFolder
 from benchmarks.peers import earlyon as comparison
 from benchmarks.peers import earlyon_net as peer
 
@@ -144,6 +146,13 @@ def test_the_whole_comparison_on_a_small_run(tmp_path):
     tiny = {"image_size": 8, "train_samples": 96, "epochs": 2, "batch_size": 32, "device": "cpu", "threads": 1}
     run({**tiny, "output": str(folder), "seeds": (0, 1)})
     shutil.rmtree(folder / "checkpoints")  # not needed
+    assert comparison.delivered_seed(RunFolder(folder), "mixed") is None
+    gated = GatedNet(deploy.load(folder / "seed-1" / "mixed" / "full"), "confidence", 0.3).eval()
+    deploy.save(gated, folder / "gated")  # as aep calibrate delivers it: not of the first seed
+    part = {"exits": [0, 3], "report": {"gated": {"top1": 0.5, "mean_macs": 1.0}, "pruned": {"top1": 0.5, "macs": 2}}}
+    named = {"seed": 1, "exit_weights": "mixed", "folder": "gated"}
+    gates = {"methods": {"mixed": {"seeds": [{"seed": seed, **part} for seed in (0, 1)]}}, "delivered": named}
+    (folder / "gates.json").write_text(json.dumps(gates))
     arguments = ["--run", str(folder), "--output", str(output), "--samples", "8", "--seconds", "0"]
     comparison.main([*arguments, "--drop", "5"])
     found = json.loads(output.read_text())
@@ -156,7 +165,9 @@ def test_the_whole_comparison_on_a_small_run(tmp_path):
             assert sum(figures["exit_shares"]) == pytest.approx(1)
             assert 0 < figures["mean_macs"] <= figures["ungated_macs"] * 1.01
     one, many = found["timed"]["rows"]
-    assert found["timed"]["engine"] is None
+    assert found["timed"]["engine"] is None and found["timed"]["seed"] == 1
+    assert found["summary"]["aep_calibrate"]["top1"]["mean"] == 0.5
     assert (one["batch"], many["batch"]) == (1, 64) and one["quickest_earlyon"].startswith("earlyon")
-    assert {"aep_ext", "ensemble", "last_exit", "earlyon_wrapper", "earlyon_staged"} == set(one["times"])
+    contestants = {"aep_ext", "aep_calibrate", "ensemble", "last_exit", "earlyon_wrapper", "earlyon_staged"}
+    assert contestants == set(one["times"])
     assert many["earlyon_batched"]["mean_macs"] > 0
