@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from .agreement import near_threshold
 from .choice import StageCosts, measure_costs
-from .executor import First, GatedOutput, answer
+from .executor import First, GatedOutput, all_at_the_end, answer, only_adds
 from .policies import Policy, as_policy
 from .refill import Refill, images_of, predicted
 from .settings import GateSettings, check_modes, flags_buffer, numbers_buffer, settings_of
 from .simulate import Simulation, simulate
-from .units import GivenUnits, NetUnits, units_of
+from .units import GivenUnits, KnownLogits, NetUnits, units_of
 from .whole_calls import sizes_without_gates
 
 _KEPT = ("thresholds", "temperatures")
@@ -191,7 +192,20 @@ class GatedNet(nn.Module):
     def _answer(self, x: Tensor) -> GatedOutput:
         opened, shut = self._both_settings()
         settings = shut if self._closed_at and not self.gates_at(len(x)) else opened
-        return answer(self._units.begin(), self.policy, settings, x, self._compacts, self._known)
+        return self._walk(settings, x)
+
+    def _walk(self, settings: GateSettings, x: Tensor) -> GatedOutput:
+        exit_logits = getattr(self._units.net, "exit_logits", None)
+        if len(x) > 1 and exit_logits is not None and not any(settings.live[:-1]):
+            # Nobody leaves: the network runs as one piece, and its heads in one operator.
+            logits = exit_logits(x)
+            whole = only_adds(self.policy) and self.policy.on == "ensemble"
+            if whole and type(logits) is Tensor and logits.dtype in (torch.float32, torch.float64):
+                return all_at_the_end(settings, logits)
+            run = KnownLogits(logits)
+        else:
+            run = self._units.begin()
+        return answer(run, self.policy, settings, x, self._compacts, self._known)
 
     def refill(self, capacity: int | None = None, max_delay: int | None = 64) -> Refill:
         """A pooled executor to feed by hand, with the numbers as they are now; arguments as for :class:`Refill`."""
@@ -276,10 +290,7 @@ class GatedNet(nn.Module):
             costs = measure_costs(self._units.begin, self.policy, self.settings(), example, sorted(wanted), repeats)
             self.use_costs(costs, leaving)
             if "auto" in self._modes and any(self.live):
-                opened, shut = (
-                    lambda x, s=s: answer(self._units.begin(), self.policy, s, x, self._compacts, self._known)
-                    for s in self._both_settings()
-                )
+                opened, shut = (partial(self._walk, settings) for settings in self._both_settings())
                 slower = sizes_without_gates(opened, shut, example, costs.sizes, repeats)
                 self._closed_at = tuple((size, size in slower) for size in costs.sizes)
         return costs

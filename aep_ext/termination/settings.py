@@ -23,7 +23,8 @@ class GateSettings:
         thresholds: E numbers; the last stands for the exit that always answers and is 0.
         temperatures: E numbers.
         live: E flags, whether a sample may leave there before the end; the last is False.
-        sums: by accumulation dtype, the sum of the weights before each exit, rounded as the operator rounds it.
+        sums: by accumulation dtype, the sum of the weights before each exit and at last of all (E+1 numbers), rounded
+            as the operator rounds it.
     """
 
     weights: tuple[float, ...]
@@ -54,7 +55,7 @@ def settings_of(
 
 @lru_cache(maxsize=64)
 def sums_of(weights: tuple[float, ...]) -> dict[torch.dtype, tuple[float, ...]]:
-    """For each accumulation dtype the sum of the weights before each exit, as the operator would have it."""
+    """For each accumulation dtype the sums of the first 0, 1, .. E weights, as the operator would have them."""
     sums: dict[torch.dtype, tuple[float, ...]] = {}
     for dtype in (torch.float32, torch.float64):
         # Step by step in this dtype: a sum in double precision could differ in the last bit, and with it a confidence.
@@ -62,7 +63,7 @@ def sums_of(weights: tuple[float, ...]) -> dict[torch.dtype, tuple[float, ...]]:
         for weight in weights:
             before.append(total.item())
             total = total + torch.tensor(weight, dtype=dtype)
-        sums[dtype] = tuple(before)
+        sums[dtype] = (*before, total.item())
     return sums
 
 

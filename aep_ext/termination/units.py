@@ -69,6 +69,18 @@ class _TensorRun:
         pass
 
 
+class KnownLogits(_TensorRun):
+    """A walk on which nobody leaves, through a network that has run already: its exit logits (E, n, K)."""
+
+    __slots__ = ("_logits",)
+
+    def __init__(self, exit_logits: Tensor) -> None:
+        self._logits = exit_logits
+
+    def __call__(self, e: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        return features, self._logits[e]
+
+
 class GivenUnits:
     """Units that a network brings: ``unit(features) -> (features or None, logits)``, one per exit.
 

@@ -10,7 +10,8 @@ import torch
 from replay import numbered, replay_net
 
 from aep_ext.surgery.networks import build
-from aep_ext.termination import GatedNet, StageCosts
+from aep_ext.termination import GatedNet, StageCosts, as_policy
+from aep_ext.termination.executor import answer
 from aep_ext.termination.whole_calls import sizes_without_gates
 
 LINEAR = StageCosts((1, 8), ((1.0, 8.0),) * 3, ((0.1, 0.1),) * 3, ((0.1, 0.8),) * 2)
@@ -149,10 +150,10 @@ def test_gates_stay_shut_at_batch_sizes_where_the_network_is_faster_without(monk
     assert seen == [([0] * 4, [3] * 4, (2, 4, 8))]
     assert [gated.gates_at(n) for n in (0, 1, 2, 3, 4, 7, 8, 9)] == [False] * 6 + [True] * 2
     for n in (1, 4, 7, 8, 9):  # below the first size measured it decides too
-        answer = gated(x[:n])
-        assert set(answer.exit.tolist()) == ({0} if n >= 8 else {3})
+        found = gated(x[:n])
+        assert set(found.exit.tolist()) == ({0} if n >= 8 else {3})
         reference = gated.net(x[:n]) if n < 8 else gated.simulate(gated.net.exit_logits(x[:n])).logits
-        torch.testing.assert_close(answer.logits, reference)
+        torch.testing.assert_close(found.logits, reference)
     gated.mode = ("compact", "auto", "auto")  # what was fixed by hand is not given up
     assert gated(x[:4]).exit.tolist() == [0] * 4
     gated.use_costs(gated.costs)
@@ -175,3 +176,18 @@ def test_whole_calls_are_timed_in_turn():
     )
     assert found == {1, 2}
     assert calls["gated"] == calls["ungated"] and set(calls["gated"]) == {1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("policy", ["confidence", "entropy", "margin", "patience", "vote"])
+@pytest.mark.parametrize("on", ["ensemble", "exit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_gates_the_network_runs_whole_and_the_answers_are_the_walk_s(policy, on, dtype):
+    net = build("resnet_small", 4).eval().to(dtype)
+    x = torch.randn(5, 3, 8, 8, dtype=dtype)
+    temperatures = [0.7, 1.3, 0.9, 1.7]
+    shut = GatedNet(net, as_policy(policy, on), 0.5, temperatures, enabled=False)
+    whole = shut(x)
+    walked = answer(shut._units.begin(), shut.policy, shut.settings(), x, lambda *_: False, {})
+    for one, other in zip(whole, walked, strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype and one.is_contiguous()
+    assert torch.equal(whole.logits, net(x)) or dtype == torch.bfloat16  # rounded once more in the network's own sum
