@@ -143,12 +143,14 @@ def test_gated_few_leave(race, benchmark, device, name, rows):
     auto, compact = (GatedNet(net, "confidence", threshold, enabled=only_first, mode=m) for m in ("auto", "compact"))
     nobody = GatedNet(net, "confidence", 2.0, enabled=only_first, mode="mask")
     costs = auto.measure(x)
-    benchmark.extra_info["auto_cuts_down"] = costs.compacts(0, rows, rows - 1)
+    opened = auto.live[0] and auto.gates_at(rows)
+    benchmark.extra_info["auto_gates"] = opened
+    benchmark.extra_info["auto_cuts_down"] = opened and costs.compacts(0, rows, rows - 1)
     answer = auto(x).logits
     race(
         lambda: auto(x).logits,
         {
-            "compact": lambda: compact(x).logits if auto.live[0] else _for_its_cost(lambda: compact(x), answer)(),
+            "compact": (lambda: compact(x).logits) if opened else _for_its_cost(lambda: compact(x), answer),
             "nobody": _for_its_cost(lambda: nobody(x), answer),
             "ungated": _for_its_cost(lambda: net(x), answer),
         },

@@ -148,7 +148,9 @@ def _row(
     row["ratio"], row["ratio_interval"] = _ratio(times, "ungated")
     row["subset_ratio"], row["subset_ratio_interval"] = _ratio(times, "subset")
     row["predicted_ratio"] = ready.predicted_ratio(counts, n)
-    row["share_of_predicted_saving"] = share_of_predicted(row["ratio"], row["predicted_ratio"])
+    # Where the gates stay shut at this size nothing is to be saved.
+    share = share_of_predicted(row["ratio"], row["predicted_ratio"]) if ready.gates_at(n) else None
+    row["share_of_predicted_saving"] = share
     positions = torch.arange(len(counts), dtype=torch.float64)
     row["mean_exit"] = float((counts * positions).sum() / counts.sum())
     row["gates"] = ready.gates_at(n)

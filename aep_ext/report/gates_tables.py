@@ -139,9 +139,11 @@ def bench_rows(bench: dict[str, Any]) -> list[tuple[str, ...]]:
             if kind == "gated":
                 low, high = row["ratio_interval"]
                 share, predicted = row.get("share_of_predicted_saving"), row.get("predicted_ratio")
+                if row.get("gates") is False:  # they stay shut at this size: nothing was to be saved
+                    share, predicted = None, None
                 ratio = (
                     f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]",
-                    _decimal(predicted),
+                    "gates shut" if row.get("gates") is False else _decimal(predicted),
                     "-" if share is None else f"{100 * share:.0f} %",
                 )
             rows.append((str(row["batch"]) if kind == "ungated" else "", kind, *figures, *ratio))

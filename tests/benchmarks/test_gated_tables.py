@@ -217,6 +217,7 @@ def test_check_sees_the_gates_and_an_unexplained_miss(put, monkeypatch, tmp_path
     document = tmp_path / "R.md"
     document.write_text("<!-- gated: run gates -->\n<!-- /gated -->\n<!-- gated: cost overhead -->\n<!-- /gated -->\n")
     monkeypatch.setattr(report, "DOCUMENTS", (document,))
+    monkeypatch.setattr(gated_tables, "load_notes", dict)
     assert report.main(["--check"]) == 1
     said = capsys.readouterr().err
     assert "R.md does not say" in said and "what bounds it: gated_nobody_leaves resnet50 eager 1" in said
