@@ -247,7 +247,7 @@ def test_keep(put, tmp_path):
     assert made("gates", tmp_path / "kept.json") == made("gates", run / "gates.json")
 
 
-@pytest.mark.parametrize("text", ["/root/data", "cifar10-jpeg:/x/y.npz", "~/runs/a", "see 'C:\\data'"])
+@pytest.mark.parametrize("text", ["/srv/data", "cifar10-jpeg:/x/y.npz", "~/runs/a", "see 'C:\\data'"])
 def test_paths_are_not_kept(put, tmp_path, capsys, text):
     found = make_gates()
     found["settings"]["data"] = text
