@@ -1,4 +1,4 @@
-"""A trained :class:`MultiExitNet` as a model of earlyon 0.3 (https://pypi.org/project/earlyon), by its public names.
+"""A trained :class:`MultiExitNet` as a model of earlyon 0.3, by its public names.
 
 The stages become the children of an ``nn.Sequential``, the form that earlyon can both wrap and cut into stages; the
 last exit's head is its last child and so earlyon's final classifier. The other heads go to ``EarlyExitWrapper`` as they

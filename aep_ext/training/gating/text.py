@@ -39,7 +39,7 @@ def _rows(family: str, method: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         f"{name}, gated",
         ", ".join(subsets),
         percent_spread(summary["gated_top1"]),
-        f"{amount(summary['mean_macs']['mean'])} (-{100 * summary['saving']['mean']:.1f} %)",
+        f"{amount(summary['mean_macs']['mean'])} ({-100 * summary['saving']['mean'] + 0.0:+.1f} %)",
         f"{drop['mean']:+.2f} [{drop['interval'][0]:+.2f}, {drop['interval'][1]:+.2f}]",
     )
     for kind, title in (("pruned", f"{name}, pruned"), ("full", f"{name}, all exits"), ("baseline", "baseline")):
