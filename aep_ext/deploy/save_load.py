@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..pruning.extract import subset_view
 from ..surgery.multi_exit import MultiExitNet
-from ..termination import POLICIES, GatedNet
+from ..termination import POLICIES, Calibration, GatedNet
 
 TENSORS = "model.safetensors"
 DESCRIPTION = "model.json"
@@ -76,7 +76,8 @@ def save(net: MultiExitNet | GatedNet, folder: str | os.PathLike[str], *,
 
     Args:
         net: a full, pruned or gated network, on any real device. Of a gated one the policy, its numbers and the modes
-            are written too, but not the measured costs, which belong to a machine.
+            are written too, and its ``calibration`` if it has one, but not the measured costs, which belong to a
+            machine.
         folder: made if absent.
         metadata: JSON-able values of the user's own (class names, preprocessing), returned by :func:`describe`.
 
@@ -154,7 +155,9 @@ def _gate_description(gated: GatedNet) -> dict[str, Any]:
     if type(policy) is not POLICIES.get(policy.name):
         raise ValueError(f"deploy.save: the policy must be one of {', '.join(POLICIES)}, got {policy.name!r} "
                          f"({type(policy).__name__}), a rule in Python, which a file cannot hold")
-    return {"policy": policy.name, "on": policy.on, "mode": list(gated.mode)}
+    calibration = getattr(gated, "calibration", None)
+    origin = {"calibration": calibration.to_dict()} if isinstance(calibration, Calibration) else {}
+    return {"policy": policy.name, "on": policy.on, "mode": list(gated.mode)} | origin
 
 
 def _with_gate(net: MultiExitNet, gate: Any, tensors: dict[str, Tensor]) -> GatedNet:
@@ -165,7 +168,13 @@ def _with_gate(net: MultiExitNet, gate: Any, tensors: dict[str, Tensor]) -> Gate
     except (KeyError, TypeError) as error:
         raise ValueError("deploy.load: the files of a gated network must hold a built-in policy, its numbers and "
                          f"modes, got no {error}") from error
-    return GatedNet(net, kind(on), *numbers, mode=mode)
+    gated = GatedNet(net, kind(on), *numbers, mode=mode)
+    if "calibration" in gate:
+        try:
+            gated.calibration = Calibration.from_dict(gate["calibration"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"deploy.load: the calibration of the gates cannot be read: {error}") from error
+    return gated
 
 
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -283,7 +292,8 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *,
         map_location: the device to load to.
 
     Returns:
-        The network in eval mode: a :class:`GatedNet` if one was saved, otherwise a :class:`MultiExitNet`.
+        The network in eval mode: a :class:`GatedNet` if one was saved, with its ``calibration`` if it had one,
+        otherwise a :class:`MultiExitNet`.
 
     Raises:
         FileNotFoundError: one of the files is missing.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import aep_ext
 from aep_ext import ExitWeights, MultiExitNet, prune
 from aep_ext.deploy import describe, load, save
 from aep_ext.pruning import single_exit
@@ -287,6 +288,21 @@ def test_gates_that_no_file_can_hold_and_broken_ones(net, tmp_path):
         _edit(tmp_path, gate=gate)
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
+
+
+def test_a_calibration_goes_with_the_gates(net, tmp_path):
+    with torch.no_grad():
+        batches = [(x, net(x).argmax(1)) for x in torch.randn(4, 16, 1, 12, 12)]
+    gated = aep_ext.terminate(net, batches, budget=1.0)
+    loaded = load(save(gated, tmp_path / "calibrated"))
+    assert loaded.calibration.to_dict() == gated.calibration.to_dict()
+    again = load(save(loaded, tmp_path / "again"))
+    assert str(again.calibration) == str(gated.calibration)
+    gated.calibration = None
+    assert not hasattr(load(save(gated, tmp_path / "bare")), "calibration")
+    _edit(tmp_path / "again", gate=describe(tmp_path / "again")["gate"] | {"calibration": {"policy": None}})
+    with pytest.raises(ValueError, match="deploy.load: the calibration of the gates"):
+        load(tmp_path / "again")
 
 
 class Units:
