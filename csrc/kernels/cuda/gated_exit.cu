@@ -30,6 +30,7 @@ __device__ A sum_of(const W* weights, int64_t count) {
   for (int j = 0; j < kAhead; ++j) {
     if (j < count) sum = add(sum, ahead[j]);
   }
+#pragma unroll 1
   for (int64_t j = kAhead; j < count; ++j) sum = add(sum, static_cast<A>(value_of(weights[j])));
   return sum;
 }
