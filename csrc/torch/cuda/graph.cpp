@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "../prepare.h"
-#include "capture_stream.h"
+#include "graph_stream.h"
 #include "kernels/cuda/graph.h"
 
 namespace aep {

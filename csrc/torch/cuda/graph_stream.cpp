@@ -4,7 +4,7 @@
 // on it at every replay. Its own streams go round: two graphs captured on the same one share a workspace, which lies in
 // the memory pool of the first. Torch 2.11 never gives it back; later ones do when one of the graphs dies, although the
 // other still writes there.
-#include "capture_stream.h"
+#include "graph_stream.h"
 
 #include <ATen/cuda/CUDAContextLight.h>
 #include <c10/cuda/CUDAGuard.h>
