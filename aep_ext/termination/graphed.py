@@ -180,23 +180,20 @@ class GraphedGatedNet:
 
     def _pass(self) -> list[Tensor]:
         """Every stage once; the exits' logits, which must agree in form."""
-        run, features, found = self.gated._units.begin(), self.input, []
-        for e in range(self.gated.num_exits):
-            features, logits = run(e, features)
-            if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(self.input):
-                raise ValueError(
-                    f"GraphedGatedNet: exit {e} must give logits of shape [{len(self.input)}, K], "
-                    f"got {_form(logits) if isinstance(logits, Tensor) else type(logits).__name__}"
-                )
-            if found and (logits.shape, logits.dtype, logits.device) != (
-                found[0].shape,
-                found[0].dtype,
-                found[0].device,
-            ):
-                raise ValueError(
-                    f"GraphedGatedNet: exit {e} must give logits like exit 0, {_form(found[0])}, got {_form(logits)}"
-                )
-            found.append(logits)
+        features, found = self.input, []
+        with contextlib.closing(self.gated._units.begin()) as run:
+            for e in range(self.gated.num_exits):
+                features, logits = run(e, features)
+                form = _form(logits) if isinstance(logits, Tensor) else type(logits).__name__
+                if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(self.input):
+                    raise ValueError(
+                        f"GraphedGatedNet: exit {e} must give logits of shape [{len(self.input)}, K], got {form}"
+                    )
+                if found and form != _form(found[0]):
+                    raise ValueError(
+                        f"GraphedGatedNet: exit {e} must give logits like exit 0, {_form(found[0])}, got {form}"
+                    )
+                found.append(logits)
         if found[0].device != self.input.device or not found[0].is_floating_point():
             raise ValueError(
                 f"GraphedGatedNet: logits must be floating point on {self.input.device}, got {_form(found[0])}"

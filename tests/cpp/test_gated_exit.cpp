@@ -9,7 +9,7 @@ using namespace testing;
 
 namespace {
 
-constexpr int64_t kExits = 3;
+int64_t exits = 3;
 
 struct Case {
   GatePolicy policy;
@@ -55,21 +55,22 @@ void step(Row& row, DType d, const Case& c, Values& logits, int64_t at, int64_t 
   if (c.policy <= GatePolicy::margin) {
     row.by_a_hair |= fabs(static_cast<double>(stats[static_cast<int>(c.policy)]) - c.threshold) < 1e-5;
   }
-  if (count == 0 || e == kExits - 1) row.exit = e;
+  if (count == 0 || e == exits - 1) row.exit = e;
 }
 
 void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
   const DType acc = acc_of(d);
   const int64_t S = c.policy == GatePolicy::patience ? 2 : c.policy == GatePolicy::vote ? K : 0;
   Random random(static_cast<uint64_t>(N * 1000 + K) + static_cast<uint64_t>(c.policy));
-  Guarded thresholds((kExits - 1) * 8), temperatures(kExits * 8), enabled(kExits - 1), state(size_t(N * S) * 8);
-  Guarded exit(size_t(N) * 8), confidence(size_t(N) * 4), tally(kExits * 8), remaining(kExits * 8), condition(4);
-  Values weights(weights_dtype, kExits), running(acc, N * K), answers(d, N * K);
+  const auto E = static_cast<size_t>(exits);
+  Guarded thresholds((E - 1) * 8), temperatures(E * 8), enabled(E - 1), state(size_t(N * S) * 8);
+  Guarded exit(size_t(N) * 8), confidence(size_t(N) * 4), tally(E * 8), remaining(E * 8), condition(4);
+  Values weights(weights_dtype, exits), running(acc, N * K), answers(d, N * K);
   memset(tally.data(), 0, tally.size());
-  for (int64_t e = 0; e < kExits; ++e) {
+  for (int64_t e = 0; e < exits; ++e) {
     weights.set(e, 0.25 + 0.3 * static_cast<double>(e));
     temperatures.as<double>()[e] = 1.0 + 0.5 * static_cast<double>(e);
-    if (e < kExits - 1) thresholds.as<double>()[e] = c.threshold, enabled.as<bool>()[e] = e == 0 || N != 3;
+    if (e < exits - 1) thresholds.as<double>()[e] = c.threshold, enabled.as<bool>()[e] = e == 0 || N != 3;
   }
   std::vector<Row> rows(static_cast<size_t>(N));
   for (Row& row : rows) {
@@ -81,7 +82,7 @@ void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
   for (int replay = 0; replay < 2; ++replay) {
     std::vector<Row> now = rows;
     double weight_sum = 0;
-    for (int64_t e = 0; e < kExits; ++e) {
+    for (int64_t e = 0; e < exits; ++e) {
       Values logits(d, N * (K + 3));
       logits.fill_normal(random, 3);
       if (N > 2 && K > 1) logits.set(2 * (K + 3) + 1, NAN);
@@ -91,7 +92,7 @@ void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
       p.state = S ? state.as<int64_t>() : nullptr, p.exit = exit.as<int64_t>(), p.logits = answers.data();
       p.confidence = confidence.as<float>(), p.tally = tally.as<uint32_t>(), p.remaining = remaining.as<int64_t>();
       p.dtype = d, p.weights_dtype = weights_dtype, p.N = N, p.K = K, p.S = S, p.logits_stride_n = K + 3;
-      p.e = e, p.E = kExits, p.policy = c.policy, p.on = c.on, p.may_leave = c.may_leave, p.sets = true;
+      p.e = e, p.E = exits, p.policy = c.policy, p.on = c.on, p.may_leave = c.may_leave, p.sets = true;
       p.condition = reinterpret_cast<unsigned long long>(condition.data());  // the emulation writes it there
       backend::check(cuda::launch_gated_exit(p, nullptr), "gated_exit");
       const double weight = rounded(acc, weights.get(e));
@@ -99,7 +100,7 @@ void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
       for (int64_t n = 0; n < N; ++n) {
         Row& row = now[static_cast<size_t>(n)];
         if (row.exit < 0) {
-          const bool live = e < kExits - 1 && c.may_leave && enabled.as<bool>()[e];
+          const bool live = e < exits - 1 && c.may_leave && enabled.as<bool>()[e];
           step(row, d, c, logits, n * (K + 3), K, e, weight, weight_sum, temperatures.as<double>()[e], live);
           if (row.by_a_hair) row.exit = exit.as<int64_t>()[n];
         }
@@ -141,6 +142,10 @@ int main() {
       run(d, DType::bf16, c, 3, 10);
       run(d, DType::f16, c, 20, 7);
     }
+    run(d, DType::f32, cases[0], 2, 2100);  // a thread's second turn
+    exits = 11;                             // more weights than are loaded at once
+    run(d, DType::f32, {GatePolicy::confidence, GateOn::ensemble, 0.95}, 6, 5);
+    exits = 3;
   }
   return finish("gated_exit");
 }

@@ -20,6 +20,35 @@ __device__ A number(const void* values, DType dtype, int64_t i) {
   }
 }
 
+// Loads that are under way at once: one after the other, each would wait for memory.
+constexpr int kAhead = 8, kTurn = 4;
+
+template <class A, class W>
+__device__ A sum_of(const W* weights, int64_t count) {
+  A ahead[kAhead], sum = A(0);
+  for (int j = 0; j < kAhead; ++j) ahead[j] = j < count ? static_cast<A>(value_of(weights[j])) : A(0);
+  for (int j = 0; j < kAhead; ++j) {
+    if (j < count) sum = add(sum, ahead[j]);
+  }
+#pragma unroll 1
+  for (int64_t j = kAhead; j < count; ++j) sum = add(sum, static_cast<A>(value_of(weights[j])));
+  return sum;
+}
+
+template <class A>
+__device__ A sum_of(const void* weights, DType dtype, int64_t count) {
+  switch (dtype) {
+    case DType::f64:
+      return sum_of<A>(static_cast<const double*>(weights), count);
+    case DType::bf16:
+      return sum_of<A>(static_cast<const BF16*>(weights), count);
+    case DType::f16:
+      return sum_of<A>(static_cast<const F16*>(weights), count);
+    default:
+      return sum_of<A>(static_cast<const float*>(weights), count);
+  }
+}
+
 // Whether a judged row leaves where it may. `most`: of a vote, the largest count.
 template <class A>
 __device__ bool reaches(const GatedExitParams& p, const RowResult& row, const int64_t* patience, int64_t most,
@@ -62,8 +91,7 @@ __global__ void gated_exit_of(GatedExitParams p) {
   const bool first = p.e == 0, last = p.e == p.E - 1, live = !last && p.may_leave && p.enabled[p.e];
   const bool vote = p.policy == GatePolicy::vote, patience = p.policy == GatePolicy::patience;
   const bool judges = live || last || vote || patience;
-  A weight_sum = A(0);
-  for (int64_t j = 0; j < p.e; ++j) weight_sum = add(weight_sum, number<A>(p.weights, p.weights_dtype, j));
+  const A weight_sum = sum_of<A>(p.weights, p.weights_dtype, p.e);
   const A weight = number<A>(p.weights, p.weights_dtype, p.e);
   const A temperature = static_cast<A>(p.temperatures[p.e]);
   const A threshold = last ? A(0) : static_cast<A>(p.thresholds[p.e]);
@@ -76,11 +104,21 @@ __global__ void gated_exit_of(GatedExitParams p) {
     const S* logits = static_cast<const S*>(p.exit_logits) + n * p.logits_stride_n;
     A* sums = running + n * p.K;
     RowState<A> row = empty_row<A>();
-    for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) {
-      const A own = value_of(logits[k]), sum = add(first ? A(0) : sums[k], product(weight, own));
-      sums[k] = sum;
-      const A judged[1] = {on_exit ? own : sum};
-      if (judges) add_values(row, judged, k, 1, divisor);
+    for (int64_t begin = threadIdx.x; begin < p.K; begin += kTurn * blockDim.x) {
+      A own[kTurn], sum[kTurn];
+      for (int i = 0; i < kTurn; ++i) {
+        const int64_t k = begin + static_cast<int64_t>(i) * blockDim.x;
+        own[i] = k < p.K ? value_of(logits[k]) : A(0);
+        sum[i] = k < p.K && !first ? sums[k] : A(0);
+      }
+      for (int i = 0; i < kTurn; ++i) {
+        const int64_t k = begin + static_cast<int64_t>(i) * blockDim.x;
+        if (k >= p.K) break;
+        sum[i] = add(sum[i], product(weight, own[i]));
+        sums[k] = sum[i];
+        const A judged[1] = {on_exit ? own[i] : sum[i]};
+        if (judges) add_values(row, judged, k, 1, divisor);
+      }
     }
     bool leaves = false;
     if (judges) {

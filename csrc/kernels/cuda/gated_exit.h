@@ -8,10 +8,10 @@
 
 namespace aep::kernels::cuda {
 
-// One exit for N rows that keep their places: the step of GateParams for every row under way (the same
-// formulas; sums in an order of their own), but nothing is moved: who leaves is answered, who stays is updated in place. Numbers are read
-// when the kernel runs, so that they may be changed between replays; out of range (a temperature of 0, say) they are not
-// checked.
+// One exit for N rows that keep their places: the step of GateParams for every row under way (the same formulas; sums
+// in an order of their own), but nothing is moved: who leaves is answered, who stays is updated in place. Numbers are
+// read when the kernel runs, so that they may be changed between replays; out of range (a temperature of 0, say) they
+// are not checked.
 //   exit[n] < 0: under way. Exit 0 starts all rows; the last exit answers all that are left.
 struct GatedExitParams {
   const void* exit_logits;     // dtype (N, K), class stride 1

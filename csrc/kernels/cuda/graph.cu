@@ -26,7 +26,21 @@ cudaError_t add_node(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNo
 #endif
 }
 
-// Null: the body of an IF node can hold it. Child graphs are looked into by the caller.
+// Null: the body of an IF node can hold this copy, as far as the runtime tells.
+const char* refused_copy(cudaGraphNode_t node) {
+  cudaMemcpy3DParms copy{};
+  cudaError_t error = cudaGraphMemcpyNodeGetParams(node, &copy);
+  if (error == cudaSuccess && (copy.srcArray || copy.dstArray)) return "memcpy of a CUDA array";
+  for (const void* end : {copy.srcPtr.ptr, copy.dstPtr.ptr}) {
+    cudaPointerAttributes attributes{};
+    if (error == cudaSuccess) error = cudaPointerGetAttributes(&attributes, end);
+    if (error == cudaSuccess && attributes.type == cudaMemoryTypeUnregistered) return "memcpy of pageable host memory";
+  }
+  if (error != cudaSuccess) (void)cudaGetLastError();  // no reason to refuse: instantiation will judge
+  return nullptr;
+}
+
+// Null: the body of an IF node can hold it. Child graphs and copies are looked into by the caller.
 const char* refusal(cudaGraphNodeType type) {
   switch (type) {
     case cudaGraphNodeTypeKernel:
@@ -65,7 +79,9 @@ cudaError_t refused_node(cudaGraph_t captured, std::string* name) {
   for (const cudaGraphNode_t node : nodes) {
     cudaGraphNodeType type;
     AEP_TRY(cudaGraphNodeGetType(node, &type));
-    if (const char* why = refusal(type)) {
+    const char* why = refusal(type);
+    if (type == cudaGraphNodeTypeMemcpy) why = refused_copy(node);
+    if (why) {
       *name = why;
       return cudaSuccess;
     }
@@ -101,8 +117,8 @@ cudaError_t GatedGraph::add_exit(GatedExitParams p, bool opens) {
   AEP_TRY(begin());
   cudaGraphConditionalHandle condition{};
   if (opens) {
-    // The value that holds until an exit sets another: none of the rest runs.
-    AEP_TRY(cudaGraphConditionalHandleCreate(&condition, body_, 0, cudaGraphCondAssignDefault));
+    // For the graph that holds the IF node. Without a default value: the exit in front always sets it.
+    AEP_TRY(cudaGraphConditionalHandleCreate(&condition, body_, 0, 0));
   }
   p.sets = opens;
   p.condition = condition;

@@ -2,9 +2,10 @@
 //
 //   stage 0 -> exit 0 -> IF (rows under way) { stage 1 -> exit 1 -> IF (rows under way) { stage 2 -> ... } }
 //
-// A stage is a captured graph and becomes one child graph node: the bodies of conditional nodes may hold kernel, memcpy,
-// memset, empty, child graph and conditional nodes, and a child graph may hold all of these but the last. An exit is one
-// kernel, which also sets the condition of the IF node behind it. Needs CUDA 12.4.
+// A stage is a captured graph and becomes one child graph node, a copy: the bodies of conditional nodes may hold
+// kernel, memcpy, memset, empty, child graph and conditional nodes, and a child graph all of these but the last. Copies
+// must be between device memory or host memory that the device can reach. An exit is one kernel, which also sets the
+// condition of the IF node behind it; so no body is empty, on which drivers before CUDA 12.8 hang. Needs CUDA 12.4.
 #pragma once
 
 #include <cuda_runtime_api.h>

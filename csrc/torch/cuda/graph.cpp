@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../prepare.h"
+#include "graph_stream.h"
 #include "kernels/cuda/graph.h"
 
 namespace aep {
@@ -80,7 +81,7 @@ class GatedGraph {
     p.on = on == "exit" ? kernels::GateOn::exit : kernels::GateOn::ensemble;
   }
 
-  // Adds a captured stage (the address of a cudaGraph_t) and its exit behind what is there; see kernels::cuda::GatedGraph.
+  // Adds a captured stage (the address of a cudaGraph_t) and its exit behind what is there: kernels::cuda::GatedGraph.
   void add(int64_t captured, int64_t e, const Tensor& exit_logits, bool may_leave, bool opens) {
     const c10::cuda::CUDAGuard guard(device_);
     check(graph_.add_stage(reinterpret_cast<cudaGraph_t>(captured)), "a stage cannot be a child graph");
@@ -157,6 +158,7 @@ std::string refused(int64_t captured) {
 }  // namespace
 
 void register_gated_graph(py::module_& module) {
+  register_capture_stream(module);
   py::class_<GatedGraph>(module, "GatedGraph", "One launch for a gated network: stages and exits in nested IF nodes.")
       .def(py::init<py::dict, const std::string&, const std::string&>(), py::arg("tensors"), py::arg("policy"),
            py::arg("on"))

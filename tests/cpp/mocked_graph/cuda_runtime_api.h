@@ -1,5 +1,5 @@
-// In place of the toolkit's header of this name, for csrc/kernels/cuda/graph.cu: graphs are recorded, not run. Calls fail
-// on request, and refuse what the runtime refuses as far as composition can go wrong.
+// In place of the toolkit's header of this name, for csrc/kernels/cuda/graph.cu: graphs are recorded, not run. Calls
+// fail on request, and refuse what the runtime refuses as far as composition can go wrong.
 #pragma once
 
 #include <stddef.h>
@@ -37,6 +37,21 @@ enum cudaGraphNodeType : int {
 enum { cudaGraphCondAssignDefault = 1 };
 enum cudaGraphConditionalNodeType { cudaGraphCondTypeIf = 0 };
 
+enum cudaMemoryType { cudaMemoryTypeUnregistered = 0, cudaMemoryTypeHost = 1, cudaMemoryTypeDevice = 2 };
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+};
+using cudaArray_t = struct MockArray*;
+struct cudaPitchedPtr {
+  void* ptr;
+};
+struct cudaMemcpy3DParms {
+  cudaArray_t srcArray;
+  cudaPitchedPtr srcPtr;
+  cudaArray_t dstArray;
+  cudaPitchedPtr dstPtr;
+};
+
 struct cudaKernelNodeParams {
   void* func;
   dim3 gridDim, blockDim;
@@ -56,6 +71,9 @@ struct cudaGraphNodeParams {
 };
 struct cudaGraphEdgeData;
 
+cudaError_t cudaGetLastError();
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes*, const void*);
+cudaError_t cudaGraphMemcpyNodeGetParams(cudaGraphNode_t, cudaMemcpy3DParms*);
 cudaError_t cudaGraphCreate(cudaGraph_t*, unsigned);
 cudaError_t cudaGraphDestroy(cudaGraph_t);
 cudaError_t cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t*, size_t*);
