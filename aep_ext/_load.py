@@ -62,9 +62,14 @@ def mismatch(record: dict[str, Any], running: str) -> str | None:
     )
 
 
+def switched_on(name: str) -> bool:
+    """True where the environment variable ``name`` says so: 1, true, yes or on."""
+    return os.environ.get(name, "").strip().lower() in {"1", "true", "yes", "on"}
+
+
 def reference_forced() -> bool:
     """True where the environment variable ``AEP_FORCE_REFERENCE`` asks for the pure-torch reference."""
-    return os.environ.get("AEP_FORCE_REFERENCE", "").strip().lower() in {"1", "true", "yes", "on"}
+    return switched_on("AEP_FORCE_REFERENCE")
 
 
 def only_asks_for_info(argv: list[str]) -> bool:

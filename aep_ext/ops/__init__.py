@@ -10,6 +10,7 @@ from aep_ext.ops.combine import ensemble, ensemble_stats
 from aep_ext.ops.gating import gate
 from aep_ext.ops.gating_one import gate_one_
 from aep_ext.ops.head import multi_exit_linear_head
+from aep_ext.ops.label_checks import check_labels, is_check_labels_enabled
 from aep_ext.ops.linear_loss import linear_joint_cross_entropy
 from aep_ext.ops.loss import joint_cross_entropy
 from aep_ext.ops.pool import global_avg_pool
@@ -20,11 +21,13 @@ __all__ = [
     "EnsembleStats",
     "GateResult",
     "JointLoss",
+    "check_labels",
     "ensemble",
     "ensemble_stats",
     "gate",
     "gate_one_",
     "global_avg_pool",
+    "is_check_labels_enabled",
     "joint_cross_entropy",
     "linear_joint_cross_entropy",
     "multi_exit_linear_head",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch._subclasses import FakeTensor
 
+from aep_ext.ops import label_checks
 from aep_ext.ops.types import EnsembleStats, GateResult
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -106,10 +107,27 @@ def _scalar(op: str, name: str, value: object, device: torch.device, *, positive
         raise ValueError(f"aep::{op}: {name} must not be NaN, got {value:g}")
 
 
+def _labels_wanted(op: str, device: torch.device) -> bool:
+    """Whether labels on ``device`` are to be looked at."""
+    if device.type in ("cpu", "meta"):
+        return device.type == "cpu"
+    if not label_checks.is_check_labels_enabled():
+        return False
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"aep::{op}: check_labels must be off while a CUDA graph is captured (it waits for the device), "
+                    "got it on"
+                )
+    return True
+
+
 def labels(op: str, target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
-    """Raises IndexError for the first label that is neither a class nor ``ignore_index``. CPU tensors only: elsewhere
-    reading the labels would wait for the device, and under tracing there is nothing to read."""
-    if target.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(target, FakeTensor):
+    """Raises IndexError for the first label that is neither a class nor ``ignore_index``. Off the CPU, where reading
+    the labels waits for the device, only if :class:`aep_ext.ops.check_labels` asks for it; under tracing there is
+    nothing to read."""
+    if torch.compiler.is_compiling() or isinstance(target, FakeTensor) or not _labels_wanted(op, target.device):
         return
     bad = (target < 0) | (target >= num_classes)
     if ignore_index is not None:

@@ -60,7 +60,7 @@ def linear_joint_cross_entropy(
         TypeError: a dtype breaks the rules above.
         ValueError: a shape, a device, the number of tensors, ``label_smoothing``, ``reduction`` or ``chunk`` does.
         IndexError: on the CPU, a label is out of range. Elsewhere, where looking would wait for the device, the loss is
-            NaN and the row's part of the gradients zero.
+            NaN and the row's part of the gradients zero, unless :class:`check_labels` is on.
         RuntimeError: double backward (the reference has one).
 
     Source: the joint loss of arXiv 2301.12168, section 3.2, over its linear exits; the gradient formed in the forward,

@@ -55,7 +55,7 @@ def joint_cross_entropy(
         TypeError: a dtype breaks the rules above.
         ValueError: a shape, device, ``label_smoothing``, ``reduction`` or ``memory`` does.
         IndexError: on the CPU, a label is out of range. Elsewhere, where looking would wait for the device, the loss is
-            NaN and the row's gradient zero.
+            NaN and the row's gradient zero, unless :class:`check_labels` is on.
         RuntimeError: double backward (the reference has one for "recompute"); with "in_place": logits that are a leaf
             (or a view of one), that share memory among their elements or with another argument, or ``torch.compile``.
             Nothing has been overwritten then.

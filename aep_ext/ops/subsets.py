@@ -30,7 +30,8 @@ def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor, *, out:
     Raises:
         TypeError: a dtype breaks the rules above.
         ValueError: a shape, a device or the number of exits does, or ``out`` in another way.
-        IndexError: on the CPU, a label is out of range. Elsewhere such a row is wrong at every k.
+        IndexError: on the CPU, a label is out of range. Elsewhere such a row is wrong at every k, unless
+            :class:`check_labels` is on.
 
     Source: the pruning step of arXiv 2301.12168, section 3.4.
 

@@ -31,7 +31,7 @@ struct LinearLoss {
 class LossKernels {
  public:
   virtual ~LossKernels() = default;
-  // Raises for a label out of range, where that needs no waiting for a device.
+  // Raises for a label out of range, where that needs no waiting for a device or is asked for all the same.
   virtual void labels(const Tensor& target, int64_t classes, int64_t ignore_index) const = 0;
   virtual void denominator(const kernels::JointCrossEntropyReduceParams& p) const = 0;
   virtual void losses(const kernels::JointCrossEntropyParams& p) const = 0;

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "kernels/cpu/api.h"
+#include "labels.h"
 #ifdef AEP_WITH_CUDA
 #include "cuda/graph.h"
 #endif
@@ -13,6 +14,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa_in_use", &cpu::isa_in_use, "The instruction set that the CPU kernels run with.");
   module.def("isa_supported", &cpu::isa_supported, "Those that this machine can run, comma-separated.");
   module.def("isa_notice", &cpu::isa_notice, "One line if AEP_ISA asked for one that cannot be had, else ''.");
+  module.def("labels_asked", &aep::labels_asked, "Whether labels are checked where that means waiting for a device.");
+  module.def("ask_labels", &aep::ask_labels, pybind11::arg("asked"), "For aep_ext.ops.check_labels.");
 #ifdef AEP_WITH_CUDA
   aep::register_gated_graph(module);
 #endif

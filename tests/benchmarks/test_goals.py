@@ -22,10 +22,10 @@ def result(make_case, make_result):
 
 def test_every_goal_names_a_case_that_exists_and_is_marked():
     """The data file and the cases cannot drift apart: the ids in it are those of the tests."""
-    from benchmarks import test_ensemble, test_gate, test_head, test_loss, test_pool, test_subsets
+    from benchmarks import test_ensemble, test_gate, test_head, test_linear_loss, test_loss, test_pool, test_subsets
 
     marked = set()
-    for module in (test_ensemble, test_gate, test_head, test_loss, test_pool, test_subsets):
+    for module in (test_ensemble, test_gate, test_head, test_linear_loss, test_loss, test_pool, test_subsets):
         for name, function in vars(module).items():
             for mark in getattr(function, "pytestmark", []) if name.startswith("test_") else []:
                 for parameter in mark.args[1] if mark.args[:1] == ("case",) else []:
@@ -55,6 +55,13 @@ def test_what_was_not_measured_is_neither_met_nor_missed(result, make_result):
     result["cases"]["test_gate[cpu-8]"]["more"]["left_out"] = {"other": "no compiler"}
     verdict = judge([Goal("gate", "8", "x", "paired_ratio.other", at_least=1.0)], result, {})[0]
     assert (verdict.met, verdict.note) == (None, "no compiler")
+
+
+def test_goals_of_another_files_operators_are_left_out(result):
+    elsewhere = Goal("other", "8", "x", "more.peak", at_most=1.0)
+    assert [verdict.goal for verdict in judge([GATE, elsewhere, MEMORY], result, {})] == [GATE, MEMORY]
+    missing = judge([Goal("gate", "9", "x", "more.peak", at_most=1.0)], result, {})[0]
+    assert (missing.met, missing.note) == (None, "not in the result file")
 
 
 def test_a_goal_has_one_threshold(tmp_path):

@@ -3,10 +3,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
 
 #include <algorithm>
 
+#include "../labels.h"
 #include "kernels/cpu/api.h"
 
 namespace aep {
@@ -32,9 +32,9 @@ void share(int64_t items, int64_t elements, const F& f) {
 inline void check_labels(const char* op, const Tensor& target, int64_t classes, const int64_t* ignore_index) {
   const auto* labels = target.const_data_ptr<int64_t>();
   const int64_t position = kernels::cpu::find_bad_label(labels, target.stride(0), target.size(0), classes, ignore_index);
-  TORCH_CHECK_INDEX(position < 0, "aep::", op, ": target must be within 0..", classes - 1,
-                    ignore_index ? " or ignore_index, got " : ", got ", labels[position * target.stride(0)],
-                    " at position ", position);
+  if (position >= 0) {
+    refuse_label(op, labels[position * target.stride(0)], position, classes, ignore_index != nullptr);
+  }
 }
 
 }  // namespace aep

@@ -1,5 +1,5 @@
-// linear_joint_cross_entropy on CUDA: on the current stream of the tensors' device, without waiting for it. A label out of
-// range gives a NaN loss and no gradient.
+// linear_joint_cross_entropy on CUDA: on the current stream of the tensors' device, without waiting for it, unless
+// labels are to be checked (labels.h): else one out of range gives a NaN loss and no gradient.
 #include "../linear_loss.h"
 
 #include <c10/cuda/CUDAException.h>
@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "kernels/cuda/api.h"
+#include "labels.h"
 
 namespace aep {
 
@@ -23,7 +24,9 @@ class CudaLossKernels final : public LossKernels {
     if (!tensors.empty() && tensors[0].is_cuda()) guard_.set_device(tensors[0].device());
     stream_ = c10::cuda::getCurrentCUDAStream();
   }
-  void labels(const Tensor&, int64_t, int64_t) const override {}
+  void labels(const Tensor& target, int64_t classes, int64_t ignore_index) const override {
+    check_labels_if_asked("linear_joint_cross_entropy", target, classes, &ignore_index);
+  }
   void denominator(const kernels::JointCrossEntropyReduceParams& p) const override {
     C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_denominator(p, stream_));
   }

@@ -1,6 +1,6 @@
 // The operators on CUDA: each prepares its call and launches on the current stream of the tensors' device. Nothing
-// waits for the device: labels are not checked here (a label out of range gives a NaN loss and no gradient, and is
-// never counted as correct).
+// waits for the device, unless labels are to be checked (labels.h): else one out of range gives a NaN loss and no
+// gradient, and is never counted as correct. Backwards leave the check to their forward.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -8,6 +8,7 @@
 
 #include "../prepare.h"
 #include "kernels/cuda/api.h"
+#include "labels.h"
 
 namespace aep {
 
@@ -98,6 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits
   const LossCall call =
       prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
   const OnDevice device(exit_logits);
+  check_labels_if_asked("joint_cross_entropy", target, call.params.K, &ignore_index);
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy(call.params, device.stream));
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(call.reduce, device.stream));
   return {call.loss, call.exit_losses, call.kept};
@@ -121,6 +123,8 @@ LossGradCall loss_and_gradient(const Tensor& exit_logits, const Tensor& target, 
   LossGradCall call = prepare_loss_grad(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index,
                                         reduction, in_place);
   const OnDevice device(exit_logits);
+  // Before the logits are overwritten.
+  check_labels_if_asked("joint_cross_entropy", target, call.params.loss.K, &ignore_index);
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_denominator(call.loss.reduce, device.stream));
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_grad(call.params, device.stream));
   C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(call.loss.reduce, device.stream));
@@ -151,20 +155,21 @@ void joint_cross_entropy_scale_(Tensor& grad_logits, const Tensor& scale, double
   C10_CUDA_CHECK(cuda::launch_loss_grad_scale(call.params, device.stream));
 }
 
-void run(const SubsetCall& call) {
+void run(const SubsetCall& call, const Tensor& target) {
   const OnDevice device(call.counts);
+  check_labels_if_asked("subset_correct", target, call.params.K, nullptr);
   call.counts.zero_();
   C10_CUDA_CHECK(cuda::launch_subset_correct(call.params, device.stream));
 }
 
 Tensor subset_correct(const Tensor& exit_logits, const Tensor& weights, const Tensor& target) {
   const SubsetCall call = prepare_subsets(exit_logits, weights, target);
-  run(call);
+  run(call, target);
   return call.counts;
 }
 
 void subset_correct_out(const Tensor& exit_logits, const Tensor& weights, const Tensor& target, const Tensor& out) {
-  run(prepare_subsets(exit_logits, weights, target, &out));
+  run(prepare_subsets(exit_logits, weights, target, &out), target);
 }
 
 void run(GateCall& call) {
