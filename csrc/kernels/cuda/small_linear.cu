@@ -160,7 +160,7 @@ cudaError_t launch(const SmallLinearParams* layers, int64_t count, cudaStream_t 
   int64_t rows = 0, classes = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (layers[i].dtype != layers[0].dtype) return cudaErrorInvalidValue;
-    rows = larger(rows, layers[i].N);
+    rows = rows < layers[i].N ? layers[i].N : rows;
     classes += layers[i].K;
   }
   // How many rows and classes a warp holds. One each where there are few of them: more would leave most of the device

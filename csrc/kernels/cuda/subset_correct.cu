@@ -126,8 +126,8 @@ cudaError_t launch(const SubsetCorrectParams& p, cudaStream_t stream) {
   plan.last = p.E < kLast ? p.E : kLast;
   plan.lanes = 1;
   while (plan.lanes < static_cast<int32_t>(kWarpSize) && plan.lanes < p.K) plan.lanes *= 2;
-  // Where a row is longer than a tile, prefixes that wait for a second turn would have it read again: all take the first
-  // one, with fewer lanes each, up to kMaxThreads prefixes (11 exits).
+  // Where a row is longer than a tile, prefixes that wait for a second turn would have it read again: all take the
+  // first one, with fewer lanes each, up to kMaxThreads prefixes (11 exits).
   const int64_t prefixes = int64_t(1) << (p.E - plan.last);
   if (p.K > plan.tile) {
     while (plan.lanes > 1 && plan.lanes * prefixes > kMaxThreads) plan.lanes /= 2;
