@@ -48,10 +48,10 @@ __device__ LogSum<A> merge_lanes(LogSum<A> row, bool smoothing) {
   return row;
 }
 
-// Blocks that a multiprocessor must be able to hold: a limit of registers that the kernels can do with, kBoth those for
-// loss and gradient together, while enough loads are under way.
-template <class S, bool kBoth>
-constexpr int kResident = sizeof(S) == 8 ? 2 : kBoth ? 4 : 5;
+// Blocks that a multiprocessor must be able to hold: a limit of registers that the kernels can do with, those that write
+// a gradient with more, while enough loads are under way.
+template <class S, bool kGradient>
+constexpr int kResident = sizeof(S) == 8 ? 2 : kGradient ? 4 : 5;
 
 // Threads that take a row together: a block, or a warp.
 template <bool kBlock>
@@ -83,13 +83,36 @@ struct Team {
   }
 };
 
-// Whether rows can be read in packs, or written: a matter of strides and sizes. How they are read decides the order of
-// additions; how they are written, nothing.
+// Whether rows are read in packs: a matter of strides and sizes.
 template <class S>
-bool in_packs(int64_t E, int64_t N, int64_t K, int64_t stride_e, int64_t stride_n, int64_t stride_k) {
-  constexpr int64_t V = kWide<S>;
-  return (K == 1 || stride_k == 1) && K >= V && (E == 1 || stride_e % V == 0) && (N == 1 || stride_n % V == 0);
+bool in_packs(int64_t K, int64_t stride_k) {
+  return (K == 1 || stride_k == 1) && K >= kWide<S>;
 }
+// Whether the packs of rows of the first strides are packs under the second ones, too: then they can be written whole.
+// (How rows are read decides the order of additions; how they are written, nothing.)
+template <class S>
+bool same_packs(int64_t E, int64_t N, int64_t stride_e, int64_t stride_n, int64_t out_stride_e, int64_t out_stride_n,
+                int64_t out_stride_k) {
+  constexpr int64_t V = kWide<S>;
+  return out_stride_k == 1 && (E == 1 || (out_stride_e - stride_e) % V == 0) &&
+         (N == 1 || (out_stride_n - stride_n) % V == 0);
+}
+
+// How a row of K values is taken apart that begins `begin` values behind the tensor's first: whole packs, each a
+// multiple of V values behind that first one, and its edges, the few values in front of them and behind. So rows of any
+// length are read 16 bytes at a time, and the order of additions does not depend on where the tensor begins.
+template <int V>
+struct Parts {
+  int64_t K, head;
+  int edges;
+  __device__ Parts(int64_t begin, int64_t count) : K(count), head(0), edges(0) {
+    if constexpr (V > 1) {
+      head = smaller<int64_t>((V - begin % V) % V, K);
+      edges = static_cast<int>(head + (K - head) % V);  // fewer than 2 V, so a thread of a team each
+    }
+  }
+  __device__ int64_t edge(int i) const { return i < head ? i : K - edges + i; }
+};
 
 // c[e, n] of LossCoefficients.
 template <class A>
@@ -106,41 +129,42 @@ __device__ A coefficient_of(const LossCoefficients& c, int64_t e, int64_t n) {
   return sum * static_cast<A>(c.factor);
 }
 
-// The team's share of a row: whole packs, and the values behind the last one by themselves. `take` gets a pack and
-// where it begins. The next pack is asked for before the last one is worked on.
+// The calling thread's share of a row. `take` gets a pack, or an edge as a pack of one, and where it begins. The next
+// pack is asked for before the last one is worked on.
 template <class Team, int V, class S, class Take>
-__device__ void for_packs(const S* x, int64_t stride_k, int64_t K, bool aligned, Take take) {
+__device__ void for_packs(const S* x, int64_t stride_k, const Parts<V>& parts, bool aligned, Take take) {
   const int64_t step = int64_t(Team::size()) * V;
   const auto load = [&](int64_t k) { return load_pack<V>(x + (V > 1 ? k : k * stride_k), 1, V, aligned); };
-  int64_t k = int64_t(Team::rank()) * V;
-  if (k + V <= K) {
+  int64_t k = parts.head + int64_t(Team::rank()) * V;
+  if (k + V <= parts.K) {
     Pack<V, S> next = load(k);
     while (true) {
       const Pack<V, S> pack = next;
       const int64_t at = k;
       k += step;
-      const bool more = k + V <= K;
+      const bool more = k + V <= parts.K;
       if (more) next = load(k);
       take(pack, at);
       if (!more) break;
     }
   }
   if constexpr (V > 1) {
-    for (; k < K; ++k) take(load_pack<1>(x + k, 1, 1, false), k);
+    const int edge = static_cast<int>(Team::rank());
+    if (edge < parts.edges) take(load_pack<1>(x + parts.edge(edge), 1, 1, false), parts.edge(edge));
   }
 }
 
 // A row's gradient, from what turns its logits into probabilities: e^(x - shift) * whole. Each element is read and
 // written by the same thread, the next ones before it: `out` may be `x`.
 template <class Team, int V, class S>
-__device__ void write_gradient(const S* x, int64_t stride_k, S* out, int64_t out_stride_k, int64_t K, int64_t y,
-                               const Acc<S>* class_weight, Acc<S> smoothing, Acc<S> total, Acc<S> c, Acc<S> shift,
-                               Acc<S> whole, bool aligned, bool out_aligned) {
+__device__ void write_gradient(const S* x, int64_t stride_k, S* out, int64_t out_stride_k, const Parts<V>& parts,
+                               int64_t y, const Acc<S>* class_weight, Acc<S> smoothing, Acc<S> total, Acc<S> c,
+                               Acc<S> shift, Acc<S> whole, bool aligned, bool out_aligned) {
   using A = Acc<S>;
-  const A share = smoothing / static_cast<A>(K);
+  const A share = smoothing / static_cast<A>(parts.K);
   const A own = (A(1) - smoothing) * (class_weight ? class_weight[y] : A(1));  // the target's part of the loss
   const A scale = (smoothing > 0 ? own + share * total : own) * whole;
-  for_packs<Team, V>(x, stride_k, K, aligned, [&](auto pack, int64_t k) {
+  for_packs<Team, V>(x, stride_k, parts, aligned, [&](auto pack, int64_t k) {
     constexpr int kCount = static_cast<int>(sizeof(pack) / sizeof(S));
     A grad[kCount];
     for (int i = 0; i < kCount; ++i) grad[i] = scale * exponential(value_of(pack.value[i]) - shift);
@@ -149,33 +173,39 @@ __device__ void write_gradient(const S* x, int64_t stride_k, S* out, int64_t out
     }
     const int at = y >= k && y < k + kCount ? static_cast<int>(y - k) : -1;
     for (int i = 0; i < kCount; ++i) put(&pack.value[i], c * (i == at ? grad[i] - own : grad[i]));
-    store_pack<kCount>(out + k * out_stride_k, out_stride_k, pack, kCount, out_aligned);
+    if constexpr (kCount > 1) {
+      if (out_aligned) {
+        uint4 raw;
+        memcpy(&raw, &pack, sizeof(raw));
+        __stcg(reinterpret_cast<uint4*>(out + k), raw);  // a plain assignment becomes two stores now and then
+        return;
+      }
+    }
+    for (int i = 0; i < kCount; ++i) out[(k + i) * out_stride_k] = pack.value[i];
   });
 }
 
 // A row of zeros.
-template <class Team, int V, class S>
-__device__ void write_zeros(S* out, int64_t out_stride_k, int64_t K, bool aligned) {
-  const Pack<V, S> zeros{};
-  for (int64_t k = int64_t(Team::rank()) * V; k < K; k += int64_t(Team::size()) * V)
-    store_pack<V>(out + k * out_stride_k, out_stride_k, zeros, pack_count<V>(k, K), aligned);
+template <class Team, class S>
+__device__ void write_zeros(S* out, int64_t out_stride_k, int64_t K) {
+  for (int64_t k = Team::rank(); k < K; k += Team::size()) put(out + k * out_stride_k, Acc<S>(0));
 }
 
-__device__ inline float maximum(float a, float b) { return fmaxf(a, b); }  // passes over NaN
-__device__ inline double maximum(double a, double b) { return fmax(a, b); }
+__device__ inline float top_of(float a, float b) { return fmaxf(a, b); }  // passes over NaN
+__device__ inline double top_of(double a, double b) { return fmax(a, b); }
 
 // A thread's share of a row, each logit read once.
 template <class Team, int V, class S>
-__device__ LogSum<Acc<S>> sum_of_share(const S* x, int64_t stride_k, int64_t K, const Acc<S>* class_weight,
-                                       bool smoothing, bool aligned) {
+__device__ LogSum<Acc<S>> sum_of_share(const S* x, int64_t stride_k, const Parts<V>& parts,
+                                       const Acc<S>* class_weight, bool smoothing, bool aligned) {
   using A = Acc<S>;
   LogSum<A> row = empty_sum<A>();
-  for_packs<Team, V>(x, stride_k, K, aligned, [&](const auto& pack, int64_t k) {
+  for_packs<Team, V>(x, stride_k, parts, aligned, [&](const auto& pack, int64_t k) {
     constexpr int kCount = static_cast<int>(sizeof(pack) / sizeof(S));
     A values[kCount], top = row.top;
     for (int i = 0; i < kCount; ++i) {
       values[i] = value_of(pack.value[i]);
-      top = maximum(top, values[i]);
+      top = top_of(top, values[i]);
     }
     if (top > row.top) rebase(row, top);  // one for all of them
     const A shift = shift_of(row);
@@ -202,8 +232,10 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, kGrad>)
   const A smoothing = static_cast<A>(p.label_smoothing);
   for (int64_t i = Rows::first_row(); i < p.E * p.N; i += Rows::row_step()) {
     const int64_t e = i / p.N, n = i % p.N, y = p.target[n * p.target_stride];
-    const S* x = static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n;
-    LogSum<A> row = sum_of_share<Rows, V>(x, p.stride_k, p.K, class_weight, smoothing > 0, aligned);
+    const int64_t begin = e * p.stride_e + n * p.stride_n;
+    const S* x = static_cast<const S*>(p.logits) + begin;
+    const Parts<V> parts(begin, p.K);
+    LogSum<A> row = sum_of_share<Rows, V>(x, p.stride_k, parts, class_weight, smoothing > 0, aligned);
     row = Rows::merge(row, smoothing > 0, shared);
     // As the softmax: NaN for a row with NaN or +inf, or of nothing but -inf.
     const bool proper = row.sum == row.sum && finite(row.top);
@@ -230,10 +262,10 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, kGrad>)
       Rows::sync();  // the first thread has read the target's logit, which may now be overwritten
       S* out = static_cast<S*>(q.grad_logits) + e * q.out_stride_e + n * q.out_stride_n;
       if (ignored || !valid) {
-        write_zeros<Rows, V>(out, q.out_stride_k, p.K, out_aligned);
+        write_zeros<Rows>(out, q.out_stride_k, p.K);
       } else {
         const A whole = proper ? A(1) / row.sum : not_a_number<A>();
-        write_gradient<Rows, V>(x, p.stride_k, out, q.out_stride_k, p.K, y, class_weight, smoothing, row.weight,
+        write_gradient<Rows, V>(x, p.stride_k, out, q.out_stride_k, parts, y, class_weight, smoothing, row.weight,
                                 coefficient_of<A>(q.coefficients, e, n), row.top, whole, aligned, out_aligned);
       }
     }
@@ -263,7 +295,7 @@ cudaError_t launch_forward(const JointCrossEntropyParams& p, cudaStream_t stream
   if (p.E * p.N == 0) return cudaSuccess;
   JointCrossEntropyGradParams q{};
   q.loss = p;
-  if (in_packs<S>(p.E, p.N, p.K, p.stride_e, p.stride_n, p.stride_k))
+  if (in_packs<S>(p.K, p.stride_k))
     return launch_forward_by<kWide<S>, S, false>(q, aligned_to_16(p.logits), false, stream);
   return launch_forward_by<1, S, false>(q, false, false, stream);
 }
@@ -272,8 +304,9 @@ template <class S>
 cudaError_t launch_grad(const JointCrossEntropyGradParams& q, cudaStream_t stream) {
   const JointCrossEntropyParams& p = q.loss;
   if (p.E * p.N == 0) return cudaSuccess;
-  if (in_packs<S>(p.E, p.N, p.K, p.stride_e, p.stride_n, p.stride_k)) {
-    const bool out_packs = in_packs<S>(p.E, p.N, p.K, q.out_stride_e, q.out_stride_n, q.out_stride_k);
+  if (in_packs<S>(p.K, p.stride_k)) {
+    const bool out_packs =
+        same_packs<S>(p.E, p.N, p.stride_e, p.stride_n, q.out_stride_e, q.out_stride_n, q.out_stride_k);
     return launch_forward_by<kWide<S>, S, true>(q, aligned_to_16(p.logits), out_packs && aligned_to_16(q.grad_logits),
                                                 stream);
   }
@@ -301,7 +334,7 @@ cudaError_t launch_scale(const LossGradScaleParams& p, cudaStream_t stream) {
 }
 
 template <bool kBlock, int V, class S>
-__global__ void __launch_bounds__(kMaxThreads, kResident<S, false>)
+__global__ void __launch_bounds__(kMaxThreads, kResident<S, true>)
     backward_kernel(JointCrossEntropyBackwardParams p, bool aligned, bool out_aligned) {
   using A = Acc<S>;
   using Rows = Team<kBlock>;
@@ -316,13 +349,14 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, false>)
   }
   for (int64_t i = Rows::first_row(); i < p.E * p.N; i += Rows::row_step()) {
     const int64_t e = i / p.N, n = i % p.N, y = p.target[n * p.target_stride];
-    const S* x = static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n;
+    const int64_t begin = e * p.stride_e + n * p.stride_n;
+    const S* x = static_cast<const S*>(p.logits) + begin;
     S* out = static_cast<S*>(p.grad_logits) + e * p.out_stride_e + n * p.out_stride_n;
     if (y == p.ignore_index || y < 0 || y >= p.K) {
-      write_zeros<Rows, V>(out, 1, p.K, out_aligned);
+      write_zeros<Rows>(out, 1, p.K);
       continue;
     }
-    write_gradient<Rows, V>(x, p.stride_k, out, 1, p.K, y, class_weight, smoothing, total,
+    write_gradient<Rows, V>(x, p.stride_k, out, 1, Parts<V>(begin, p.K), y, class_weight, smoothing, total,
                             coefficient_of<A>(p.coefficients, e, n), static_cast<const A*>(p.row_max)[i],
                             A(1) / static_cast<const A*>(p.row_sum)[i], aligned, out_aligned);
   }
@@ -338,8 +372,8 @@ cudaError_t launch_backward_by(const JointCrossEntropyBackwardParams& p, bool al
 template <class S>
 cudaError_t launch_backward(const JointCrossEntropyBackwardParams& p, cudaStream_t stream) {
   if (p.E * p.N == 0) return cudaSuccess;
-  if (in_packs<S>(p.E, p.N, p.K, p.stride_e, p.stride_n, p.stride_k)) {
-    const bool out_packs = in_packs<S>(p.E, p.N, p.K, p.out_stride_e, p.out_stride_n, 1);
+  if (in_packs<S>(p.K, p.stride_k)) {
+    const bool out_packs = same_packs<S>(p.E, p.N, p.stride_e, p.stride_n, p.out_stride_e, p.out_stride_n, 1);
     return launch_backward_by<kWide<S>, S>(p, aligned_to_16(p.logits), out_packs && aligned_to_16(p.grad_logits),
                                            stream);
   }
@@ -412,8 +446,8 @@ __global__ void __launch_bounds__(kMaxThreads) denominator_kernel(JointCrossEntr
 }
 
 // One block of several groups: the first takes the divisor, the next ones the exits, in turn. (Not the last block of
-// the forward: it would have to be found by a counter that somebody has set to zero, one for each call since streams run
-// beside each other, and that is a launch as well.)
+// the forward: it would have to be found by a counter that somebody has set to zero, one for each call since streams
+// run beside each other, and that is a launch as well.)
 template <class A>
 __global__ void __launch_bounds__(kGroups * kMaxThreads) total_loss_kernel(JointCrossEntropyReduceParams p) {
   AEP_SHARED(double, shared, kGroups * kWarpsOfGroup);
