@@ -40,7 +40,7 @@ struct GlobalAvgPoolParams {
   int64_t out_stride_n, out_stride_c;
 };
 
-// output[n, k] = sum_c input[n, c] * weight[k, c] + bias[k], summed in acc, rounded once. CPU only, for few rows.
+// output[n, k] = sum_c input[n, c] * weight[k, c] + bias[k], summed in acc, rounded once. For few rows.
 struct SmallLinearParams {
   const void* input;   // dtype (N, C), channel stride 1
   const void* weight;  // dtype (K, C), channel stride 1

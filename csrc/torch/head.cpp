@@ -52,6 +52,25 @@ HeadCall prepare_head(at::TensorList features, at::TensorList weights, const Bia
   return call;
 }
 
+std::optional<kernels::SmallLinearParams> small_linear_params(const HeadCall& call, size_t exit, const Tensor& weight,
+                                                              const std::optional<Tensor>& bias) {
+  const auto& pool = call.pools[exit];
+  if (weight.stride(1) != 1 && pool.C > 1) {
+    return std::nullopt;
+  }
+  kernels::SmallLinearParams p{};
+  p.input = pool.output;
+  p.weight = weight.const_data_ptr();
+  p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  p.dtype = pool.dtype;
+  p.N = pool.N, p.C = pool.C, p.K = weight.size(0);
+  p.output = static_cast<char*>(call.logits.mutable_data_ptr()) +
+             static_cast<int64_t>(exit) * p.N * p.K * static_cast<int64_t>(call.logits.element_size());
+  p.stride_n = p.C, p.weight_stride_k = weight.stride(0), p.out_stride_n = p.K;
+  p.bias_stride = bias.has_value() ? bias->stride(0) : 0;
+  return p;
+}
+
 void finish_exit(const HeadCall& call, size_t exit, const Tensor& weight, const std::optional<Tensor>& bias) {
   const int64_t rows = call.logits.size(1), channels = weight.size(1);
   const Tensor pooled = call.pooled.narrow(0, call.offsets[exit], rows * channels).view({rows, channels});

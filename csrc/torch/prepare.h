@@ -55,7 +55,11 @@ struct HeadCall {
   c10::SmallVector<int64_t, 8> offsets;  // of the exits' pooled features
 };
 HeadCall prepare_head(at::TensorList features, at::TensorList weights, const Biases& biases);
-// After the pools: the product into the exit's slice of `logits`, by ATen.
+// After the pools: the product into the exit's slice of `logits`, for the kernels of few rows; nothing where the
+// weight's strides are not theirs.
+std::optional<kernels::SmallLinearParams> small_linear_params(const HeadCall& call, size_t exit, const Tensor& weight,
+                                                              const std::optional<Tensor>& bias);
+// The same by ATen.
 void finish_exit(const HeadCall& call, size_t exit, const Tensor& weight, const std::optional<Tensor>& bias);
 
 // `out` below: null for new tensors, else what the caller gave.

@@ -136,15 +136,113 @@ void many_pools(DType d) {
   CHECK(cuda::launch_global_avg_pools(nullptr, 0, nullptr) == cudaSuccess);
 }
 
+// Layers of several exits at once. A row's values are the same bits whatever layers and rows are beside it and wherever
+// the matrices begin, though the kernel holds one, four or eight rows.
+void many_linears(DType d) {
+  struct Shape {
+    int64_t C, K, gap;
+    bool bias;
+  };
+  constexpr Shape kShapes[] = {{16, 1001, 0, true}, {67, 3, 0, true}, {1, 1, 0, false}, {24, 1003, 8, false},
+                               {7, 2, 1, true},     {320, 5, 0, false}, {32, 4, 1, true}};
+  constexpr int64_t kRows = 8;
+  Random random(11);
+  std::vector<std::unique_ptr<Values>> memory;
+  // It ends where a page does, and begins at a multiple of 16 bytes or, `shift`, a value behind one.
+  const auto matrix = [&](int64_t count, bool shift) {
+    const int64_t unit = 16;
+    return memory.emplace_back(new Values(d, count + (unit - count % unit) % unit + (shift ? unit - 1 : 0))).get();
+  };
+  std::vector<SmallLinearParams> layers, moved;
+  for (const Shape& shape : kShapes) {
+    const int64_t stride = shape.C + shape.gap;
+    Values *bias = matrix(shape.K, false), *x[2], *weight[2];
+    bias->fill_normal(random);
+    for (int shift : {0, 1}) {
+      x[shift] = matrix(kRows * shape.C, shift), weight[shift] = matrix(shape.K * stride, shift);
+      for (int64_t i = 0; i < kRows * shape.C; ++i) x[shift]->set(i, shift ? x[0]->get(i) : random.normal());
+      for (int64_t i = 0; i < shape.K * stride; ++i) weight[shift]->set(i, shift ? weight[0]->get(i) : random.normal());
+      SmallLinearParams p{};
+      p.input = x[shift]->data(), p.weight = weight[shift]->data(), p.bias = shape.bias ? bias->data() : nullptr;
+      p.dtype = d, p.N = kRows, p.C = shape.C, p.K = shape.K;
+      p.stride_n = shape.C, p.weight_stride_k = stride, p.bias_stride = 1, p.out_stride_n = shape.K;
+      (shift ? moved : layers).push_back(p);
+    }
+  }
+  const auto run = [&](std::vector<SmallLinearParams> list, int64_t rows, bool together) {
+    std::vector<Values*> results;
+    for (SmallLinearParams& p : list) {
+      results.push_back(memory.emplace_back(new Values(d, rows * p.K)).get());
+      p.N = rows, p.output = results.back()->data();
+    }
+    const int64_t launches = emulated::launches();
+    for (size_t i = 0; i < (together ? 1 : list.size()); ++i) {
+      backend::check(cuda::launch_small_linears(&list[i], together ? static_cast<int64_t>(list.size()) : 1, nullptr),
+                     "small_linears");
+    }
+    CHECK(!together || emulated::launches() - launches == (rows > 0));
+    return results;
+  };
+  const std::vector<Values*> all = run(layers, kRows, true);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const SmallLinearParams& p = layers[i];
+    for (int64_t n = 0; n < kRows; ++n) {
+      for (int64_t k = 0; k < p.K; ++k) {
+        double want = p.bias ? load_value(d, p.bias, k) : 0, size = fabs(want);
+        for (int64_t c = 0; c < p.C; ++c) {
+          const double term = load_value(d, p.input, n * p.C + c) * load_value(d, p.weight, k * p.weight_stride_k + c);
+          want += term, size += fabs(term);
+        }
+        const double got = all[i]->get(n * p.K + k), tolerance = d == DType::f64 ? 1e-14 : 1e-6;
+        CHECK(fabs(got - want) <= epsilon(d) * fabs(want) + tolerance * size, "%s layer %zu (%ld, %ld): %g, want %g",
+              name_of(d), i, long(n), long(k), got, want);
+      }
+    }
+  }
+  const auto as_all = [&](const std::vector<Values*>& results, const char* what) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      for (int64_t k = 0; k < results[i]->size(); ++k)
+        CHECK(same(results[i]->get(k), all[i]->get(k)), "%s layer %zu, %s", name_of(d), i, what);
+    }
+  };
+  as_all(run(moved, 5, true), "moved, five rows");
+  as_all(run(layers, 3, true), "three rows");
+  as_all(run(layers, 1, false), "one row, one by one");
+  run(layers, 0, true);
+  CHECK(cuda::launch_small_linears(nullptr, 0, nullptr) == cudaSuccess);
+}
+
+// More layers than one launch takes; what is empty is left out.
+void more_linears_than_a_launch_takes() {
+  constexpr int64_t kLayers = 2 * cuda::kSmallLinearsPerLaunch + 1;
+  Values x(DType::f32, 2), y(DType::f32, kLayers);
+  x.set(0, 3), x.set(1, 5);
+  std::vector<SmallLinearParams> layers;
+  for (int64_t i = 0; i < kLayers; ++i) {
+    SmallLinearParams p{};
+    p.input = x.data(), p.weight = static_cast<float*>(x.data()) + 1, p.output = static_cast<float*>(y.data()) + i;
+    p.dtype = DType::f32, p.N = i % 4 != 1, p.C = p.K = 1, p.stride_n = p.weight_stride_k = p.out_stride_n = 1;
+    layers.push_back(p);
+  }
+  const int64_t launches = emulated::launches();
+  backend::check(cuda::launch_small_linears(layers.data(), kLayers, nullptr), "small_linears");
+  CHECK(emulated::launches() - launches == 2);
+  for (int64_t i = 0; i < kLayers; ++i) CHECK(i % 4 == 1 ? isnan(y.get(i)) : y.get(i) == 15);
+  layers[1].dtype = DType::f64;
+  CHECK(cuda::launch_small_linears(layers.data(), kLayers, nullptr) == cudaErrorInvalidValue);
+}
+
 }  // namespace
 
 int main() {
+  more_linears_than_a_launch_takes();
   for (DType d : kAllTypes) {
     for (int64_t K : {1, 2, 33, 257}) {
       bad_labels(d, K, false, 0);
       bad_labels(d, K, true, 0.1);
     }
     many_pools(d);
+    many_linears(d);
   }
   subsets_with_bad_labels();
   return finish("test_cuda_kernels");

@@ -191,6 +191,7 @@ int main() {
           run(*t, d, c, layout, true);
         }
       }
+      if (backend::kCuda) run(*t, d, {2, 1024, 135, true, 0.1}, Logits::dense, true);  // several packs a lane of a warp
     }
   }
   return finish("test_joint_cross_entropy");

@@ -90,6 +90,8 @@ int main() {
     }
     run(*t, DType::f32, 16, 2, 6, 0, chance);
     run(*t, DType::f32, 3, 3, 6000, 0, trained);
+    run(*t, DType::f32, 8, 2, 1300, 0, ties);  // longer than a tile of shared memory, with many prefixes
+    run(*t, DType::f32, 12, 1, 900, 0, extremes);
   }
   return finish("test_subset_correct");
 }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,12 +166,81 @@ def test_autocast_gradients_reach_the_float32_parameters(device):
     assert weights[0].grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
-def test_an_exit_gives_the_same_bits_whatever_exits_run_beside_it(rows):
-    features = [torch.randn(rows, channels, 3, 3) for channels in (16, 38, 61, 7, 128)]
-    weights = [torch.randn(10, x.shape[1]) for x in features]
-    biases = [torch.randn(10) for _ in features]
+FEW_OR_MANY = [1, 2, 5, 8, 9, 64]
+"""Rows on both sides of where a GPU's small kernel ends and ATen begins."""
+
+
+@pytest.mark.parametrize("rows", FEW_OR_MANY)
+def test_an_exit_gives_the_same_bits_whatever_exits_run_beside_it(rows, dtype, device):
+    kind = {"dtype": dtype, "device": device}
+    features = [torch.randn(rows, channels, 3, 3, **kind) for channels in (16, 38, 61, 7, 128)]
+    weights = [torch.randn(10, x.shape[1], **kind) for x in features]
+    weights[3] = weights[3].t().contiguous().t()  # strides that only ATen takes
+    biases = [torch.randn(10, **kind) for _ in features]
     together = ops.multi_exit_linear_head(features, weights, biases)
     for kept in ([0], [2], [4], [1, 3], [0, 2, 4]):
         alone = ops.multi_exit_linear_head(*([part[e] for e in kept] for part in (features, weights, biases)))
         assert torch.equal(alone, together[kept])
+
+
+@pytest.mark.parametrize("rows", FEW_OR_MANY)
+def test_strides_of_the_weights(rows, dtype, device, layouts, close):
+    features = [torch.randn(rows, c, 2, 2, dtype=dtype, device=device) for c in (64, 33)]
+    weights = [torch.randn(7, c, dtype=dtype, device=device) / c**0.5 for c in (64, 33)]
+    biases = [torch.randn(14, dtype=dtype, device=device)[::2], None]
+    expected = reference.multi_exit_linear_head(features, weights, biases)
+    for others in zip(*([weight for _, weight in layouts(w)] for w in weights), strict=True):
+        close(ops.multi_exit_linear_head(features, others, biases), expected)
+    one_for_all = [w[:1].expand(7, -1) for w in weights]
+    expected = reference.multi_exit_linear_head(features, one_for_all, biases)
+    close(ops.multi_exit_linear_head(features, one_for_all, biases), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("exits", [1, 4, 20])
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_few_rows_against_double(rows, exits, dtype, close):
+    """Many classes too, where a warp of the small kernel holds several rows and classes."""
+    kind = {"dtype": dtype, "device": "cuda"}
+    channels = [(64, 200, 33, 512)[e % 4] for e in range(exits)]
+    for classes in (10, 1001):
+        features = [torch.randn(rows, c, 2, 2, **kind) for c in channels]
+        weights = [torch.randn(classes, c, **kind) / c**0.5 for c in channels]
+        biases = [torch.randn(classes, **kind) for _ in channels]
+        expected = [
+            F.linear(ops.global_avg_pool(x).double(), w.double(), b.double())
+            for x, w, b in zip(features, weights, biases, strict=True)
+        ]
+        close(ops.multi_exit_linear_head(features, weights, biases), torch.stack(expected).to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", FEW_OR_MANY)
+def test_in_a_cuda_graph(rows):
+    features = [torch.randn(rows, c, 3, 3, device="cuda") for c in (64, 128)]
+    weights = [torch.randn(10, c, device="cuda") for c in (64, 128)]
+    ops.multi_exit_linear_head(features, weights)  # libraries set themselves up before a capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = ops.multi_exit_linear_head(features, weights)
+    for tensor in (*features, *weights):
+        tensor.normal_()
+    graph.replay()
+    torch.testing.assert_close(result, ops.multi_exit_linear_head(features, weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 8])
+def test_few_rows_take_two_launches(rows):
+    features = [torch.randn(rows, 64, 3, 3, device="cuda") for _ in range(4)]
+    weights, biases = [torch.randn(10, 64, device="cuda") for _ in features], [None] * 4
+    ops.multi_exit_linear_head(features, weights, biases)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.graph(graph):
+        ops.multi_exit_linear_head(features, weights, biases)
+    cudart = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")  # the one that torch has loaded
+    nodes = ctypes.c_size_t()
+    assert cudart.cudaGraphGetNodes(ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(nodes)) == 0
+    assert nodes.value == 2

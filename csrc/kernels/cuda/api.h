@@ -20,6 +20,11 @@ cudaError_t launch_global_avg_pool(const GlobalAvgPoolParams& p, cudaStream_t st
 constexpr int kPoolsPerLaunch = 16;
 cudaError_t launch_global_avg_pools(const GlobalAvgPoolParams* pools, int64_t count, cudaStream_t stream);
 
+// `count` linear layers of one dtype and of few rows each, one launch for each kSmallLinearsPerLaunch of them. A result
+// depends on its own parameters only.
+constexpr int kSmallLinearsPerLaunch = 16;
+cudaError_t launch_small_linears(const SmallLinearParams* layers, int64_t count, cudaStream_t stream);
+
 cudaError_t launch_ensemble(const EnsembleParams& p, cudaStream_t stream);
 cudaError_t launch_ensemble_stats(const EnsembleStatsParams& p, cudaStream_t stream);
 // Writes grad_logits and grad_weights, each unless null; grad_weights needs `partials`: ensemble_backward_chunks(N) * E

@@ -126,10 +126,16 @@ cudaError_t launch(const SubsetCorrectParams& p, cudaStream_t stream) {
   plan.last = p.E < kLast ? p.E : kLast;
   plan.lanes = 1;
   while (plan.lanes < static_cast<int32_t>(kWarpSize) && plan.lanes < p.K) plan.lanes *= 2;
+  // Where a row is longer than a tile, prefixes that wait for a second turn would have it read again: all take the
+  // first one, with fewer lanes each, up to kMaxThreads prefixes (11 exits).
+  const int64_t prefixes = int64_t(1) << (p.E - plan.last);
+  if (p.K > plan.tile) {
+    while (plan.lanes > 1 && plan.lanes * prefixes > kMaxThreads) plan.lanes /= 2;
+  }
   plan.own_counts = (int64_t(1) << p.E) <= kCountedSubsets;
   // Blocks of one to eight warps: as many threads as there are prefixes and lanes.
   int64_t threads = kWarpSize;
-  while (threads < kMaxThreads && threads < (int64_t(1) << (p.E - plan.last)) * plan.lanes) threads *= 2;
+  while (threads < kMaxThreads && threads < prefixes * plan.lanes) threads *= 2;
   return enqueue(subset_correct_kernel<S>, static_cast<unsigned>(p.N < kSubsetBlocks ? p.N : kSubsetBlocks),
                  static_cast<unsigned>(threads), static_cast<size_t>(p.E * plan.tile) * sizeof(A), stream, p, plan);
 }

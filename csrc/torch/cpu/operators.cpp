@@ -52,19 +52,10 @@ constexpr int64_t kSmallProduct = 1 << 18;
 
 bool small_product(const HeadCall& call, size_t e, const Tensor& weight, const OptionalTensor& bias) {
   const auto& pool = call.pools[e];
-  const int64_t classes = weight.size(0);
-  if (pool.N * pool.C * classes > kSmallProduct || (weight.stride(1) != 1 && pool.C > 1)) return false;
-  kernels::SmallLinearParams p{};
-  p.input = pool.output;
-  p.weight = weight.const_data_ptr();
-  p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  p.output = static_cast<char*>(call.logits.mutable_data_ptr()) +
-             static_cast<int64_t>(e) * pool.N * classes * static_cast<int64_t>(call.logits.element_size());
-  p.dtype = pool.dtype;
-  p.N = pool.N, p.C = pool.C, p.K = classes;
-  p.stride_n = pool.C, p.weight_stride_k = weight.stride(0), p.out_stride_n = classes;
-  p.bias_stride = bias.has_value() ? bias->stride(0) : 0;
-  cpu::small_linear(p, 0, p.N);
+  if (pool.N * pool.C * weight.size(0) > kSmallProduct) return false;
+  const auto p = small_linear_params(call, e, weight, bias);
+  if (!p.has_value()) return false;
+  cpu::small_linear(*p, 0, p->N);
   return true;
 }
 

@@ -31,15 +31,32 @@ Tensor global_avg_pool(const Tensor& features) {
   return call.output;
 }
 
+// Up to this many rows the products of all exits are one launch: reading the weights is all that takes time then, and a
+// warp that holds a row more reads none of them again. Above, a matrix belongs to the tensor cores, so ATen has it.
+// That is a call for each exit: what joins products of unequal length (at::_grouped_mm) takes bfloat16 alone and the
+// weights of all exits in one tensor, which would have to be copied together first.
+constexpr int64_t kSmallRows = 8;
+
 std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::TensorList weights,
                                                   const Biases& biases) {
   const HeadCall call = prepare_head(features, weights, biases);
   const OnDevice device(call.pooled);
   C10_CUDA_CHECK(
       cuda::launch_global_avg_pools(call.pools.data(), static_cast<int64_t>(call.pools.size()), device.stream));
+  c10::SmallVector<kernels::SmallLinearParams, 8> small;
   for (size_t e = 0; e < weights.size(); ++e) {
-    finish_exit(call, e, weights[e], biases[e]);
+    const OptionalTensor bias = biases[e];
+    std::optional<kernels::SmallLinearParams> layer;
+    if (call.logits.size(1) <= kSmallRows) {
+      layer = small_linear_params(call, e, weights[e], bias);
+    }
+    if (layer.has_value()) {
+      small.push_back(*layer);
+    } else {
+      finish_exit(call, e, weights[e], bias);
+    }
   }
+  C10_CUDA_CHECK(cuda::launch_small_linears(small.data(), static_cast<int64_t>(small.size()), device.stream));
   return {call.logits, call.pooled};
 }
 

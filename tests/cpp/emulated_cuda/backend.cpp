@@ -11,6 +11,9 @@ bool whole(int64_t begin, int64_t end, int64_t total) { return begin == 0 && (en
 void global_avg_pool(const GlobalAvgPoolParams& p, int64_t begin, int64_t end) {
   if (whole(begin, end, p.N * p.C)) check(cuda::launch_global_avg_pool(p, nullptr), "global_avg_pool");
 }
+void small_linear(const SmallLinearParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.N)) check(cuda::launch_small_linears(&p, 1, nullptr), "small_linears");
+}
 void ensemble(const EnsembleParams& p, int64_t begin, int64_t end) {
   if (whole(begin, end, p.N)) check(cuda::launch_ensemble(p, nullptr), "ensemble");
 }
@@ -59,6 +62,7 @@ const cpu::KernelTable& table() {
     cpu::KernelTable t = cpu::kScalarTable;  // what has no CUDA kernel stays
     t.name = "cuda, emulated";
     t.global_avg_pool = global_avg_pool;
+    t.small_linear = small_linear;
     t.ensemble = ensemble;
     t.ensemble_stats = ensemble_stats;
     t.ensemble_backward_logits = ensemble_backward_logits;
