@@ -154,12 +154,15 @@ class Check:
             if outcome.code is None:
                 self._out_of_time(stage, "the rest")
                 break
-            after = store.finished(self.result, stage, source)
-            if outcome.code not in (0, 1, 5) or (outcome.code == 1 and len(after) == known):
-                # A crash, or a failure that no case wrote down (in collection, say): it would come again.
-                self._record(stage, "(process)", source, "failed", 0.0, outcome.last_line)
+            crashed = outcome.code not in (0, 1, 5)
+            if crashed:
+                why = f"its process ended with status {outcome.code}: {outcome.last_line}"[:300]
+                store.fail_the_begun(self.result, stage, source, why)
+            if outcome.code in (0, 5):
                 break
-            if outcome.code != 1:
+            if len(store.finished(self.result, stage, source)) == known:
+                # A failure that no case wrote down (in collection, say): it would come again.
+                self._record(stage, "(process)", source, "failed", 0.0, outcome.last_line)
                 break
         ended = store.finished(self.result, stage, source)
         self.failed |= "failed" in ended.values()
