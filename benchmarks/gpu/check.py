@@ -204,8 +204,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--retry", action="store_true", help="repeat what failed")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to use, for peers that are missing here")
     arguments = parser.parse_args(argv)
-    arguments.stages = [name for name in arguments.stages.split(",") if name]
-    unknown = [name for name in arguments.stages if name not in STAGES]
+    wanted = [name for name in arguments.stages.split(",") if name]
+    unknown = [name for name in wanted if name not in STAGES]
+    arguments.stages = [name for name in STAGES if name in wanted]
     if unknown:
         parser.error(f"no such stage: {unknown[0]}; there are {', '.join(STAGES)}")
     if arguments.wheels and not any(arguments.wheels.glob("*.whl")):
