@@ -38,7 +38,7 @@ class _State:
     busy_until = 0.0
     capture: _Recorder | None = None
     broken = False  # by a capture that failed
-    sync_mode = 0
+    sync_mode, no_waiting = 0, None
     stream: Stream | None = None
 
 
@@ -48,13 +48,6 @@ def _wait() -> None:
         _State.capture.failed = True
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
     time.sleep(max(0.0, _State.busy_until - time.monotonic()))
-
-
-def _synchronizes() -> None:
-    """An operator of torch's that waits, which ``set_sync_debug_mode`` notices."""
-    if _State.sync_mode == 2 and _State.capture is None:
-        raise RuntimeError("called a synchronizing CUDA operation")
-    _wait()
 
 
 def _mapped(value: Any) -> Any:
@@ -82,11 +75,26 @@ class PretendCuda(TorchFunctionMode):
             return value
         args = [_mapped(value) for value in args]
         if name in _WAITS:
-            _synchronizes()
+            _wait()
         if name == "cuda":
             return args[0].clone()
         value = func(*args, **kwargs)
         return value.clone() if name == "cpu" else value
+
+
+def _reads_back(func: Any, args: tuple) -> bool:
+    name = func.overloadpacket.__name__
+    masks = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+    return masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
+
+
+class _NoWaiting(TorchDispatchMode):
+    """torch's debug mode "error"."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if _reads_back(func, args):
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):
@@ -98,9 +106,8 @@ class _Recorder(TorchDispatchMode):
         self.failed = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        masks = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero") or masks:
+        kwargs = kwargs or {}
+        if _reads_back(func, args):
             _wait()
         value = func(*args, **kwargs)
         self.calls.append((func, args, kwargs, value))
@@ -116,7 +123,7 @@ def _again(before: Any, after: Any) -> None:
     """Puts what an operator gave this time where it lay the first time."""
     if isinstance(before, Tensor):
         if before.data_ptr() != after.data_ptr():
-            before.detach().copy_(after)
+            before.detach().copy_(after.reshape(before.shape))  # it may have lost a dimension since, in place
     elif isinstance(before, (list, tuple)):
         for one, other in zip(before, after, strict=True):
             _again(one, other)
@@ -244,7 +251,13 @@ def _sleep(cycles: int) -> None:
 
 
 def set_sync_debug_mode(mode: int | str) -> None:
-    _State.sync_mode = mode if isinstance(mode, int) else ("default", "warn", "error").index(mode)
+    mode = mode if isinstance(mode, int) else ("default", "warn", "error").index(mode)
+    if mode == 2 and _State.sync_mode != 2:
+        _State.no_waiting = _NoWaiting()
+        _State.no_waiting.__enter__()
+    elif _State.sync_mode == 2 and mode != 2:
+        _State.no_waiting.__exit__(None, None, None)
+    _State.sync_mode = mode
 
 
 class _Autocast(torch.autocast):
