@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check aep_ext on a machine with a GPU, using the torch of its python3 as it is: no network, no virtual environment.
 #
-#   benchmarks/gpu_check.sh [--name NAME] [--stages build,tests,sanitize,ceilings,ops,e2e,graphed]
+#   benchmarks/gpu_check.sh [--name NAME] [--stages build,tests,sanitize,ceilings,ops,graphed,e2e]
 #                           [--seconds S] [--wheels DIR] [--again | --retry]
 #
 # Every part's result (a file of tests, a benchmark case) goes into benchmarks/results/gpu-NAME.json as soon as it is

@@ -111,13 +111,17 @@ _TABLE = 1 << 19
 
 
 def subsets_product(
-    logits: Tensor, weights: Tensor, target: Tensor, ranks: Callable[..., Tensor] = subset_ranks
+    logits: Tensor,
+    weights: Tensor,
+    target: Tensor,
+    ranks: Callable[..., Tensor] = subset_ranks,
+    table: int = _TABLE,
 ) -> Tensor:
-    """All subsets, as many rows at a time as a cache holds."""
+    """All subsets, as many rows at a time as ``table`` scores allow: on a CPU, what a cache holds."""
     exits, rows, classes = logits.shape
     chosen = subset_weights(weights)
     counts = torch.zeros(chosen.shape[0], 2, dtype=torch.int64, device=logits.device)
-    step = max(1, _TABLE // (classes * chosen.shape[0]))
+    step = max(1, table // (classes * chosen.shape[0]))
     for start in range(0, rows, step):
         counts += ranks(logits[:, start : start + step], chosen, target[start : start + step])
     return counts

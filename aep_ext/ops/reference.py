@@ -25,11 +25,14 @@ from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
 # Subset scores are tabulated for at most this many numbers at a time: 4 MiB of float32, which a cache still holds.
 _SUBSET_TABLE = 1 << 20
 
+# Asked at import: torch 2.11's compiler cannot trace the question.
+_AUTOCASTING = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+
 
 def _autocast(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """Casts to the autocast dtype where autocast is on, as torch does for ``linear``; float64 stays."""
     kind = next(t.device.type for t in tensors if t is not None)
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _AUTOCASTING or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

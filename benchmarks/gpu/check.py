@@ -154,12 +154,15 @@ class Check:
             if outcome.code is None:
                 self._out_of_time(stage, "the rest")
                 break
-            after = store.finished(self.result, stage, source)
-            if outcome.code not in (0, 1, 5) or (outcome.code == 1 and len(after) == known):
-                # A crash, or a failure that no case wrote down (in collection, say): it would come again.
-                self._record(stage, "(process)", source, "failed", 0.0, outcome.last_line)
+            crashed = outcome.code not in (0, 1, 5)
+            if crashed:
+                why = f"its process ended with status {outcome.code}: {outcome.last_line}"[:300]
+                store.fail_the_begun(self.result, stage, source, why)
+            if outcome.code in (0, 5):
                 break
-            if outcome.code != 1:
+            if len(store.finished(self.result, stage, source)) == known:
+                # A failure that no case wrote down (in collection, say): it would come again.
+                self._record(stage, "(process)", source, "failed", 0.0, outcome.last_line)
                 break
         ended = store.finished(self.result, stage, source)
         self.failed |= "failed" in ended.values()
@@ -201,8 +204,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--retry", action="store_true", help="repeat what failed")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels to use, for peers that are missing here")
     arguments = parser.parse_args(argv)
-    arguments.stages = [name for name in arguments.stages.split(",") if name]
-    unknown = [name for name in arguments.stages if name not in STAGES]
+    wanted = [name for name in arguments.stages.split(",") if name]
+    unknown = [name for name in wanted if name not in STAGES]
+    arguments.stages = [name for name in STAGES if name in wanted]
     if unknown:
         parser.error(f"no such stage: {unknown[0]}; there are {', '.join(STAGES)}")
     if arguments.wheels and not any(arguments.wheels.glob("*.whl")):

@@ -27,6 +27,29 @@ def l2_bytes() -> int:
     return int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
 
 
+broken_captures: list[str] = []
+"""Captures that failed in this process. Torch does not get over one (its allocator goes on believing in it: no other
+capture, no ``empty_cache``): who finds an entry here should go on in another process."""
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+
+
+def waits(function: Contestant, arguments: tuple[Any, ...]) -> str:
+    """Why a call cannot be captured, as far as torch notices: it waits for the device. Empty where it does not."""
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*arguments)
+    except RuntimeError as error:
+        return _in_a_line(error)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return ""
+
+
 class Turn:
     """One contestant over its inputs: a round is a number of passes over all sets, or of calls."""
 
@@ -35,13 +58,13 @@ class Turn:
         for arguments in inputs[:WARMUP]:
             function(*arguments)
         torch.cuda.synchronize()
-        self.refused = ""
-        if graph:
+        self.refused = (broken_captures[0] if broken_captures else waits(function, inputs[0])) if graph else ""
+        if graph and not self.refused:
             try:
                 self.graph = captured(self._pass)
-            except Exception as error:  # it reads a value back, say
-                first = (str(error).strip().splitlines() or [""])[0]
-                self.refused = f"{type(error).__name__}: {first}"[:200]
+            except Exception as error:
+                self.refused = _in_a_line(error)
+                broken_captures.append(f"an earlier capture failed: {self.refused}"[:200])
 
     @property
     def way(self) -> str:
@@ -77,13 +100,13 @@ class Turn:
 
 def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A graph of one call, captured as torch asks for it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         function()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(current), torch.cuda.graph(graph):  # the outer one: a failed capture leaves its stream on
         function()
     graph.replay()
     torch.cuda.synchronize()
@@ -142,11 +165,13 @@ def launches(function: Contestant, arguments: tuple[Any, ...]) -> int | None:
     """Kernels of one call, copies and fills included; None where the profiler cannot tell."""
     from torch.profiler import ProfilerActivity, profile
 
+    counts, on_device = [], torch.autograd.DeviceType.CUDA
     try:
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            function(*arguments)
-            torch.cuda.synchronize()
-        on_device = torch.autograd.DeviceType.CUDA
-        return sum(event.count for event in profiler.key_averages() if event.device_type == on_device)
+        for _ in range(2):  # the first may be late for the first kernels
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                function(*arguments)
+                torch.cuda.synchronize()
+            counts.append(sum(event.count for event in profiler.key_averages() if event.device_type == on_device))
     except Exception:  # no CUPTI here, or not allowed to use it
         return None
+    return max(counts) or None  # nothing at all: it saw nothing

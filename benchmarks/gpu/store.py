@@ -12,6 +12,7 @@ from typing import Any
 
 FORMAT, VERSION = "aep_ext.gpu_check", 1
 FINISHED = ("passed", "failed", "left out")
+BEGUN = "begun, and not ended"
 _SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh", ".cmake", ".txt", ".toml", ".sh"}
 
 
@@ -50,6 +51,18 @@ def finished(path: Path, stage: str, source: str, *, retry: bool = False) -> dic
     kept = FINISHED if not retry else ("passed", "left out")
     entries = read(path)["stages"].get(stage, {})
     return {part: e["status"] for part, e in entries.items() if e["source"] == source and e["status"] in kept}
+
+
+def fail_the_begun(path: Path, stage: str, source: str, why: str) -> list[str]:
+    """Marks parts that were begun and never ended as failed: their process ended under them. Returns their names."""
+    data = read(path)
+    entries = data["stages"].get(stage, {})
+    found = [part for part, e in entries.items() if e["source"] == source and e["note"] == BEGUN]
+    for part in found:
+        entries[part] |= {"status": "failed", "note": why}
+    if found:
+        write(path, data)
+    return found
 
 
 def source_hash(root: Path, folders: Iterable[str], *more: str) -> str:

@@ -13,7 +13,7 @@ from benchmarks.gpu.end_to_end import NEVER, PlainGraph, agree, all_cases, build
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", list(all_cases()), ids=lambda case: case.id)
 def test_graphed(figures, case):
     """Each scenario beside the plain graph that does as much, in turn."""
     pytest.importorskip("torchvision")

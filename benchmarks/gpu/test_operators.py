@@ -10,7 +10,7 @@ from benchmarks.gpu.operators import all_cases, setup
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", list(all_cases()), ids=lambda case: case.id)
 def test_operator(figures, copy_gb_per_s, case):
     found = measure(case, copy_gb_per_s)
     ours = setup(case, "cuda")

@@ -87,6 +87,26 @@ def test_ratios_are_of_medians():
     assert store.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "iqr": 1.0, "raw": [3.0, 1.0, 2.0]}
 
 
+def test_no_ratio_of_a_replay_to_a_call():
+    times = {"fused": {"median": 2.0, "way": "graph replays"}, "a": {"median": 6.0, "way": "calls"}}
+    assert measure.ratios(times, ["a"]) == {}
+
+
+def test_small_values_are_compared_by_their_own_size():
+    """Gradients of a mean over many rows are far below any fixed tolerance."""
+    small = torch.full((4,), 1e-5)
+    measure._close([small * (1 + 1e-4)], [small], "float32", "near")
+    with pytest.raises(AssertionError, match="far: result 0"):
+        measure._close([small * 2], [small], "bfloat16", "far")
+    with pytest.raises(AssertionError, match="whole: result 0"):
+        measure._close([torch.tensor([100, 201])], [torch.tensor([100, 200])], "bfloat16", "whole")
+
+
+def test_a_profiler_that_sees_nothing_counts_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert clock.launches(lambda x: x + 1, (torch.ones(2),)) is None
+
+
 def test_every_goal_is_about_cases_that_there_are():
     known = {"ops": {c.id for c in operators.all_cases()}, "graphed": {c.id for c in end_to_end.all_cases()}}
     if not hasattr(ops, "linear_joint_cross_entropy"):

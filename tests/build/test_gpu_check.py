@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -204,6 +205,46 @@ def test_a_case_that_breaks_its_process_does_not_keep_the_rest(tmp_path):
     assert len(rounds) == 2 and rounds[0]["AEP_GPU_STAGE"] == "ops"
 
 
+def test_a_crash_fails_the_case_that_was_running_alone(tmp_path):
+    """The process wrote down which case it began; the next one goes on behind it."""
+    result, source = tmp_path / "gpu.json", []
+
+    def pytest_run(environment) -> Outcome:
+        source.append(environment["AEP_GPU_SOURCE"])
+        if len(source) == 1:
+            store.record(result, "ops", "a", source[0], "passed", 1.0)
+            store.record(result, "ops", "b", source[0], "unfinished", 0.0, store.BEGUN)
+            return Outcome(-11, "Fatal Python error: Segmentation fault")
+        store.record(result, "ops", "c", source[0], "passed", 1.0)
+        return Outcome(0, "1 passed in 1.0s")
+
+    assert Check(result, 60, run=Commands({"test_operators": pytest_run})).stages(["ops"], tmp_path, "9.9") == FAILED
+    parts = store.read(result)["stages"]["ops"]
+    assert {n: p["status"] for n, p in parts.items()} == {"a": "passed", "b": "failed", "c": "passed"}
+    assert parts["b"]["note"] == "its process ended with status -11: Fatal Python error: Segmentation fault"
+
+
+def test_files_that_cannot_be_imported_are_named(tmp_path):
+    """They may hold GPU tests; the others are run all the same."""
+    broken = Outcome(2, "tests/a.py::test_x\nERROR tests/c.py - ImportError: x\n1 test collected, 1 error in 1.0s")
+    result = tmp_path / "gpu.json"
+    assert Check(result, 60, run=Commands({"--collect-only": broken})).stages(["tests"], tmp_path, "9.9") == FAILED
+    parts = store.read(result)["stages"]["tests"]
+    assert {n: p["status"] for n, p in parts.items()} == {"collection": "failed", "tests/a.py": "passed"}
+    assert parts["collection"]["note"] == "not imported: tests/c.py"
+
+
+def test_sanitizers_leave_graphs_their_allocator_and_judge_no_calls():
+    parts = {part.name: part for part in stages.sanitizer_parts("cs")}
+    assert parts["memcheck operators"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert parts["memcheck graphed"].environment is None
+    assert "--report-api-errors no --error-exitcode 99" in " ".join(parts["memcheck graphed"].command)
+
+
+def test_stages_run_in_their_order():
+    assert parse(["--stages", "e2e,graphed,build"]).stages == ["build", "graphed", "e2e"]
+
+
 def test_a_benchmark_that_cannot_even_be_collected_is_one_failure(tmp_path):
     run = Commands({"test_graphed": Outcome(2, "ImportError: no such thing")})
     result = tmp_path / "gpu.json"
@@ -237,9 +278,13 @@ def test_the_result_file_is_ours_or_an_error(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_real_process_is_stopped_with_all_it_started():
+def test_a_real_process_is_stopped_with_all_it_started(monkeypatch):
+    monkeypatch.setattr(stages, "GRACE", 0.2)
     outcome = stages.run_for_real(["sh", "-c", "echo begun; sleep 30 | cat"], None, 0.5)
     assert outcome.code is None and outcome.output == "begun\n"
+    began = time.monotonic()
+    outliving = stages.run_for_real(["sh", "-c", "sleep 60 & echo done"], None, 50)
+    assert outliving == Outcome(0, "done\n") and time.monotonic() - began < 30
     assert stages.run_for_real(["sh", "-c", "echo $AEP_X; exit 3"], {"AEP_X": "7"}, 10) == Outcome(3, "7\n")
 
 
