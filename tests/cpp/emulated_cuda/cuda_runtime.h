@@ -115,6 +115,10 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+template <class T>
+void __stcg(T* p, T value) {
+  *p = value;
+}
 inline void __threadfence() {}
 // A test gives the address of an unsigned as the handle.
 inline void cudaGraphSetConditional(unsigned long long handle, unsigned value) {
