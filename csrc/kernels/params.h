@@ -4,6 +4,7 @@
 //   SmallLinearParams and GateOneParams: new. GateParams::clear_behind: new, set it to true for what was.
 //   joint_cross_entropy's row losses may come without the log-sum-exp; its backward forms the rows' coefficients itself
 //   (LossCoefficients); JointCrossEntropyGradParams and LossGradScaleParams are new.
+//   EnsembleBackwardParams::partials: ensemble_backward_partials() says how large, for both backends.
 //
 // Conventions, for every struct:
 //   * No torch types. Pointers are raw; on CUDA they are device pointers unless a comment says otherwise.
@@ -68,7 +69,7 @@ struct EnsembleBackwardParams {
   const void* logits;   // dtype (E, N, K), any strides; read only for grad_weights
   const void* weights;  // acc (E)
   void* grad_logits;    // dtype (E, N, K): weights[e] * grad[n, k]; class stride 1
-  void* partials;       // acc (chunks, E): scratch; chunks = ceil(N / kEnsembleChunkRows)
+  void* partials;       // acc: scratch of ensemble_backward_partials(E, N, K) values
   void* grad_weights;   // acc (E): sum_nk grad[n, k] * logits[e, n, k]; the order depends on the shape only
   DType dtype;
   int64_t E, N, K;
@@ -76,7 +77,17 @@ struct EnsembleBackwardParams {
   int64_t stride_e, stride_n, stride_k;
   int64_t out_stride_e, out_stride_n;
 };
-constexpr int64_t kEnsembleChunkRows = 64;
+// The sum for grad_weights is formed of parts: on the CPU of kEnsembleChunkRows rows each, on CUDA of at least
+// kEnsemblePartSize of the N * K products, as many as fill a device.
+constexpr int64_t kEnsembleChunkRows = 64, kEnsemblePartSize = 4096, kEnsembleMostParts = 1024;
+constexpr int64_t ensemble_backward_parts(int64_t N, int64_t K) {
+  const int64_t parts = N * K / kEnsemblePartSize + (N * K % kEnsemblePartSize != 0 ? 1 : 0);
+  return parts < kEnsembleMostParts ? parts : kEnsembleMostParts;
+}
+constexpr int64_t ensemble_backward_partials(int64_t E, int64_t N, int64_t K) {
+  const int64_t chunks = (N + kEnsembleChunkRows - 1) / kEnsembleChunkRows, parts = ensemble_backward_parts(N, K);
+  return (chunks > parts ? chunks : parts) * E;
+}
 
 // `ensemble` plus statistics of the RETURNED (rounded) logits z = output / (normalizer * temperature).
 //   confidence = max softmax(z); entropy in nats; margin = largest minus second largest probability; K = 1: 1, 0, 1.

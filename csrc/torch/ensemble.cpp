@@ -117,7 +117,7 @@ EnsembleBackwardCall prepare_ensemble_backward_weights(const Tensor& grad, const
   p.E = exit_logits.size(0), p.N = exit_logits.size(1), p.K = exit_logits.size(2);
   const auto wide = accumulate_type(grad.scalar_type());
   call.output = fresh({p.E}, wide, grad);
-  call.partials = fresh({(p.N + kernels::kEnsembleChunkRows - 1) / kernels::kEnsembleChunkRows, p.E}, wide, grad);
+  call.partials = fresh({kernels::ensemble_backward_partials(p.E, p.N, p.K)}, wide, grad);
   p.grad = grad.const_data_ptr();
   p.logits = exit_logits.const_data_ptr();
   p.partials = call.partials.mutable_data_ptr();

@@ -232,6 +232,87 @@ void more_linears_than_a_launch_takes() {
   CHECK(cuda::launch_small_linears(layers.data(), kLayers, nullptr) == cudaErrorInvalidValue);
 }
 
+// Maps whose images begin anywhere, enough of them that a warp takes several, tiles of few and of many channels, and
+// channels whose rows of positions have gaps.
+void pools_of_all_shapes(DType d) {
+  enum Layout { images, channels, gaps };
+  struct Map {
+    int64_t N, C, H, W;
+    Layout layout;
+  };
+  constexpr Map kinds[] = {{2, 5, 14, 14, images},   {3, 300, 7, 7, images},  {1, 3, 61, 53, images},
+                           {20, 128, 3, 3, images},  {3, 5, 1, 3, images},    {5, 8, 14, 14, channels},
+                           {2, 24, 9, 9, channels},  {1, 200, 5, 5, channels}, {90, 16, 2, 2, channels},
+                           {1, 512, 13, 1, channels}, {2, 24, 5, 6, gaps},     {1, 3, 7, 5, gaps}};
+  for (const Map& m : kinds) {
+    GlobalAvgPoolParams p{};
+    p.dtype = d, p.N = m.N, p.C = m.C, p.H = m.H, p.W = m.W, p.out_stride_n = m.C + 3, p.out_stride_c = 1;
+    const int64_t row = m.W + (m.layout == gaps ? 1 : 0), size = m.N * m.C * m.H * row, unit = 16;
+    p.stride_n = m.C * m.H * row, p.stride_c = m.layout == images ? m.H * m.W : 1;
+    p.stride_w = m.layout == images ? 1 : m.C, p.stride_h = row * p.stride_w;
+    Values values(d, size + 2 * unit), results[] = {{d, m.N * (m.C + 3)}, {d, m.N * (m.C + 3)}};
+    Values want(d, m.N * (m.C + 3));
+    for (int64_t shift : {0, 1}) {  // from a multiple of 16 bytes, since the memory ends at one
+      const int64_t begin = unit - size % unit + shift;
+      Random random(3);
+      for (int64_t k = 0; k < size; ++k) values.set(begin + k, random.normal());
+      p.input = static_cast<char*>(values.data()) + static_cast<size_t>(begin) * size_of(d);
+      p.output = results[shift].data();
+      backend::check(cuda::launch_global_avg_pool(p, nullptr), "global_avg_pool");
+      p.output = want.data();
+      cpu::kScalarTable.global_avg_pool(p, 0, p.N * p.C);
+      for (int64_t n = 0; n < m.N; ++n) {
+        for (int64_t c = 0; c < m.C; ++c) {
+          const int64_t at = n * (m.C + 3) + c;
+          CHECK(near(results[shift].get(at), want.get(at), 1e-6 + 2 * epsilon(d)),
+                "%s (%ld, %ld, %ld, %ld): %g, want %g", name_of(d), long(m.N), long(m.C), long(m.H), long(m.W),
+                results[shift].get(at), want.get(at));
+          if (shift) CHECK(same(results[0].get(at), results[1].get(at)), "%s, moved", name_of(d));
+        }
+      }
+    }
+  }
+}
+
+// Rows that begin anywhere between multiples of 16 bytes, ties and NaN at their edges, more exits than are read at
+// once; where the tensors begin changes no bit.
+void rows_that_begin_anywhere(DType d, int64_t E, int64_t N, int64_t K) {
+  const int64_t size = E * N * K, unit = 16;
+  Values x(d, size + 2 * unit), w(acc_of(d), E), out(d, N * K + 2 * unit), want(d, N * K);
+  for (int64_t e = 0; e < E; ++e) w.set(e, 0.25 * static_cast<double>(e + 1));
+  const auto rows = static_cast<size_t>(N);
+  Guarded stats(rows * 12), first(rows * 12), expected(rows * 12);
+  Guarded argmax(rows * 8), best(rows * 8);
+  EnsembleStatsParams q{};
+  EnsembleParams& p = q.ensemble;
+  p.weights = w.data(), p.dtype = d, p.E = E, p.N = N, p.K = K, p.stride_e = N * K, p.stride_n = K, p.stride_k = 1;
+  p.out_stride_n = K, q.normalizer = {nullptr, 1.5}, q.temperature = {nullptr, 0.75};
+  for (int64_t shift : {0, 1}) {
+    const int64_t begin = unit - size % unit + shift, out_begin = unit - N * K % unit + shift;
+    Random random(7);
+    for (int64_t k = 0; k < size; ++k) x.set(begin + k, random.normal());
+    for (int64_t e = 0; e < E; ++e) {
+      const auto set = [&](int64_t n, int64_t k, double v) { x.set(begin + (e * N + n) * K + k, v); };
+      for (int64_t n = 1; n < 6; ++n) set(n, K - 1, 9), set(n, K / 2, n < 3 ? 9 : 0), set(n, 0, n == 5 ? 9 : 0);
+      set(6, K - 1, NAN), set(6, K / 3, NAN), set(7, 0, -INFINITY);
+    }
+    p.logits = static_cast<char*>(x.data()) + static_cast<size_t>(begin) * size_of(d);
+    p.output = static_cast<char*>(out.data()) + static_cast<size_t>(out_begin) * size_of(d);
+    q.stats = stats.as<float>(), q.argmax = argmax.as<int64_t>();
+    backend::check(cuda::launch_ensemble_stats(q, nullptr), "ensemble_stats");
+    p.output = want.data(), q.stats = expected.as<float>(), q.argmax = best.as<int64_t>();
+    cpu::kScalarTable.ensemble_stats(q, 0, N);
+    for (int64_t i = 0; i < N * K; ++i) CHECK(same(out.get(out_begin + i), want.get(i)), "%s %ld", name_of(d), long(i));
+    for (int64_t i = 0; i < N * 3; ++i) {
+      const double got = static_cast<double>(stats.as<float>()[i]);
+      CHECK(near(got, static_cast<double>(expected.as<float>()[i]), 3e-6), "%s K %ld: %g", name_of(d), long(K), got);
+      CHECK(argmax.as<int64_t>()[i / 3] == best.as<int64_t>()[i / 3], "%s K %ld", name_of(d), long(K));
+    }
+    if (shift == 0) memcpy(first.data(), stats.data(), stats.size());
+    else CHECK(memcmp(first.data(), stats.data(), stats.size()) == 0, "%s K %ld, moved", name_of(d), long(K));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -243,6 +324,9 @@ int main() {
     }
     many_pools(d);
     many_linears(d);
+    pools_of_all_shapes(d);
+    for (int64_t K : {17, 36, 257}) rows_that_begin_anywhere(d, 3, 16, K);
+    rows_that_begin_anywhere(d, 5, 8, 2300);
   }
   subsets_with_bad_labels();
   return finish("test_cuda_kernels");

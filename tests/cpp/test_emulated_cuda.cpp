@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/common.cuh"
 #include "testing.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -156,6 +157,8 @@ void faults() {
   CHECK(start(barrier_in_branch, 1, 1025, 0, 0) == cudaErrorInvalidConfiguration);
   CHECK(start(barrier_in_branch, 0, 32, 0, 0) == cudaErrorInvalidConfiguration);
   CHECK(start(barrier_in_branch, 1, 32, 48 * 1024 + 1, 0) == cudaErrorInvalidConfiguration);
+  // The kernels' own way to launch tells what was refused, whether or not the runtime still knows.
+  CHECK(aep::kernels::cuda::enqueue(barrier_in_branch, 1, 1025, 0, nullptr, 0) == cudaErrorInvalidConfiguration);
   CHECK(start(barrier_in_branch, 1, 32, 0, 0) == cudaSuccess);  // all threads of this block reach it
 }
 

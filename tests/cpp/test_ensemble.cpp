@@ -115,7 +115,7 @@ void backward(const KernelTable& t, DType d, Shape s, int layout, bool expanded)
   g.fill_normal(random);
   w.fill_normal(random);
   const int64_t chunks = cpu::ensemble_backward_chunks(s.N);
-  Values partials(acc_of(d), chunks * s.E);
+  Values partials(acc_of(d), ensemble_backward_partials(s.E, s.N, s.K));
   EnsembleBackwardParams p{};
   p.grad = g.data(), p.logits = x.data(), p.weights = w.data(), p.grad_logits = out.data(),
   p.partials = partials.data();

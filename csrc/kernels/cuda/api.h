@@ -27,9 +27,7 @@ cudaError_t launch_small_linears(const SmallLinearParams* layers, int64_t count,
 
 cudaError_t launch_ensemble(const EnsembleParams& p, cudaStream_t stream);
 cudaError_t launch_ensemble_stats(const EnsembleStatsParams& p, cudaStream_t stream);
-// Writes grad_logits and grad_weights, each unless null; grad_weights needs `partials`: ensemble_backward_chunks(N) * E
-// values.
-int64_t ensemble_backward_chunks(int64_t N);
+// Writes grad_logits and grad_weights, each unless null; grad_weights needs `partials`.
 cudaError_t launch_ensemble_backward(const EnsembleBackwardParams& p, cudaStream_t stream);
 
 // result (device, one value): the index of the first label outside 0 .. K-1 and different from *ignore_index (null: no

@@ -51,6 +51,9 @@ __device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
 
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
+// For a sum to which e^0 = 1 belongs, d <= 0: where rounding d / ln 2 matters, e^d does not.
+__device__ inline float exponential_of_difference(float d) { return exp2f(d * 1.4426950408889634f); }
+__device__ inline double exponential_of_difference(double d) { return exp(d); }
 __device__ inline float logarithm(float x) { return logf(x); }
 __device__ inline double logarithm(double x) { return log(x); }
 
@@ -70,6 +73,11 @@ template <class T>
 __device__ inline T smaller(T a, T b) {
   return b < a ? b : a;
 }
+// Of numbers, in one instruction.
+__device__ inline float maximum(float a, float b) { return fmaxf(a, b); }
+__device__ inline double maximum(double a, double b) { return fmax(a, b); }
+__device__ inline float minimum(float a, float b) { return fminf(a, b); }
+__device__ inline double minimum(double a, double b) { return fmin(a, b); }
 // Finite: neither NaN nor infinite.
 template <class A>
 __device__ inline bool finite(A x) {
@@ -88,6 +96,49 @@ constexpr int kWide = static_cast<int>(16 / sizeof(S));
 template <int V, class S>
 struct Pack {
   S value[V];
+};
+
+// Loads that a thread has under way before it uses the first: a device needs some 40 KB of them on each multiprocessor
+// to be held up by its memory alone. A branch or a use between two loads keeps the second one back, so what is read in
+// a row is asked for in loops of their own.
+constexpr int kBatch = 4;
+
+// V values beside each other, with one load where kAligned: the address is a multiple of 16.
+template <int V, bool kAligned, class S>
+__device__ inline Pack<V, S> load_whole(const S* p) {
+  Pack<V, S> pack;
+  if constexpr (V > 1 && kAligned) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    memcpy(&pack, &raw, sizeof(raw));
+  } else {
+    for (int i = 0; i < V; ++i) pack.value[i] = p[i];
+  }
+  return pack;
+}
+template <int V, bool kAligned, class S>
+__device__ inline void store_whole(S* p, const Pack<V, S>& pack) {
+  if constexpr (V > 1 && kAligned) {
+    uint4 raw;
+    memcpy(&raw, &pack, sizeof(raw));
+    __stcg(reinterpret_cast<uint4*>(p), raw);  // one store: the compiler takes a plain assignment apart now and then
+  } else {
+    for (int i = 0; i < V; ++i) p[i] = pack.value[i];
+  }
+}
+
+// How a row is taken apart that begins `begin` values behind the tensor's first: whole packs, each a multiple of V
+// behind that first value, and the few values in front of them and behind, its edges.
+template <int V, class I = int64_t>
+struct RowParts {
+  I head, packs, edges;
+  __device__ RowParts(int64_t begin, I count) {
+    head = static_cast<I>((V - begin % V) % V);
+    if (head > count) head = count;
+    packs = (count - head) / V;
+    edges = count - packs * V;
+  }
+  __device__ I pack(I i) const { return head + i * V; }
+  __device__ I edge(I i) const { return i < head ? i : i + packs * V; }
 };
 
 // `aligned`: the address is a multiple of 16. Which values make a pack depends on shape and strides alone, so that sums
@@ -132,6 +183,10 @@ inline bool aligned_to_16(const void* p) { return reinterpret_cast<uintptr_t>(p)
 constexpr unsigned kWarpSize = 32, kAllLanes = 0xffffffffu;
 
 constexpr int kMaxThreads = 256;
+// Blocks of kMaxThreads that a multiprocessor shall hold, for kernels that wait for memory: 64 registers a thread. (In
+// double fewer, which have as many bytes under way.)
+template <class S>
+constexpr int kBlocksAtOnce = sizeof(S) == 8 ? 2 : 4;
 
 // The block's merged value, in every thread; a tree over the threads, so the order depends on blockDim only.
 // `shared` holds blockDim.x values; blockDim.x is a power of two. Ends with a barrier: `shared` may be used again at
@@ -180,7 +235,8 @@ inline cudaError_t enqueue(void (*kernel)(P...), dim3 blocks, dim3 threads, size
   config.gridDim = blocks, config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes, config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, P(arguments)...);
-  return error == cudaSuccess ? error : cudaGetLastError();  // which forgets it: it has been told
+  if (error != cudaSuccess) (void)cudaGetLastError();  // forgets it: it is told here
+  return error;
 }
 
 #define AEP_CUDA_BY_DTYPE(dtype, F, ...) \

@@ -4,76 +4,111 @@
 namespace aep::kernels::cuda {
 namespace {
 
-// V classes of a row, from class k on: the products added up in ascending order of the exits, rounded once.
-template <int V, class S>
-__device__ Pack<V, S> weighted_sums(const EnsembleParams& p, int64_t n, int64_t k, int count, bool aligned) {
-  const S* x = static_cast<const S*>(p.logits) + n * p.stride_n + k * p.stride_k;
+// V classes of a row that begin at x in exit 0: the products added up in ascending order of the exits, rounded once.
+template <int V, bool kAligned, class S>
+__device__ Pack<V, S> weighted_sums(const EnsembleParams& p, const S* x) {
   const Acc<S>* weights = static_cast<const Acc<S>*>(p.weights);
   Acc<S> sum[V];
-#pragma unroll 4
-  for (int64_t e = 0; e < p.E; ++e) {
-    const Pack<V, S> pack = load_pack<V>(x + e * p.stride_e, p.stride_k, count, aligned);
-    const Acc<S> weight = weights[e];
-    for (int i = 0; i < V; ++i) {
-      const Acc<S> term = product(weight, value_of(pack.value[i]));
-      sum[i] = e == 0 ? term : add(sum[i], term);
+#pragma unroll
+  for (int i = 0; i < V; ++i) sum[i] = Acc<S>(-0.0);  // -0 + x is x, to the bit
+#pragma unroll 1
+  for (int64_t left = p.E; left > 0; left -= kBatch) {
+    Pack<V, S> packs[kBatch];
+    Acc<S> weight[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (j >= left) continue;
+      packs[j] = load_whole<V, kAligned>(x);
+      weight[j] = *weights;
+      x += p.stride_e;
+      ++weights;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (j >= left) continue;
+#pragma unroll
+      for (int i = 0; i < V; ++i) sum[i] = add(sum[i], product(weight[j], value_of(packs[j].value[i])));
     }
   }
   Pack<V, S> result;
+#pragma unroll
   for (int i = 0; i < V; ++i) put(&result.value[i], sum[i]);
   return result;
 }
 
-// Whether rows can be read in packs (a matter of strides), and whether these begin at multiples of 16 bytes.
-template <class S>
-bool in_packs(const EnsembleParams& p) {
-  constexpr int64_t V = kWide<S>;
-  return (p.K == 1 || p.stride_k == 1) && p.K >= V && (p.E == 1 || p.stride_e % V == 0) &&
-         (p.N == 1 || (p.stride_n % V == 0 && (!p.output || p.out_stride_n % V == 0)));
-}
-inline bool packs_aligned(const EnsembleParams& p) { return aligned_to_16(p.logits) && aligned_to_16(p.output); }
-
 template <int V, class S>
-__global__ void ensemble_kernel(EnsembleParams p, bool aligned) {
-  S* out = static_cast<S*>(p.output);
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce<S>) ensemble_kernel(EnsembleParams p) {
   const int64_t packs = (p.K + V - 1) / V, count = p.N * packs, step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    const int64_t n = i / packs, k = i % packs * V;
-    const int values = pack_count<V>(k, p.K);
-    store_pack<V>(out + n * p.out_stride_n + k, 1, weighted_sums<V, S>(p, n, k, values, aligned), values, aligned);
+    const int64_t n = p.N == 1 ? 0 : i / packs, k = (i - n * packs) * V;
+    const S* x = static_cast<const S*>(p.logits) + n * p.stride_n + k * p.stride_k;
+    S* out = static_cast<S*>(p.output) + n * p.out_stride_n + k;
+    if (k + V <= p.K) {
+      store_whole<V, true>(out, weighted_sums<V, true>(p, x));
+    } else {
+#pragma unroll 1
+      for (int64_t j = 0; j < p.K - k; ++j) out[j] = weighted_sums<1, false>(p, x + j * p.stride_k).value[0];
+    }
   }
+}
+
+// A sum is of one class alone: where rows follow each other without gaps, they are one row.
+inline EnsembleParams joined_rows(EnsembleParams p) {
+  if (p.K == 1) p.stride_k = 1;
+  if (p.N > 1 && p.stride_k == 1 && p.stride_n == p.K && (!p.output || p.out_stride_n == p.K)) p.K *= p.N, p.N = 1;
+  return p;
 }
 
 template <class S>
-cudaError_t launch_sum(const EnsembleParams& p, cudaStream_t stream) {
-  constexpr int V = kWide<S>;
-  if (p.N == 0) return cudaSuccess;
-  if (in_packs<S>(p)) {
+cudaError_t launch_sum(const EnsembleParams& given, cudaStream_t stream) {
+  constexpr int64_t V = kWide<S>;
+  if (given.N == 0) return cudaSuccess;
+  const EnsembleParams p = joined_rows(given);
+  const bool wide = p.stride_k == 1 && p.K >= V && (p.E == 1 || p.stride_e % V == 0) &&
+                    (p.N == 1 || (p.stride_n % V == 0 && p.out_stride_n % V == 0)) && aligned_to_16(p.logits) &&
+                    aligned_to_16(p.output);
+  if (wide) {
     const int64_t packs = p.N * ((p.K + V - 1) / V);
-    return enqueue(ensemble_kernel<V, S>, blocks_for_elements(packs), kMaxThreads, 0, stream, p, packs_aligned(p));
+    return enqueue(ensemble_kernel<kWide<S>, S>, blocks_for_elements(packs), kMaxThreads, 0, stream, p);
   }
-  return enqueue(ensemble_kernel<1, S>, blocks_for_elements(p.N * p.K), kMaxThreads, 0, stream, p, false);
+  return enqueue(ensemble_kernel<1, S>, blocks_for_elements(p.N * p.K), kMaxThreads, 0, stream, p);
 }
 
+// Writes and judges V classes of row n from k on: what is judged is what is returned.
+template <int V, bool kAligned, class S>
+__device__ void take(const EnsembleParams& p, int64_t n, int64_t k, const Divisor<Acc<S>>& divisor,
+                     RowState<Acc<S>>& row) {
+  const S* x = static_cast<const S*>(p.logits) + n * p.stride_n + k * p.stride_k;
+  const Pack<V, S> stored = weighted_sums<V, kAligned>(p, x);
+  if (p.output) store_whole<V, kAligned>(static_cast<S*>(p.output) + n * p.out_stride_n + k, stored);
+  Acc<S> values[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) values[i] = value_of(stored.value[i]);
+  add_pack(row, values, k, divisor);
+}
+
+// In two bytes a thread judges eight values at a time, and needs more registers.
+template <class S>
+constexpr int kStatsAtOnce = sizeof(S) == 2 ? 3 : kBlocksAtOnce<S>;
+
 // A team (a warp, or a block) a row: each logit is read once, the sum is written and judged on the way.
-template <bool kBlock, int V, class S>
-__global__ void ensemble_stats_kernel(EnsembleStatsParams q, bool aligned) {
+template <bool kBlock, int V, bool kAligned, class S>
+__global__ void __launch_bounds__(kMaxThreads, kStatsAtOnce<S>) ensemble_stats_kernel(EnsembleStatsParams q) {
   using A = Acc<S>;
   AEP_SHARED(RowState<A>, shared, kRowsOfBlock);
   const EnsembleParams& p = q.ensemble;
-  const A divisor = read<A>(q.normalizer) * read<A>(q.temperature);
+  const Divisor<A> divisor(read<A>(q.normalizer) * read<A>(q.temperature));
   const int64_t teams = kBlock ? 1 : blockDim.x / kWarpSize, team = kBlock ? 0 : threadIdx.x / kWarpSize;
   const unsigned size = kBlock ? blockDim.x : kWarpSize, rank = kBlock ? threadIdx.x : threadIdx.x % kWarpSize;
   for (int64_t n = blockIdx.x * teams + team; n < p.N; n += gridDim.x * teams) {
     RowState<A> row = empty_row<A>();
-    for (int64_t k = int64_t(rank) * V; k < p.K; k += int64_t(size) * V) {
-      const int count = pack_count<V>(k, p.K);
-      const Pack<V, S> stored = weighted_sums<V, S>(p, n, k, count, aligned);
-      if (p.output) store_pack<V>(static_cast<S*>(p.output) + n * p.out_stride_n + k, 1, stored, count, aligned);
-      A values[V];  // what is judged is what is returned
-      for (int i = 0; i < V; ++i) values[i] = value_of(stored.value[i]);
-      add_values(row, values, k, count, divisor);
+    const RowParts<V> parts(p.N == 1 ? 0 : n * p.stride_n, p.K);
+    if constexpr (V > 1) {
+#pragma unroll 1
+      for (int64_t i = rank; i < parts.edges; i += size) take<1, false, S>(p, n, parts.edge(i), divisor, row);
     }
+#pragma unroll 1
+    for (int64_t i = rank; i < parts.packs; i += size) take<V, kAligned, S>(p, n, parts.pack(i), divisor, row);
     row = merge_team<kBlock>(row, shared);
     if (rank == 0) {
       const RowResult result = finish_row(row);
@@ -85,88 +120,175 @@ __global__ void ensemble_stats_kernel(EnsembleStatsParams q, bool aligned) {
   }
 }
 
-template <int V, class S>
+template <int V, bool kAligned, class S>
 cudaError_t launch_stats_by(const EnsembleStatsParams& q, cudaStream_t stream) {
-  const EnsembleParams& p = q.ensemble;
-  const bool aligned = V > 1 && packs_aligned(p);
-  const int64_t packs = (p.K + V - 1) / V;
-  if (row_needs_block(p.N, packs)) {
-    return enqueue(ensemble_stats_kernel<true, V, S>, blocks_for(p.N), threads_for(packs * 4), 0, stream, q, aligned);
+  const int64_t N = q.ensemble.N, packs = (q.ensemble.K + V - 1) / V;
+  if (row_needs_block(N, packs)) {
+    return enqueue(ensemble_stats_kernel<true, V, kAligned, S>, blocks_for(N), threads_for(packs * 4), 0, stream, q);
   }
-  const int64_t blocks = (p.N + kRowsOfBlock - 1) / kRowsOfBlock;
-  return enqueue(ensemble_stats_kernel<false, V, S>, blocks_for(blocks), kMaxThreads, 0, stream, q, aligned);
+  const int64_t blocks = (N + kRowsOfBlock - 1) / kRowsOfBlock;
+  return enqueue(ensemble_stats_kernel<false, V, kAligned, S>, blocks_for(blocks), kMaxThreads, 0, stream, q);
 }
 
+// Shape and strides decide which values make a pack, and so the order of additions; where the tensors begin only
+// decides whether packs are read with one load.
 template <class S>
 cudaError_t launch_stats(const EnsembleStatsParams& q, cudaStream_t stream) {
-  if (q.ensemble.N == 0) return cudaSuccess;
-  return in_packs<S>(q.ensemble) ? launch_stats_by<kWide<S>, S>(q, stream) : launch_stats_by<1, S>(q, stream);
+  constexpr int V = kWide<S>;
+  const EnsembleParams& p = q.ensemble;
+  if (p.N == 0) return cudaSuccess;
+  const bool packs = (p.K == 1 || p.stride_k == 1) && p.K >= V && (p.E == 1 || p.stride_e % V == 0) &&
+                     (p.N == 1 || !p.output || (p.out_stride_n - p.stride_n) % V == 0);
+  if (!packs) return launch_stats_by<1, false, S>(q, stream);
+  return aligned_to_16(p.logits) && aligned_to_16(p.output) ? launch_stats_by<V, true, S>(q, stream)
+                                                            : launch_stats_by<V, false, S>(q, stream);
 }
 
-template <class S>
-__global__ void backward_logits_kernel(EnsembleBackwardParams p) {
+// V gradients of logits from each gradient: products with the exits' weights.
+template <int V, class S>
+__global__ void __launch_bounds__(kMaxThreads) backward_logits_kernel(EnsembleBackwardParams p) {
   using A = Acc<S>;
   const A* weights = static_cast<const A*>(p.weights);
-  const int64_t count = p.N * p.K, step = int64_t(gridDim.x) * blockDim.x;
+  const int64_t packs = p.K / V, count = p.N * packs, step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
-    const int64_t n = i / p.K, k = i % p.K;
-    const A grad = value_of(static_cast<const S*>(p.grad)[n * p.grad_stride_n + k * p.grad_stride_k]);
+    const int64_t n = p.N == 1 ? 0 : i / packs, k = (i - n * packs) * V;
+    const S* given = static_cast<const S*>(p.grad) + n * p.grad_stride_n + k * p.grad_stride_k;
+    A grad[V];
+    if (V > 1 && p.grad_stride_k == 0) {
+      const A one = value_of(*given);
+      for (int j = 0; j < V; ++j) grad[j] = one;
+    } else {
+      const Pack<V, S> pack = load_whole<V, true>(given);
+      for (int j = 0; j < V; ++j) grad[j] = value_of(pack.value[j]);
+    }
     S* out = static_cast<S*>(p.grad_logits) + n * p.out_stride_n + k;
-    for (int64_t e = 0; e < p.E; ++e) put(out + e * p.out_stride_e, product(weights[e], grad));
+    for (int64_t e = 0; e < p.E; ++e) {
+      const A weight = weights[e];
+      Pack<V, S> pack;
+      for (int j = 0; j < V; ++j) put(&pack.value[j], product(weight, grad[j]));
+      store_whole<V, true>(out + e * p.out_stride_e, pack);
+    }
   }
 }
 
-// A block a (chunk of rows, exit): the dot product of gradient and logits.
+// Whether the gradient's rows follow each other without gaps, or are one value.
+inline bool one_row(const EnsembleBackwardParams& p) {
+  if (p.N == 1 || p.K == 1) return p.N == 1 || p.grad_stride_n <= 1;
+  return p.grad_stride_k <= 1 && p.grad_stride_n == p.K * p.grad_stride_k;
+}
+
 template <class S>
-__global__ void backward_weights_kernel(EnsembleBackwardParams p, int64_t chunks) {
+cudaError_t launch_backward_logits(EnsembleBackwardParams p, cudaStream_t stream) {
+  constexpr int V = kWide<S>;
+  if (p.N == 0) return cudaSuccess;
+  if (one_row(p) && (p.N == 1 || p.out_stride_n == p.K)) {
+    if (p.K == 1) p.grad_stride_k = p.grad_stride_n;
+    p.K *= p.N, p.N = 1;
+  }
+  const bool wide = p.N == 1 && p.K % V == 0 && p.grad_stride_k <= 1 && (p.E == 1 || p.out_stride_e % V == 0) &&
+                    (p.grad_stride_k == 0 || aligned_to_16(p.grad)) && aligned_to_16(p.grad_logits);
+  if (wide)
+    return enqueue(backward_logits_kernel<V, S>, blocks_for_elements(p.K / V), kMaxThreads, 0, stream, p);
+  return enqueue(backward_logits_kernel<1, S>, blocks_for_elements(p.N * p.K), kMaxThreads, 0, stream, p);
+}
+
+// A block a part of the N * K classes: the dot products of gradient and logits, for kBatch exits at a time. kWide: both
+// tensors are without gaps, and packs are read with one load; else the same values, one by one.
+template <bool kWide, class S>
+__global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce<S>)
+    backward_weights_kernel(EnsembleBackwardParams p, int64_t parts) {
   using A = Acc<S>;
-  AEP_SHARED(A, shared, kMaxThreads);
-  for (int64_t task = blockIdx.x; task < chunks * p.E; task += gridDim.x) {
-    const int64_t chunk = task / p.E, e = task % p.E;
-    const int64_t begin = chunk * kEnsembleChunkRows, end = smaller(p.N, begin + kEnsembleChunkRows);
-    A sum = 0;
-    for (int64_t n = begin; n < end; ++n) {
-      const S* grad = static_cast<const S*>(p.grad) + n * p.grad_stride_n;
-      const S* x = static_cast<const S*>(p.logits) + e * p.stride_e + n * p.stride_n;
-      for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x)
-        sum += value_of(grad[k * p.grad_stride_k]) * value_of(x[k * p.stride_k]);
+  constexpr int V = aep::kernels::cuda::kWide<S>;
+  AEP_SHARED(A, shared, kRowsOfBlock * kBatch);
+  const int64_t values = p.N * p.K, packs = (values + V - 1) / V, each = (packs + parts - 1) / parts;
+  for (int64_t part = blockIdx.x; part < parts; part += gridDim.x) {
+    const int64_t begin = part * each, end = smaller(packs, begin + each);
+    for (int64_t first = 0; first < p.E; first += kBatch) {
+      A sum[kBatch] = {};
+      for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
+        Pack<V, S> grad{}, x[kBatch] = {};
+        const S* logits = static_cast<const S*>(p.logits) + first * p.stride_e;
+        if constexpr (kWide) {
+          grad = load_whole<V, true>(static_cast<const S*>(p.grad) + i * V);
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) {
+            if (first + j < p.E) x[j] = load_whole<V, true>(logits + j * p.stride_e + i * V);
+          }
+        } else {
+#pragma unroll
+          for (int v = 0; v < V; ++v) {
+            if (i * V + v >= values) continue;
+            const int64_t n = (i * V + v) / p.K, k = (i * V + v) % p.K;
+            grad.value[v] = static_cast<const S*>(p.grad)[n * p.grad_stride_n + k * p.grad_stride_k];
+            for (int j = 0; j < kBatch; ++j) {
+              if (first + j < p.E) x[j].value[v] = logits[j * p.stride_e + n * p.stride_n + k * p.stride_k];
+            }
+          }
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const A g = value_of(grad.value[v]);
+#pragma unroll
+          for (int j = 0; j < kBatch; ++j) sum[j] += g * value_of(x[j].value[v]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        for (int step = 1; step < static_cast<int>(kWarpSize); step *= 2)
+          sum[j] += __shfl_xor_sync(kAllLanes, sum[j], step);
+        if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize * kBatch + j] = sum[j];
+      }
+      __syncthreads();
+      if (threadIdx.x < kBatch && first + threadIdx.x < p.E) {
+        A total = 0;
+        for (int64_t warp = 0; warp < kRowsOfBlock; ++warp) total += shared[warp * kBatch + threadIdx.x];
+        static_cast<A*>(p.partials)[part * p.E + first + threadIdx.x] = total;
+      }
+      __syncthreads();
     }
-    sum = block_sum(sum, shared);
-    if (threadIdx.x == 0) static_cast<A*>(p.partials)[task] = sum;
   }
 }
 
 // A block an exit: the sum of its partial sums.
 template <class A>
-__global__ void finish_weights_kernel(const A* partials, A* grad_weights, int64_t chunks, int64_t E) {
+__global__ void __launch_bounds__(kMaxThreads) finish_weights_kernel(const A* partials, A* grad_weights, int64_t parts,
+                                                                      int64_t E) {
   AEP_SHARED(double, shared, kMaxThreads);
   for (int64_t e = blockIdx.x; e < E; e += gridDim.x) {
     double sum = 0;
-    for (int64_t chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x)
-      sum += static_cast<double>(partials[chunk * E + e]);
+    for (int64_t part = threadIdx.x; part < parts; part += blockDim.x)
+      sum += static_cast<double>(partials[part * E + e]);
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) grad_weights[e] = static_cast<A>(sum);
   }
 }
 
 template <class S>
-cudaError_t launch_backward(const EnsembleBackwardParams& p, cudaStream_t stream) {
+cudaError_t launch_backward_weights(const EnsembleBackwardParams& p, cudaStream_t stream) {
   using A = Acc<S>;
-  cudaError_t error = cudaSuccess;
-  if (p.grad_logits && p.N > 0)
-    error = enqueue(backward_logits_kernel<S>, blocks_for_elements(p.N * p.K), kMaxThreads, 0, stream, p);
-  if (error != cudaSuccess || !p.grad_weights) return error;
-  const int64_t chunks = ensemble_backward_chunks(p.N);
-  if (chunks > 0)
-    error = enqueue(backward_weights_kernel<S>, blocks_for(chunks * p.E), kMaxThreads, 0, stream, p, chunks);
-  if (error != cudaSuccess) return error;
+  constexpr int64_t V = kWide<S>;
+  const int64_t parts = ensemble_backward_parts(p.N, p.K);
+  if (parts > 0) {
+    const bool rows_joined = (p.K == 1 || (p.stride_k == 1 && p.grad_stride_k == 1)) &&
+                             (p.N == 1 || (p.stride_n == p.K && p.grad_stride_n == p.K));
+    const bool wide = rows_joined && p.N * p.K % V == 0 && (p.E == 1 || p.stride_e % V == 0) &&
+                      aligned_to_16(p.grad) && aligned_to_16(p.logits);
+    const auto kernel = wide ? backward_weights_kernel<true, S> : backward_weights_kernel<false, S>;
+    const cudaError_t error = enqueue(kernel, blocks_for(parts), kMaxThreads, 0, stream, p, parts);
+    if (error != cudaSuccess) return error;
+  }
   return enqueue(finish_weights_kernel<A>, blocks_for(p.E), kMaxThreads, 0, stream,
-                 static_cast<const A*>(p.partials), static_cast<A*>(p.grad_weights), chunks, p.E);
+                 static_cast<const A*>(p.partials), static_cast<A*>(p.grad_weights), parts, p.E);
+}
+
+template <class S>
+cudaError_t launch_backward(const EnsembleBackwardParams& p, cudaStream_t stream) {
+  const cudaError_t error = p.grad_logits ? launch_backward_logits<S>(p, stream) : cudaSuccess;
+  if (error != cudaSuccess || !p.grad_weights) return error;
+  return launch_backward_weights<S>(p, stream);
 }
 
 }  // namespace
-
-int64_t ensemble_backward_chunks(int64_t N) { return (N + kEnsembleChunkRows - 1) / kEnsembleChunkRows; }
 
 cudaError_t launch_ensemble(const EnsembleParams& p, cudaStream_t stream) {
   AEP_CUDA_BY_DTYPE(p.dtype, launch_sum, p, stream);

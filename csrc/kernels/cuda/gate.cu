@@ -18,7 +18,7 @@ struct GateRow {
 };
 
 constexpr int kPlaceThreads = 1024;
-constexpr int64_t kSmallRows = kMaxThreads, kSmallLogits = 16384, kFlagRows = 1024;
+constexpr int64_t kSmallRows = 32, kSmallLogits = 16384, kFlagRows = 1024;
 constexpr int64_t kChunk = 16384;  // bytes of features that a block copies at a time
 constexpr int64_t kSmallBlocks = 512;
 
@@ -120,11 +120,25 @@ __device__ inline Counted count_flags(bool flag, int* shared) {
 // Copies a part of one row of features, or clears it, in units of T.
 template <class T>
 __device__ void move_bytes(char* __restrict__ out, const char* __restrict__ in, int64_t bytes, bool clear) {
-  const int64_t count = bytes / static_cast<int64_t>(sizeof(T));
+  const int count = static_cast<int>(bytes / static_cast<int64_t>(sizeof(T)));  // of a chunk
+  const int step = static_cast<int>(blockDim.x);
   T* __restrict__ to = reinterpret_cast<T*>(out);
   const T* __restrict__ from = reinterpret_cast<const T*>(in);
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) to[i] = clear ? T{} : from[i];
+  if (clear) {
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += step) to[i] = T{};
+    return;
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kBatch * step) {
+    T unit[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (i + j * step < count) unit[j] = from[i + j * step];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (i + j * step < count) to[i + j * step] = unit[j];
+    }
+  }
 }
 
 // The block's share of bringing row n to its place: one chunk of its features, and with the first one all the rest.
@@ -271,11 +285,20 @@ __global__ void __launch_bounds__(kMaxThreads) scatter_kernel(GateParams p, int6
   }
 }
 
+// Whether one launch is the shorter way: there every block judges all rows, its warps (or it as a whole) one after the
+// other. A row alone would not be judged faster by a launch of its own.
+inline bool in_one_launch(const GateParams& p) {
+  if (p.n > kSmallRows || p.n * p.K > kSmallLogits) return false;
+  const bool block = p.n < kRowsOfBlock;
+  const int64_t each = block ? kMaxThreads : kWarpSize, rows = block ? p.n : (p.n + kRowsOfBlock - 1) / kRowsOfBlock;
+  return p.n <= 1 || rows * ((p.K + each - 1) / each) <= 8;
+}
+
 template <class R, class S>
 cudaError_t launch(const GateParams& p, cudaStream_t stream) {
   const int64_t chunks = p.feature_row_bytes > kChunk ? (p.feature_row_bytes + kChunk - 1) / kChunk : 1;
   const int64_t tasks = p.n * chunks;
-  if (p.n <= kSmallRows && p.n * p.K <= kSmallLogits) {
+  if (in_one_launch(p)) {
     const unsigned blocks = blocks_for(tasks < 1 ? 1 : tasks < kSmallBlocks ? tasks : kSmallBlocks);
     return p.n < kRowsOfBlock ? enqueue(small_gate_kernel<true, R, S>, blocks, kMaxThreads, 0, stream, p, chunks)
                               : enqueue(small_gate_kernel<false, R, S>, blocks, kMaxThreads, 0, stream, p, chunks);
