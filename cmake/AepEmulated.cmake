@@ -11,7 +11,8 @@ foreach(source IN LISTS aep_emulated_sources)
 endforeach()
 add_library(aep_emulated_kernels STATIC ${aep_emulated_units} "${aep_emulation}/emulator.cpp")
 target_include_directories(aep_emulated_kernels BEFORE PUBLIC
-                           "${aep_emulation}" "${CMAKE_CURRENT_SOURCE_DIR}/csrc" "${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels")
+                           "${aep_emulation}" "${CMAKE_CURRENT_SOURCE_DIR}/csrc"
+                           "${CMAKE_CURRENT_SOURCE_DIR}/csrc/kernels")
 # Unoptimised, half of the tests' time would be spent in the kernels.
 target_compile_options(aep_emulated_kernels PRIVATE -Wno-unknown-pragmas $<$<CONFIG:Debug>:-O1>)
 set_property(SOURCE "${aep_emulation}/emulator.cpp" PROPERTY COMPILE_OPTIONS -O2 -fno-sanitize=all)

@@ -1,5 +1,5 @@
-# A _C of csrc/torch without csrc/torch/cpu, whose CUDA operators are registered for CPU tensors and whose kernels are run
-# by the emulation: the CUDA path of the operators, but for graphs, tested where no GPU is (tests/emulated).
+# A _C of csrc/torch without csrc/torch/cpu, whose CUDA operators are registered for CPU tensors and whose kernels are
+# run by the emulation: the CUDA path of the operators, but for graphs, tested where no GPU is (tests/emulated).
 file(GLOB aep_operator_sources CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/torch/*.cpp"
      "${CMAKE_CURRENT_SOURCE_DIR}/csrc/torch/cuda/*.cpp")
 list(FILTER aep_operator_sources EXCLUDE REGEX "/(module|graph[^/]*)[.]cpp$")

@@ -1,4 +1,4 @@
-"""What the CUDA operators do and the CPU's do not, on the emulated module: run by test_cuda_operators.py as a program."""
+"""What the CUDA operators do and the CPU's do not, on the emulated module: a program run by test_cuda_operators.py."""
 
 from __future__ import annotations
 

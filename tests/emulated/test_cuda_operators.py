@@ -1,4 +1,4 @@
-"""The operators' tests once more, through csrc/torch/cuda and the CUDA kernels, on CPU tensors: a native module is built
+"""The operators' tests once more, through csrc/torch/cuda and the CUDA kernels, on CPU tensors: a module is built
 whose kernels are run by an emulation (tests/cpp/emulated_cuda). It says nothing about time, streams or graphs.
 
 ``tests/support/emulated_package.py`` tells how to run any other tests with it.

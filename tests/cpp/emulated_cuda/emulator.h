@@ -30,8 +30,8 @@ struct Index {
 
 enum class Order { forward, reverse, shuffled };
 
-// Memory that a launch may change: compared between the orders. Set by the tests. Null: not known, so that a kernel cannot
-// be run twice; it is run in one order.
+// Memory that a launch may change: compared between the orders. Set by the tests. Null: not known, so that a kernel
+// cannot be run twice; it is run in one order.
 struct Region {
   void* data;
   size_t size;
