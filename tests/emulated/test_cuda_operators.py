@@ -26,7 +26,7 @@ DIFFERENCES = (
 )  # fmt: skip
 # What torch does around an operator does not depend on the backend, and takes most of the time.
 LEFT_OUT = ("compile", "opcheck", "gradcheck", "any_")
-FILES = ("ensemble", "gate", "head", "linear_loss", "loss", "loss_memory", "out", "pool", "subsets")
+FILES = ("ensemble", "gate", "head", "huge_strides", "linear_loss", "loss", "loss_memory", "out", "pool", "subsets")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _pytest(package: Path, order: str, *arguments: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={package} tests/support",
+        sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-o", f"pythonpath={package} tests/support",
         *arguments,
     ]  # fmt: skip
     run = subprocess.run(

@@ -6,8 +6,7 @@ By hand, to run any tests with it::
     pytest -o "pythonpath=build/emulated tests/support" tests/ops
 
 What is expected to differ is listed in tests/emulated/test_cuda_operators.py. ``AEP_EMULATED_ORDER=reverse`` (or
-``shuffled``) runs
-the threads of every kernel in another order.
+``shuffled``) runs the threads of every kernel in another order.
 """
 
 from __future__ import annotations
