@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 
 #include "cuda_runtime.h"
 
@@ -26,6 +27,7 @@ emulated::Index threadIdx, blockIdx, blockDim, gridDim;
 namespace emulated {
 
 std::vector<Region> (*regions)() = nullptr;
+Order order_without_regions = Order::forward;
 
 namespace {
 
@@ -335,12 +337,19 @@ int run(const Index& grid, const Index& block, size_t shared_bytes, const std::f
       grid.y > 65535 || grid.z > 65535 || shared_bytes > kSharedLimit) {
     return cudaErrorInvalidConfiguration;
   }
+  static std::mutex one_launch;  // a process has one machine, whichever thread asks
+  const std::lock_guard<std::mutex> lock(one_launch);
   ++machine.launches;
   if (machine.threads.size() < kMostThreads) machine.threads.resize(kMostThreads);
   machine.body = &thread;
   machine.dynamic_bytes = shared_bytes;
   blockDim = block, gridDim = grid;
-  const std::vector<Region> list = regions ? regions() : std::vector<Region>{};
+  if (!regions) {
+    machine.garbage = 0xff;
+    run_grid(grid, threads, order_without_regions);
+    return machine.fault.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+  }
+  const std::vector<Region> list = regions();
   const Bytes before = copy_of(list);
   Bytes first;
   const bool large = size_t(grid.x) * grid.y * grid.z * threads > 8192;

@@ -30,12 +30,14 @@ struct Index {
 
 enum class Order { forward, reverse, shuffled };
 
-// Memory that a launch may change: compared between the orders. Set by the tests.
+// Memory that a launch may change: compared between the orders. Set by the tests. Null: not known, so that a kernel
+// cannot be run twice; it is run in one order.
 struct Region {
   void* data;
   size_t size;
 };
 extern std::vector<Region> (*regions)();
+extern Order order_without_regions;
 
 // The first fault since the last call of clear_fault(); empty if there was none.
 const std::string& fault();
