@@ -79,7 +79,7 @@ def score_logits(exit_logits: Tensor, weights: Tensor | Sequence[float], target:
                         correct=subset_correctness(logits, factors, target).cpu() if keep_correct else None)
 
 
-def _batch(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def _batch(batch: Any, device: torch.device, classes: int) -> tuple[Tensor, Tensor]:
     if not isinstance(batch, (tuple, list)) or len(batch) < 2:
         raise TypeError(f"score_subsets: loader must yield (x, y) batches, got {type(batch).__name__}")
     inputs, target = batch[0], torch.as_tensor(batch[1])
@@ -88,6 +88,10 @@ def _batch(batch: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     if target.dim() != 1 or target.is_floating_point() or len(target) != len(inputs):
         raise ValueError(f"score_subsets: a batch's y must be integers of shape [{len(inputs)}], "
                          f"got {target.dtype} of shape {list(target.shape)}")
+    if target.device.type == "cpu":  # on a GPU nobody looks at labels, since looking means waiting for it
+        wrong = target[(target < 0) | (target >= classes)]
+        if len(wrong):
+            raise IndexError(f"score_subsets: target must be within 0..{classes - 1}, got {int(wrong[0])}")
     return inputs.to(device, non_blocking=True), target.to(device=device, dtype=torch.int64, non_blocking=True)
 
 
@@ -117,6 +121,8 @@ def score_subsets(net: MultiExitNet, loader: Iterable[Any], *, device: torch.dev
     Raises:
         TypeError: ``net`` is no MultiExitNet, or the loader yields something else.
         ValueError: more than 16 exits, no sample, or labels of another shape.
+        IndexError: a label out of range (labels that the loader gives on a GPU are not looked at; such a one is never
+            counted as right, or see :class:`aep_ext.ops.check_labels`).
     """
     if not isinstance(net, MultiExitNet):
         raise TypeError(f"score_subsets: net must be a MultiExitNet, got {type(net).__name__}")
@@ -130,7 +136,7 @@ def score_subsets(net: MultiExitNet, loader: Iterable[Any], *, device: torch.dev
         net.to(where)
         with eval_mode(net), torch.inference_mode():
             for batch in loader:
-                inputs, target = _batch(batch, where)
+                inputs, target = _batch(batch, where, net.num_classes)
                 if example is None and len(inputs):
                     example = inputs[:1].clone()
                 exit_logits = net.exit_logits(inputs)
