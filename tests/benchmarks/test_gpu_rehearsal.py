@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What only a GPU does: labels that no one checks, native classes, compilation, another process, opcheck's devices.
 NOT_HERE = (
     "opcheck", "out_of_range", "native_class_refuses", "cannot_stand_in_an_if", "reads_a_value_back",
-    "in_place_is_refused_under_compile", "dynamic_rows_compile_once",
+    "in_place_is_refused_under_compile", "dynamic_rows_compile_once", "test_label_checks", "two_launches",
 )  # fmt: skip
 
 pytestmark = pytest.mark.skipif(_load.extension is None, reason="the native module is not loaded")

@@ -158,6 +158,8 @@ class CUDAGraph:
 
     def raw_cuda_graph(self) -> int:
         assert self.keep_graph
+        if self.recorder.failed:
+            raise RuntimeError("the capture of this graph did not end")
         CUDAGraph.known[id(self)] = self
         return id(self)
 
@@ -190,7 +192,7 @@ class Stream:
     """Everything runs in order, whatever the stream."""
 
     def __init__(self, device=None, priority: int = 0) -> None:
-        self.cuda_stream = id(self)
+        self.cuda_stream, self.device = id(self), CUDA
 
     def wait_stream(self, stream: Stream) -> None:
         assert isinstance(stream, Stream)
@@ -203,6 +205,23 @@ class Stream:
 
     def query(self) -> bool:
         return time.monotonic() >= _State.busy_until
+
+
+class CaptureStream:
+    """_C.CaptureStream."""
+
+    def __init__(self, device: int) -> None:
+        self.address = id(self)
+
+
+def _external_stream(address: int, device=None) -> Stream:
+    assert isinstance(address, int)
+    return Stream(device)
+
+
+def _end_allocation(device: int, pool: Any) -> None:
+    """What a capture that failed leaves open is closed."""
+    _State.broken = False
 
 
 class Event:
@@ -330,11 +349,13 @@ def install() -> None:
         "get_device_name": lambda device=None: "Pretended", "get_device_properties": _properties,
         "get_device_capability": lambda device=None: (9, 0), "get_rng_state": lambda device=None: torch.get_rng_state(),
         "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 1 << 20,
+        "ExternalStream": _external_stream, "mem_get_info": lambda device=None: (1 << 26, 1 << 30),
         "memory_reserved": lambda device=None: 0, "reset_peak_memory_stats": lambda device=None: None,
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         assert hasattr(torch.cuda, name), f"this torch has no torch.cuda.{name}"
         setattr(torch.cuda, name, stand_in)
+    torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool = _end_allocation, lambda device, pool: None
     torch.compile, torch.autocast = _same, _Autocast
     torch.is_autocast_enabled = _of_the_cpu(torch.is_autocast_enabled)
     torch.get_autocast_dtype = _of_the_cpu(torch.get_autocast_dtype)
@@ -344,6 +365,7 @@ def install() -> None:
     if _load.extension is not None:
         _load.record["kind"], _dispatch._native["cuda"] = "cuda", True
         _load.extension.GatedGraph, _load.extension.refused_node = GatedGraph, lambda raw: ""
+        _load.extension.CaptureStream = CaptureStream
     PretendCuda().__enter__()
 
 
