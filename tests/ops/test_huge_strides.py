@@ -65,7 +65,7 @@ def test_sums_statistics_and_counts(apart, close, where, dtype):
 
 
 @pytest.mark.parametrize("where", _LOGITS)
-def test_gradients_of_the_loss(apart, close, where):
+def test_gradients_of_the_loss(apart, close, where, native):
     x, weights, target = _logits(), torch.tensor([0.5, 0.3, 0.2]), torch.tensor([11, 3])
     leaf = x.clone().requires_grad_()
     ops.joint_cross_entropy(leaf, target, weights).loss.backward()
@@ -82,7 +82,7 @@ def test_gradients_of_the_loss(apart, close, where):
 
 
 @pytest.mark.parametrize("where", _LOGITS)
-def test_gradients_of_the_sum(apart, close, where):
+def test_gradients_of_the_sum(apart, close, where, native):
     x, weights, grad = _logits(), torch.tensor([0.5, 0.3, 0.2]), torch.randn(2, 12)
     far_grad = apart(grad, *_LOGITS[where][1:])
     backward = torch.ops.aep

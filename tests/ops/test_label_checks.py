@@ -188,7 +188,7 @@ def test_it_does_not_break_graphs(name, path):
         with ops.check_labels(mode):
             torch.testing.assert_close(compiled(x, w, labels(None, "cpu")), run(x, w, labels(None, "cpu")))
     assert counter.frame_count == 1
-    if path == "reference":  # a graph of torch's own operators looks at nothing
+    if path == "reference" or _load.extension is None:  # a graph of torch's own operators looks at nothing
         assert compiled(x, w, labels(9, "cpu")).isnan()
     else:
         with pytest.raises(IndexError, match="got 9 at position 4"):
