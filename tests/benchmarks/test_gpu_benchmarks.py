@@ -14,22 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from graphed_fake import FakeBackend
+from rehearse import SIZES
 
 from aep_ext import ops
 from aep_ext.termination import GatedNet, GraphedGatedNet
 from benchmarks.gpu import clock, end_to_end, goals, measure, operators, store
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = {
-    "global_avg_pool": (3, 8, 5),
-    "multi_exit_linear_head": (1,),
-    "ensemble": (3, 4, 11),
-    "ensemble_stats": (3, 4, 11),
-    "joint_cross_entropy": (3, 4, 11),
-    "linear_joint_cross_entropy": (2, 4, 11),
-    "subset_correct": (3, 20, 11),
-    "gate": (6,),
-}
 
 
 def test_every_case_has_a_name_of_its_own_and_a_setup():
@@ -37,18 +28,18 @@ def test_every_case_has_a_name_of_its_own_and_a_setup():
     assert len({case.id for case in found}) == len(found) > 40
     assert "ensemble_stats-4x1024x21841" in {case.id for case in found}
     assert "global_avg_pool-64x2048x7-bfloat16-channels_last" in {case.id for case in found}
-    assert {case.operator for case in found} <= set(operators._SETUPS) == set(SMALL)
+    assert {case.operator for case in found} <= set(operators._SETUPS) == set(SIZES)
     assert hasattr(ops, "linear_joint_cross_entropy") == any(c.operator.startswith("linear") for c in found)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operator", list(SMALL))
+@pytest.mark.parametrize("operator", list(SIZES))
 def test_all_contestants_of_an_operator_give_the_same(operator, dtype):
     if not hasattr(ops, operator):
         assert operator == "linear_joint_cross_entropy"
         return
     torch.manual_seed(0)
-    case = operators.Case(operator, SMALL[operator], dtype)
+    case = operators.Case(operator, SIZES[operator], dtype)
     found = operators.setup(case, "cpu")
     running, left_out = measure.contestants(found, compile_too=False)
     assert left_out == {} or (list(left_out) == ["liger"] and "not installed" in left_out["liger"])
@@ -62,7 +53,7 @@ def test_all_contestants_of_an_operator_give_the_same(operator, dtype):
 
 
 def test_who_differs_is_named_and_who_raises_is_left_out():
-    case = operators.Case("ensemble", SMALL["ensemble"])
+    case = operators.Case("ensemble", SIZES["ensemble"])
     found = operators.setup(case, "cpu")
     with pytest.raises(AssertionError, match="ensemble-3x4x11: liar"):
         measure.compared(case, found, {"liar": lambda x, w: ops.ensemble(x, w) + 1}, found.make())
