@@ -2,6 +2,7 @@
 
 No pickle. The JSON names the SHA-256 of the tensor file, so two files that do not belong together are found out.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -27,8 +28,7 @@ DESCRIPTION = "model.json"
 FORMAT = "aep_ext.model"
 VERSION = 1
 _GATE = ("thresholds", "temperatures", "enabled")  # a gated net's own tensors, stored as "gate.<name>"
-_KEYS = ("origin", "num_classes", "exit_ids", "exit_stages", "fused", "tied", "strides", "frozen", "sha256",
-         "metadata")
+_KEYS = ("origin", "num_classes", "exit_ids", "exit_stages", "fused", "tied", "strides", "frozen", "sha256", "metadata")
 
 
 def _safetensors() -> ModuleType:
@@ -68,8 +68,9 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def save(net: MultiExitNet | GatedNet, folder: str | os.PathLike[str], *,
-         metadata: dict[str, Any] | None = None) -> Path:
+def save(
+    net: MultiExitNet | GatedNet, folder: str | os.PathLike[str], *, metadata: dict[str, Any] | None = None
+) -> Path:
     """Write ``net`` to ``folder`` as ``model.safetensors`` and ``model.json``; earlier ones are replaced.
 
     Both files are complete before either takes its name.
@@ -153,8 +154,10 @@ def _gate_description(gated: GatedNet) -> dict[str, Any]:
     """What of a gate is no tensor."""
     policy = gated.policy
     if type(policy) is not POLICIES.get(policy.name):
-        raise ValueError(f"deploy.save: the policy must be one of {', '.join(POLICIES)}, got {policy.name!r} "
-                         f"({type(policy).__name__}), a rule in Python, which a file cannot hold")
+        raise ValueError(
+            f"deploy.save: the policy must be one of {', '.join(POLICIES)}, got {policy.name!r} "
+            f"({type(policy).__name__}), a rule in Python, which a file cannot hold"
+        )
     calibration = getattr(gated, "calibration", None)
     origin = {"calibration": calibration.to_dict()} if isinstance(calibration, Calibration) else {}
     return {"policy": policy.name, "on": policy.on, "mode": list(gated.mode)} | origin
@@ -166,8 +169,10 @@ def _with_gate(net: MultiExitNet, gate: Any, tensors: dict[str, Tensor]) -> Gate
         kind, on, mode = POLICIES[gate["policy"]], gate["on"], gate["mode"]
         numbers = [tensors[f"gate.{name}"] for name in _GATE]
     except (KeyError, TypeError) as error:
-        raise ValueError("deploy.load: the files of a gated network must hold a built-in policy, its numbers and "
-                         f"modes, got no {error}") from error
+        raise ValueError(
+            "deploy.load: the files of a gated network must hold a built-in policy, its numbers and "
+            f"modes, got no {error}"
+        ) from error
     gated = GatedNet(net, kind(on), *numbers, mode=mode)
     if "calibration" in gate:
         try:
@@ -198,8 +203,9 @@ def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"deploy.load: {DESCRIPTION} must have version {VERSION}, got {description.get('version')!r}")
     absent = [key for key in _KEYS if key not in description]
     if absent:
-        raise ValueError(f"deploy.load: {DESCRIPTION} must have the entries {', '.join(_KEYS)}, "
-                         f"got none for {absent[0]!r}")
+        raise ValueError(
+            f"deploy.load: {DESCRIPTION} must have the entries {', '.join(_KEYS)}, got none for {absent[0]!r}"
+        )
     return description
 
 
@@ -215,24 +221,31 @@ def _full_network(description: dict[str, Any], model: nn.Module | None) -> Multi
         return model
     if kind == "network":
         if model is not None:
-            raise ValueError(f"deploy.load: model= must be left out for the network {origin['name']!r}, which is "
-                             f"rebuilt by name, got {type(model).__name__}")
+            raise ValueError(
+                f"deploy.load: model= must be left out for the network {origin['name']!r}, which is "
+                f"rebuilt by name, got {type(model).__name__}"
+            )
         from ..surgery import networks
 
         return networks.build(origin["name"], origin["num_classes"], in_channels=origin["in_channels"], weights=None)
     if kind == "anticipate":
         if model is None:
-            raise ValueError("deploy.load: model= must be given, a model such as the one that anticipate was called "
-                             f"with ({origin.get('model_class')}), got None")
+            raise ValueError(
+                "deploy.load: model= must be given, a model such as the one that anticipate was called "
+                f"with ({origin.get('model_class')}), got None"
+            )
         expected = origin.get("model_class")
         if expected not in (None, _qualified_name(model), type(model).__name__):
             raise ValueError(f"deploy.load: model must be a {expected}, got a {_qualified_name(model)}")
         from ..surgery import anticipate
 
-        return anticipate(model, cuts=origin["cuts"], num_classes=origin.get("num_classes"),
-                          example=origin.get("example"))
-    raise ValueError(f"deploy.load: model= must be given, a MultiExitNet of the same architecture, for a network of "
-                     f"origin {kind!r}, got {'None' if model is None else type(model).__name__}")
+        return anticipate(
+            model, cuts=origin["cuts"], num_classes=origin.get("num_classes"), example=origin.get("example")
+        )
+    raise ValueError(
+        f"deploy.load: model= must be given, a MultiExitNet of the same architecture, for a network of "
+        f"origin {kind!r}, got {'None' if model is None else type(model).__name__}"
+    )
 
 
 def _architecture(description: dict[str, Any], model: nn.Module | None) -> MultiExitNet:
@@ -246,8 +259,10 @@ def _architecture(description: dict[str, Any], model: nn.Module | None) -> Multi
     net = subset_view(full, tuple(full.exit_ids.index(number) for number in wanted), share=False)
     stages = tuple(description["exit_stages"])
     if tuple(net.exit_stages) != stages or net.num_classes != description["num_classes"]:
-        raise ValueError(f"deploy.load: the rebuilt network must have {description['num_classes']} classes and exits "
-                         f"after stages {stages}, got {net.num_classes} and {tuple(net.exit_stages)}")
+        raise ValueError(
+            f"deploy.load: the rebuilt network must have {description['num_classes']} classes and exits "
+            f"after stages {stages}, got {net.num_classes} and {tuple(net.exit_stages)}"
+        )
     return net
 
 
@@ -257,18 +272,23 @@ def _fill(net: MultiExitNet, tensors: dict[str, Tensor], description: dict[str, 
     own = net.state_dict(keep_vars=True)
     absent, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if absent or surplus:
-        raise ValueError(f"deploy.load: {TENSORS} must hold the tensors of the rebuilt network, got {len(absent)} "
-                         f"missing (first: {absent[:1]}) and {len(surplus)} unknown (first: {surplus[:1]})")
+        raise ValueError(
+            f"deploy.load: {TENSORS} must hold the tensors of the rebuilt network, got {len(absent)} "
+            f"missing (first: {absent[:1]}) and {len(surplus)} unknown (first: {surplus[:1]})"
+        )
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
-            raise ValueError(f"deploy.load: {name} must have shape {list(tensor.shape)}, "
-                             f"got {list(tensors[name].shape)}")
+            raise ValueError(
+                f"deploy.load: {name} must have shape {list(tensor.shape)}, got {list(tensors[name].shape)}"
+            )
     sources: dict[int, str] = {}
     for name, tensor in own.items():
         source = sources.setdefault(id(tensor), description["tied"].get(name, name))
         if source != description["tied"].get(name, name):
-            raise ValueError(f"deploy.load: {name} must be stored as shared with {source}, as the rebuilt network "
-                             "shares them, got a tensor of its own")
+            raise ValueError(
+                f"deploy.load: {name} must be stored as shared with {source}, as the rebuilt network "
+                "shares them, got a tensor of its own"
+            )
     strides = description["strides"]
     for name, tensor in own.items():
         value = tensors[name]
@@ -280,8 +300,9 @@ def _fill(net: MultiExitNet, tensors: dict[str, Tensor], description: dict[str, 
         parameter.requires_grad_(name not in frozen)
 
 
-def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *,
-         map_location: torch.device | str = "cpu") -> MultiExitNet | GatedNet:
+def load(
+    folder: str | os.PathLike[str], model: nn.Module | None = None, *, map_location: torch.device | str = "cpu"
+) -> MultiExitNet | GatedNet:
     """Read a network that :func:`save` wrote. Parameters, buffers and outputs are those that were saved, bit for bit.
 
     Args:
@@ -309,8 +330,10 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None, *,
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != description["sha256"]:
-        raise ValueError(f"deploy.load: {TENSORS} must have the SHA-256 that {DESCRIPTION} names, "
-                         f"{description['sha256'][:12]}..., got {digest[:12]}...")
+        raise ValueError(
+            f"deploy.load: {TENSORS} must have the SHA-256 that {DESCRIPTION} names, "
+            f"{description['sha256'][:12]}..., got {digest[:12]}..."
+        )
     net = _architecture(description, model)
     net.fused = bool(description["fused"])
     net.origin = description["origin"]

@@ -1,4 +1,5 @@
 """Ensemble: how much each exit counts, in the training loss and in the answer."""
+
 from __future__ import annotations
 
 from .exit_weights import ExitWeights

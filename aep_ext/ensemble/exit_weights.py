@@ -1,4 +1,5 @@
 """Exit weights: the loss weights a_e and the output weights b_e of a multi-exit network."""
+
 from __future__ import annotations
 
 import math
@@ -10,10 +11,15 @@ from torch import Tensor
 
 # Our names and the paper's short ones, both in lower case.
 _ALIASES = {
-    "uniform": "uniform", "unif": "uniform",
-    "ascending": "ascending", "asc": "ascending",
-    "descending": "descending", "desc": "descending",
-    "mixed": "mixed", "mix": "mixed", "hybrid": "mixed",
+    "uniform": "uniform",
+    "unif": "uniform",
+    "ascending": "ascending",
+    "asc": "ascending",
+    "descending": "descending",
+    "desc": "descending",
+    "mixed": "mixed",
+    "mix": "mixed",
+    "hybrid": "mixed",
 }
 
 
@@ -70,8 +76,10 @@ class ExitWeights:
         loss_weights = _checked(loss, "loss")
         output_weights = loss_weights if output is None else _checked(output, "output")
         if len(loss_weights) != len(output_weights):
-            raise ValueError("ExitWeights: loss and output must have the same length, "
-                             f"got {len(loss_weights)} and {len(output_weights)}")
+            raise ValueError(
+                "ExitWeights: loss and output must have the same length, "
+                f"got {len(loss_weights)} and {len(output_weights)}"
+            )
         object.__setattr__(self, "loss", loss_weights)
         object.__setattr__(self, "output", output_weights)
 
@@ -106,8 +114,10 @@ class ExitWeights:
         """
         family = _ALIASES.get(str(name).lower())
         if family is None:
-            raise ValueError("ExitWeights.named: name must be one of uniform, ascending, descending, mixed "
-                             f"(or UNIF, ASC, DESC, MIX), got {name!r}")
+            raise ValueError(
+                "ExitWeights.named: name must be one of uniform, ascending, descending, mixed "
+                f"(or UNIF, ASC, DESC, MIX), got {name!r}"
+            )
         return getattr(cls, family)(num_exits)
 
     @property

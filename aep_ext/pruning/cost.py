@@ -1,4 +1,5 @@
 """What a network costs: parameters, multiply-adds and latency, of a module or of every subset of the exits."""
+
 from __future__ import annotations
 
 import statistics
@@ -136,8 +137,9 @@ def _host_times(module: nn.Module, inputs: Tensor, repeats: int) -> list[float]:
     return times
 
 
-def measure_latency(module: nn.Module, example: Tensor | Sequence[int], *, warmup: int = 10, repeats: int = 50,
-                    batch_size: int = 1) -> Latency:
+def measure_latency(
+    module: nn.Module, example: Tensor | Sequence[int], *, warmup: int = 10, repeats: int = 50, batch_size: int = 1
+) -> Latency:
     """Time forward passes in eval mode, in milliseconds, after a warm-up.
 
     On CUDA by events on the current stream, the device idle before each pass; elsewhere by ``time.perf_counter``.
@@ -153,8 +155,10 @@ def measure_latency(module: nn.Module, example: Tensor | Sequence[int], *, warmu
         ValueError: ``warmup`` is negative, or ``repeats`` or ``batch_size`` is below 1.
     """
     if warmup < 0 or repeats < 1 or batch_size < 1:
-        raise ValueError("measure_latency: warmup must be >= 0 and repeats and batch_size >= 1, "
-                         f"got {warmup}, {repeats} and {batch_size}")
+        raise ValueError(
+            "measure_latency: warmup must be >= 0 and repeats and batch_size >= 1, "
+            f"got {warmup}, {repeats} and {batch_size}"
+        )
     inputs = example_input("measure_latency", module, example)
     if inputs.device.type == "meta":
         raise ValueError("measure_latency: the module must be on a real device, got meta")
@@ -165,8 +169,14 @@ def measure_latency(module: nn.Module, example: Tensor | Sequence[int], *, warmu
             module(inputs)
         times = (_cuda_times if inputs.is_cuda else _host_times)(module, inputs, repeats)
     times.sort()
-    return Latency(median=statistics.median(times), p5=_percentile(times, 5), p95=_percentile(times, 95),
-                   p99=_percentile(times, 99), mean=statistics.fmean(times), repeats=repeats)
+    return Latency(
+        median=statistics.median(times),
+        p5=_percentile(times, 5),
+        p95=_percentile(times, 95),
+        p99=_percentile(times, 99),
+        mean=statistics.fmean(times),
+        repeats=repeats,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """Extraction: a subset of the exits, and the backbone that they need, as a network of its own."""
+
 from __future__ import annotations
 
 import copy
@@ -31,9 +32,15 @@ def subset_view(net: MultiExitNet, exits: tuple[int, ...], *, share: bool) -> Mu
     # differ from the fused operator's.
     fused = net.fused and all(fused_plan(head) is not None for head in net.exits)
     modes = [(module, module.training) for part in (*stages, *heads) for module in part.modules()]
-    result = MultiExitNet(stages, heads, exit_stages=[net.exit_stages[e] for e in exits],
-                          exit_ids=[net.exit_ids[e] for e in exits], num_classes=net.num_classes,
-                          origin=copy.deepcopy(net.origin), fused=fused)
+    result = MultiExitNet(
+        stages,
+        heads,
+        exit_stages=[net.exit_stages[e] for e in exits],
+        exit_ids=[net.exit_ids[e] for e in exits],
+        num_classes=net.num_classes,
+        origin=copy.deepcopy(net.origin),
+        fused=fused,
+    )
     result.train(net.training)
     for module, training in modes:  # a module that was frozen in eval mode stays so
         module.training = training
@@ -43,8 +50,9 @@ def subset_view(net: MultiExitNet, exits: tuple[int, ...], *, share: bool) -> Mu
     return result
 
 
-def prune(net: MultiExitNet, exits: Iterable[int] | SubsetScore | SubsetScores | str, *,
-          scores: SubsetScores | None = None) -> MultiExitNet:
+def prune(
+    net: MultiExitNet, exits: Iterable[int] | SubsetScore | SubsetScores | str, *, scores: SubsetScores | None = None
+) -> MultiExitNet:
     """Take the sub-network of some exits out of ``net``: the backbone up to the last of them, and their heads.
 
     The result is a new, physically smaller :class:`~aep_ext.MultiExitNet` on copies of the kept parts; ``net`` is
@@ -76,8 +84,10 @@ def prune(net: MultiExitNet, exits: Iterable[int] | SubsetScore | SubsetScores |
     if isinstance(exits, SubsetScore):
         ids = tuple(net.exit_ids[e] for e in exits.exits if e < net.num_exits)
         if exits.exit_ids != ids:
-            raise ValueError(f"prune: scores must be of this network (original exits {tuple(net.exit_ids)}), "
-                             f"got a choice of original exits {exits.exit_ids} at indices {exits.exits}")
+            raise ValueError(
+                f"prune: scores must be of this network (original exits {tuple(net.exit_ids)}), "
+                f"got a choice of original exits {exits.exit_ids} at indices {exits.exits}"
+            )
         exits = exits.exits
     return subset_view(net, checked_exits("prune", exits, net.num_exits), share=False)
 

@@ -1,4 +1,5 @@
 """Is a smaller network not worse? Paired non-inferiority of two classifiers on the same samples."""
+
 from __future__ import annotations
 
 import math
@@ -48,9 +49,18 @@ class NonInferiority:
 
     def to_dict(self) -> dict[str, float | int | bool | str]:
         """As plain values, for JSON."""
-        return {"difference": self.difference, "low": self.low, "high": self.high, "margin": self.margin,
-                "confidence": self.confidence, "n": self.n, "only_a": self.only_a, "only_b": self.only_b,
-                "method": self.method, "non_inferior": self.non_inferior}
+        return {
+            "difference": self.difference,
+            "low": self.low,
+            "high": self.high,
+            "margin": self.margin,
+            "confidence": self.confidence,
+            "n": self.n,
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "method": self.method,
+            "non_inferior": self.non_inferior,
+        }
 
 
 def _wilson(successes: int, n: int, z: float) -> tuple[float, float]:
@@ -77,8 +87,7 @@ def _newcombe(both: int, only_a: int, only_b: int, neither: int, z: float) -> tu
     def spread(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
 
-    return (max(-1.0, difference - spread(p1 - low1, high2 - p2)),
-            min(1.0, difference + spread(high1 - p1, p2 - low2)))
+    return (max(-1.0, difference - spread(p1 - low1, high2 - p2)), min(1.0, difference + spread(high1 - p1, p2 - low2)))
 
 
 def _wald(only_a: int, only_b: int, n: int, z: float) -> tuple[float, float]:
@@ -91,13 +100,21 @@ def _wald(only_a: int, only_b: int, n: int, z: float) -> tuple[float, float]:
 def _as_correct(values: Tensor | Sequence[bool], name: str) -> Tensor:
     tensor = torch.as_tensor(values).detach().cpu()
     if tensor.dim() != 1 or tensor.dtype != torch.bool:
-        raise ValueError(f"non_inferior: {name} must be a bool tensor with one dimension, "
-                         f"got {tensor.dtype} of shape {list(tensor.shape)}")
+        raise ValueError(
+            f"non_inferior: {name} must be a bool tensor with one dimension, "
+            f"got {tensor.dtype} of shape {list(tensor.shape)}"
+        )
     return tensor
 
 
-def non_inferior(correct_a: Tensor | Sequence[bool], correct_b: Tensor | Sequence[bool], margin: float,
-                 confidence: float = 0.95, *, method: str = "newcombe") -> NonInferiority:
+def non_inferior(
+    correct_a: Tensor | Sequence[bool],
+    correct_b: Tensor | Sequence[bool],
+    margin: float,
+    confidence: float = 0.95,
+    *,
+    method: str = "newcombe",
+) -> NonInferiority:
     """Is classifier a not worse than b by ``margin`` or more? Judged by a paired interval on the same samples.
 
     a is non-inferior where the lower end of the two-sided interval of accuracy(a) - accuracy(b) lies above
@@ -117,8 +134,10 @@ def non_inferior(correct_a: Tensor | Sequence[bool], correct_b: Tensor | Sequenc
     """
     a, b = _as_correct(correct_a, "correct_a"), _as_correct(correct_b, "correct_b")
     if a.shape != b.shape or a.numel() == 0:
-        raise ValueError("non_inferior: correct_a and correct_b must have the same length, at least 1, "
-                         f"got {a.numel()} and {b.numel()}")
+        raise ValueError(
+            "non_inferior: correct_a and correct_b must have the same length, at least 1, "
+            f"got {a.numel()} and {b.numel()}"
+        )
     if not (math.isfinite(margin) and margin > 0):
         raise ValueError(f"non_inferior: margin must be positive, got {margin}")
     if not 0 < confidence < 1:
@@ -135,8 +154,9 @@ def non_inferior(correct_a: Tensor | Sequence[bool], correct_b: Tensor | Sequenc
     return NonInferiority((only_a - only_b) / n, low, high, float(margin), float(confidence), n, only_a, only_b, method)
 
 
-def smallest_non_inferior(scores: SubsetScores, reference: Tensor | Sequence[bool], margin: float,
-                          confidence: float = 0.95) -> tuple[SubsetScore, NonInferiority] | None:
+def smallest_non_inferior(
+    scores: SubsetScores, reference: Tensor | Sequence[bool], margin: float, confidence: float = 0.95
+) -> tuple[SubsetScore, NonInferiority] | None:
     """The cheapest subset that is not worse than a reference by ``margin``, and the interval that says so.
 
     Cheapest: fewest multiply-adds, then fewest parameters, then most right answers. The interval is not corrected

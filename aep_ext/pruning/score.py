@@ -1,4 +1,5 @@
 """Scoring: how often every subset of the exits is right, and what it costs."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,14 +28,18 @@ def subset_correctness(exit_logits: Tensor, weights: Tensor | Sequence[float], t
         target: (N,), int64.
     """
     if exit_logits.dim() != 3 or not 1 <= exit_logits.shape[0] <= MAX_EXITS:
-        raise ValueError(f"subset_correctness: exit_logits must have shape [E, N, K] with E in 1..{MAX_EXITS}, "
-                         f"got {list(exit_logits.shape)}")
+        raise ValueError(
+            f"subset_correctness: exit_logits must have shape [E, N, K] with E in 1..{MAX_EXITS}, "
+            f"got {list(exit_logits.shape)}"
+        )
     exits, samples, _ = exit_logits.shape
     acc = torch.float64 if exit_logits.dtype == torch.float64 else torch.float32
     factors = torch.as_tensor(weights).to(device=exit_logits.device, dtype=acc)
     if tuple(factors.shape) != (exits,) or tuple(target.shape) != (samples,):
-        raise ValueError(f"subset_correctness: weights must have shape [{exits}] and target [{samples}], "
-                         f"got {list(factors.shape)} and {list(target.shape)}")
+        raise ValueError(
+            f"subset_correctness: weights must have shape [{exits}] and target [{samples}], "
+            f"got {list(factors.shape)} and {list(target.shape)}"
+        )
     terms = exit_logits.to(acc) * factors[:, None, None]
     right = torch.empty((1 << exits) - 1, samples, dtype=torch.bool, device=exit_logits.device)
 
@@ -50,9 +55,15 @@ def subset_correctness(exit_logits: Tensor, weights: Tensor | Sequence[float], t
     return right
 
 
-def score_logits(exit_logits: Tensor, weights: Tensor | Sequence[float], target: Tensor, *,
-                 costs: SubsetCosts | None = None, exit_ids: Sequence[int] | None = None,
-                 keep_correct: bool = False) -> SubsetScores:
+def score_logits(
+    exit_logits: Tensor,
+    weights: Tensor | Sequence[float],
+    target: Tensor,
+    *,
+    costs: SubsetCosts | None = None,
+    exit_ids: Sequence[int] | None = None,
+    keep_correct: bool = False,
+) -> SubsetScores:
     """Score every subset of the exits on cached exit logits.
 
     Args:
@@ -74,9 +85,14 @@ def score_logits(exit_logits: Tensor, weights: Tensor | Sequence[float], target:
     factors = torch.as_tensor(weights, device=exit_logits.device)
     logits = exit_logits.detach()
     counts = ops.subset_correct(logits, factors, target)
-    return SubsetScores(counts.cpu(), samples, ids, parameters=None if costs is None else costs.parameters,
-                        macs=None if costs is None else costs.macs,
-                        correct=subset_correctness(logits, factors, target).cpu() if keep_correct else None)
+    return SubsetScores(
+        counts.cpu(),
+        samples,
+        ids,
+        parameters=None if costs is None else costs.parameters,
+        macs=None if costs is None else costs.macs,
+        correct=subset_correctness(logits, factors, target).cpu() if keep_correct else None,
+    )
 
 
 def _batch(batch: Any, device: torch.device, classes: int) -> tuple[Tensor, Tensor]:
@@ -86,8 +102,10 @@ def _batch(batch: Any, device: torch.device, classes: int) -> tuple[Tensor, Tens
     if not isinstance(inputs, Tensor):
         raise TypeError(f"score_subsets: a batch's x must be a tensor, got {type(inputs).__name__}")
     if target.dim() != 1 or target.is_floating_point() or len(target) != len(inputs):
-        raise ValueError(f"score_subsets: a batch's y must be integers of shape [{len(inputs)}], "
-                         f"got {target.dtype} of shape {list(target.shape)}")
+        raise ValueError(
+            f"score_subsets: a batch's y must be integers of shape [{len(inputs)}], "
+            f"got {target.dtype} of shape {list(target.shape)}"
+        )
     if target.device.type == "cpu":  # on a GPU nobody looks at labels, since looking means waiting for it
         wrong = target[(target < 0) | (target >= classes)]
         if len(wrong):
@@ -97,13 +115,22 @@ def _batch(batch: Any, device: torch.device, classes: int) -> tuple[Tensor, Tens
 
 def _latencies(net: MultiExitNet, example: Tensor, options: dict[str, Any]) -> tuple[Latency, ...]:
     # On shared modules: a copy computes the same at the same speed, and 2^E - 1 copies would only cost memory.
-    return tuple(measure_latency(subset_view(net, exits_of_mask(mask), share=True), example, **options)
-                 for mask in range(1, 1 << net.num_exits))
+    return tuple(
+        measure_latency(subset_view(net, exits_of_mask(mask), share=True), example, **options)
+        for mask in range(1, 1 << net.num_exits)
+    )
 
 
-def score_subsets(net: MultiExitNet, loader: Iterable[Any], *, device: torch.device | str | None = None,
-                  latency: bool | dict[str, Any] = False, example: Tensor | Sequence[int] | None = None,
-                  keep_correct: bool = False, progress: Callable[[int], None] | None = None) -> SubsetScores:
+def score_subsets(
+    net: MultiExitNet,
+    loader: Iterable[Any],
+    *,
+    device: torch.device | str | None = None,
+    latency: bool | dict[str, Any] = False,
+    example: Tensor | Sequence[int] | None = None,
+    keep_correct: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> SubsetScores:
     """Score every subset of the exits of ``net`` on the validation set, and count what each costs.
 
     One pass in eval mode and inference mode; nothing larger than a batch is held. The network's modes (and its
@@ -155,5 +182,12 @@ def score_subsets(net: MultiExitNet, loader: Iterable[Any], *, device: torch.dev
         timed = _latencies(net, example, latency if isinstance(latency, dict) else {}) if latency else None
     finally:
         net.to(home)
-    return SubsetScores(total.cpu().clone(), n, tuple(net.exit_ids), parameters=costs.parameters, macs=costs.macs,
-                        latency=timed, correct=torch.cat(correct, dim=1) if keep_correct else None)
+    return SubsetScores(
+        total.cpu().clone(),
+        n,
+        tuple(net.exit_ids),
+        parameters=costs.parameters,
+        macs=costs.macs,
+        latency=timed,
+        correct=torch.cat(correct, dim=1) if keep_correct else None,
+    )

@@ -1,4 +1,5 @@
 """The scores of all subsets of the exits: look them up, choose by the published rule, draw the Pareto front."""
+
 from __future__ import annotations
 
 import operator
@@ -14,7 +15,10 @@ from .subsets import exits_of_mask, mask_of_exits
 
 # What a goal or an axis reads from a score, with the sign that makes more of it better.
 _AXES: dict[str, tuple[str, int]] = {
-    "top1": ("correct1", 1), "top5": ("correct5", 1), "macs": ("macs", -1), "parameters": ("parameters", -1),
+    "top1": ("correct1", 1),
+    "top5": ("correct5", 1),
+    "macs": ("macs", -1),
+    "parameters": ("parameters", -1),
     "latency": ("latency_ms", -1),
 }
 
@@ -103,8 +107,10 @@ class SubsetScores:
     def __post_init__(self) -> None:
         rows = (1 << len(self.exit_ids)) - 1
         if self.counts.dtype != torch.int64 or tuple(self.counts.shape) != (rows, 2):
-            raise ValueError(f"SubsetScores: counts must be int64 of shape [{rows}, 2], "
-                             f"got {self.counts.dtype} of shape {list(self.counts.shape)}")
+            raise ValueError(
+                f"SubsetScores: counts must be int64 of shape [{rows}, 2], "
+                f"got {self.counts.dtype} of shape {list(self.counts.shape)}"
+            )
         if self.n < 1:
             raise ValueError(f"SubsetScores: n must be at least 1, got {self.n}")
         for name in ("parameters", "macs", "latency", "correct"):
@@ -151,14 +157,26 @@ class SubsetScores:
             raise IndexError(f"SubsetScores: the subset's mask must be within 1..{len(self)}, got {mask}")
         exits, row = exits_of_mask(mask), mask - 1
         return SubsetScore(
-            mask=mask, exits=exits, exit_ids=tuple(self.exit_ids[e] for e in exits),
-            correct1=int(self.counts[row, 0]), correct5=int(self.counts[row, 1]), n=self.n,
+            mask=mask,
+            exits=exits,
+            exit_ids=tuple(self.exit_ids[e] for e in exits),
+            correct1=int(self.counts[row, 0]),
+            correct5=int(self.counts[row, 1]),
+            n=self.n,
             parameters=None if self.parameters is None else self.parameters[row],
             macs=None if self.macs is None else self.macs[row],
-            latency=None if self.latency is None else self.latency[row])
+            latency=None if self.latency is None else self.latency[row],
+        )
 
-    def best(self, goal: str = "top1", *, min_top1: float | None = None, max_macs: int | None = None,
-             max_parameters: int | None = None, max_latency: float | None = None) -> SubsetScore:
+    def best(
+        self,
+        goal: str = "top1",
+        *,
+        min_top1: float | None = None,
+        max_macs: int | None = None,
+        max_parameters: int | None = None,
+        max_latency: float | None = None,
+    ) -> SubsetScore:
         """Choose one subset by integer counts.
 
         "top1", the published rule: the highest top-1, then top-5, then fewest multiply-adds, then fewest parameters
@@ -205,15 +223,19 @@ class SubsetScores:
 
     def cheapest_first(self) -> list[SubsetScore]:
         """All subsets by fewest multiply-adds, then fewest parameters, then most right answers."""
+
         def key(score: SubsetScore) -> tuple[int, ...]:
             *cost, mask = _cost_key(score)
             return (*cost, -score.correct1, -score.correct5, mask)
+
         return sorted(self, key=key)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON; the answers per sample (``correct``) are left out."""
         return {
-            "n": self.n, "exit_ids": list(self.exit_ids), "counts": self.counts.tolist(),
+            "n": self.n,
+            "exit_ids": list(self.exit_ids),
+            "counts": self.counts.tolist(),
             "parameters": None if self.parameters is None else list(self.parameters),
             "macs": None if self.macs is None else list(self.macs),
             "latency_ms": None if self.latency is None else [latency.to_dict() for latency in self.latency],
@@ -223,8 +245,11 @@ class SubsetScores:
     def from_dict(cls, values: dict[str, Any]) -> SubsetScores:
         """The reverse of :meth:`to_dict`."""
         parameters, macs, latency = values.get("parameters"), values.get("macs"), values.get("latency_ms")
-        return cls(counts=torch.tensor(values["counts"], dtype=torch.int64), n=int(values["n"]),
-                   exit_ids=tuple(values["exit_ids"]),
-                   parameters=None if parameters is None else tuple(parameters),
-                   macs=None if macs is None else tuple(macs),
-                   latency=None if latency is None else tuple(Latency(**entry) for entry in latency))
+        return cls(
+            counts=torch.tensor(values["counts"], dtype=torch.int64),
+            n=int(values["n"]),
+            exit_ids=tuple(values["exit_ids"]),
+            parameters=None if parameters is None else tuple(parameters),
+            macs=None if macs is None else tuple(macs),
+            latency=None if latency is None else tuple(Latency(**entry) for entry in latency),
+        )

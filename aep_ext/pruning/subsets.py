@@ -1,4 +1,5 @@
 """Subsets of exits: tuples of indices, and bit masks with bit ``1 << e`` set for exit e (from 0)."""
+
 from __future__ import annotations
 
 import operator

@@ -4,6 +4,7 @@ A policy keeps an int64 state per sample, (n, S), and takes one step per exit: :
 ``aep_ext.ops.gate`` for the built-in policies and eager Python for a user's own rule. Engines and CUDA graphs take
 built-in policies only: they know them by ``name``.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -47,12 +48,36 @@ class Policy:
         """The state before the first exit: (n, S) int64."""
         return torch.zeros(n, self.state_size(num_classes), dtype=torch.int64, device=device)
 
-    def gate(self, features: Tensor, running: Tensor, weight_sum: float | Tensor, indices: Tensor, state: Tensor,
-             exit_logits: Tensor, *, exit_index: int, weight: float | Tensor, threshold: float | Tensor,
-             temperature: float | Tensor = 1.0, enabled: bool = True) -> GateResult:
+    def gate(
+        self,
+        features: Tensor,
+        running: Tensor,
+        weight_sum: float | Tensor,
+        indices: Tensor,
+        state: Tensor,
+        exit_logits: Tensor,
+        *,
+        exit_index: int,
+        weight: float | Tensor,
+        threshold: float | Tensor,
+        temperature: float | Tensor = 1.0,
+        enabled: bool = True,
+    ) -> GateResult:
         """One exit: arguments and result are those of ``aep_ext.ops.gate``; ``exit_index`` is its number, from 0."""
-        return ops.gate(features, running, weight_sum, indices, state, exit_logits, weight=weight, threshold=threshold,
-                        temperature=temperature, policy=self.name, on=self.on, enabled=enabled)
+        return ops.gate(
+            features,
+            running,
+            weight_sum,
+            indices,
+            state,
+            exit_logits,
+            weight=weight,
+            threshold=threshold,
+            temperature=temperature,
+            policy=self.name,
+            on=self.on,
+            enabled=enabled,
+        )
 
 
 class Confidence(Policy):
@@ -139,13 +164,37 @@ class Custom(Policy):
     def built_in(self) -> bool:
         return False
 
-    def gate(self, features: Tensor, running: Tensor, weight_sum: float | Tensor, indices: Tensor, state: Tensor,
-             exit_logits: Tensor, *, exit_index: int, weight: float | Tensor, threshold: float | Tensor,
-             temperature: float | Tensor = 1.0, enabled: bool = True) -> GateResult:
+    def gate(
+        self,
+        features: Tensor,
+        running: Tensor,
+        weight_sum: float | Tensor,
+        indices: Tensor,
+        state: Tensor,
+        exit_logits: Tensor,
+        *,
+        exit_index: int,
+        weight: float | Tensor,
+        threshold: float | Tensor,
+        temperature: float | Tensor = 1.0,
+        enabled: bool = True,
+    ) -> GateResult:
         # With the gate disabled nobody leaves, so the operator returns every row in its place: sums and statistics
         # are its own, only the decision and the partition are made here.
-        kept = ops.gate(features, running, weight_sum, indices, state, exit_logits, weight=weight, threshold=0.0,
-                        temperature=temperature, policy="confidence", on=self.on, enabled=False)
+        kept = ops.gate(
+            features,
+            running,
+            weight_sum,
+            indices,
+            state,
+            exit_logits,
+            weight=weight,
+            threshold=0.0,
+            temperature=temperature,
+            policy="confidence",
+            on=self.on,
+            enabled=False,
+        )
         if not enabled:
             return kept
         if self.on == "ensemble":
@@ -154,16 +203,25 @@ class Custom(Policy):
             judged = exit_logits.to(kept.running.dtype) / temperature
         leaves = self.rule(Judged(exit_index, indices, judged, kept.stats, kept.argmax, threshold))
         if not isinstance(leaves, Tensor) or leaves.dtype != torch.bool or leaves.shape != indices.shape:
-            found = (f"{leaves.dtype} of shape {list(leaves.shape)}" if isinstance(leaves, Tensor)
-                     else type(leaves).__name__)
+            found = (
+                f"{leaves.dtype} of shape {list(leaves.shape)}" if isinstance(leaves, Tensor) else type(leaves).__name__
+            )
             raise ValueError(f"Custom: rule must return a bool tensor of shape {list(indices.shape)}, got {found}")
         leaves = leaves & ~kept.stats[:, 0].isnan()
         order = torch.argsort(leaves.to(torch.uint8), stable=True)
         count = leaves.numel() - leaves.sum()
         gone = leaves[order].view(-1, *[1] * (features.dim() - 1))
         compacted = torch.empty_like(features).copy_(features[order]).masked_fill_(gone, 0)
-        return GateResult(compacted, kept.running[order], kept.indices[order], kept.state[order], kept.stats[order],
-                          kept.argmax[order], kept.weight_sum, count)
+        return GateResult(
+            compacted,
+            kept.running[order],
+            kept.indices[order],
+            kept.state[order],
+            kept.stats[order],
+            kept.argmax[order],
+            kept.weight_sum,
+            count,
+        )
 
 
 POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Confidence, Entropy, Margin, Patience, Vote)}

@@ -3,6 +3,7 @@
 It walks the exits with the very step that an executor takes, :meth:`Policy.gate`, on the samples that are still
 there, only without features to carry. So exit taken, prediction and confidence are an executor's by construction.
 """
+
 from __future__ import annotations
 
 import math
@@ -77,10 +78,18 @@ def _flags(enabled: Sequence[bool] | Tensor | bool, count: int) -> list[bool]:
     return flags
 
 
-def simulate(exit_logits: Tensor, weights: Sequence[float] | Tensor, policy: Policy | str | Callable[[Judged], Tensor],
-             thresholds: Sequence[float] | Tensor | float, *, temperatures: Sequence[float] | Tensor | float = 1.0,
-             enabled: Sequence[bool] | Tensor | bool = True, target: Tensor | None = None,
-             costs: Sequence[float] | Tensor | None = None, on: str | None = None) -> Simulation:
+def simulate(
+    exit_logits: Tensor,
+    weights: Sequence[float] | Tensor,
+    policy: Policy | str | Callable[[Judged], Tensor],
+    thresholds: Sequence[float] | Tensor | float,
+    *,
+    temperatures: Sequence[float] | Tensor | float = 1.0,
+    enabled: Sequence[bool] | Tensor | bool = True,
+    target: Tensor | None = None,
+    costs: Sequence[float] | Tensor | None = None,
+    on: str | None = None,
+) -> Simulation:
     """Where would every sample leave, with which answer?
 
     A sample leaves at the first enabled exit e whose threshold is reached by the judged distribution: the softmax of
@@ -130,10 +139,19 @@ def simulate(exit_logits: Tensor, weights: Sequence[float] | Tensor, policy: Pol
     with torch.no_grad():
         for e in range(exits):
             last = e == exits - 1
-            step = rule.gate(running.new_zeros(len(indices), 1), running, weight_sum, indices, state,
-                             exit_logits[e, indices], exit_index=e, weight=factors[e],
-                             threshold=0.0 if last else limits[e], temperature=scales[e],
-                             enabled=not last and flags[e])
+            step = rule.gate(
+                running.new_zeros(len(indices), 1),
+                running,
+                weight_sum,
+                indices,
+                state,
+                exit_logits[e, indices],
+                exit_index=e,
+                weight=factors[e],
+                threshold=0.0 if last else limits[e],
+                temperature=scales[e],
+                enabled=not last and flags[e],
+            )
             stay = 0 if last else int(step.count)
             gone = step.indices[stay:]
             taken[gone] = e

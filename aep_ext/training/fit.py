@@ -174,9 +174,7 @@ def _fit_or_interrupt(
         raise KeyboardInterrupt from error
 
 
-def _resume_finished(
-    checkpoint: Path, keeper: RunCheckpoint, stopper: JointEarlyStopping, recipe: Recipe
-) -> bool:
+def _resume_finished(checkpoint: Path, keeper: RunCheckpoint, stopper: JointEarlyStopping, recipe: Recipe) -> bool:
     """Whether the checkpoint is that of a training which was over; its history and best weights are then in ``keeper``.
 
     Lightning would train one epoch more after an early stop.

@@ -187,8 +187,11 @@ def test_broken_folders_are_refused(net, tmp_path):
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
         (tmp_path / "model.json").write_text(good)
-    for text, message in (("{", "must be JSON, got"), ("[]", "must have format 'aep_ext.model', got None"),
-                          (json.dumps({"format": "aep_ext.model", "version": 1}), "got none for 'origin'")):
+    for text, message in (
+        ("{", "must be JSON, got"),
+        ("[]", "must have format 'aep_ext.model', got None"),
+        (json.dumps({"format": "aep_ext.model", "version": 1}), "got none for 'origin'"),
+    ):
         (tmp_path / "model.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
@@ -247,8 +250,14 @@ def test_gated_networks(net, tmp_path, exits):
 
     pruned = net if exits is None else prune(net, exits)
     count = pruned.num_exits
-    gated = GatedNet(pruned, Patience("exit"), [1 + 0.1 * e for e in range(count - 1)], [0.7] * count,
-                     [e != 1 for e in range(count - 1)], ["mask"] * (count - 1))
+    gated = GatedNet(
+        pruned,
+        Patience("exit"),
+        [1 + 0.1 * e for e in range(count - 1)],
+        [0.7] * count,
+        [e != 1 for e in range(count - 1)],
+        ["mask"] * (count - 1),
+    )
     x = torch.randn(5, 1, 12, 12)
     gated.measure(x, repeats=1)
     assert save(gated, tmp_path, metadata={"a": 1}) == tmp_path
@@ -280,11 +289,14 @@ def test_gates_that_no_file_can_hold_and_broken_ones(net, tmp_path):
         save(GatedNet(Units(), "confidence", []), tmp_path)
     save(GatedNet(net, "confidence", 0.5), tmp_path)
     good = describe(tmp_path)["gate"]
-    for gate, message in (({"policy": "luck"}, "must hold a built-in policy, its numbers and modes, got no 'luck'"),
-                          ({"policy": "vote"}, "got no 'on'"), ("gate", "got no string indices"),
-                          (good | {"mode": ["no"] * 3}, "mode must be one of auto, compact, mask, off, got 'no'"),
-                          (good | {"on": "both"}, "on must be 'ensemble' or 'exit', got 'both'"),
-                          (None, "3 unknown")):
+    for gate, message in (
+        ({"policy": "luck"}, "must hold a built-in policy, its numbers and modes, got no 'luck'"),
+        ({"policy": "vote"}, "got no 'on'"),
+        ("gate", "got no string indices"),
+        (good | {"mode": ["no"] * 3}, "mode must be one of auto, compact, mask, off, got 'no'"),
+        (good | {"on": "both"}, "on must be 'ensemble' or 'exit', got 'both'"),
+        (None, "3 unknown"),
+    ):
         _edit(tmp_path, gate=gate)
         with pytest.raises(ValueError, match=message):
             load(tmp_path)

@@ -27,8 +27,10 @@ def test_named_weights_are_positive_and_sum_to_one(name, exits):
         assert min(values) > 0 and math.isclose(sum(values), 1, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize(("short", "name"), [("UNIF", "uniform"), ("ASC", "ascending"), ("DESC", "descending"),
-                                             ("MIX", "mixed"), ("Hybrid", "mixed")])
+@pytest.mark.parametrize(
+    ("short", "name"),
+    [("UNIF", "uniform"), ("ASC", "ascending"), ("DESC", "descending"), ("MIX", "mixed"), ("Hybrid", "mixed")],
+)
 def test_the_papers_names(short, name):
     assert ExitWeights.named(short, 5) == ExitWeights.named(name, 5)
 
@@ -42,15 +44,18 @@ def test_given_weights_are_taken_as_they_are():
     assert hash(weights) == hash(ExitWeights((0.5, 0.25), (3.0, 4.0)))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (([],), "at least one entry, got none"),
-    (([1.0, 0.0],), "positive and finite, got 0.0 at position 1"),
-    (([1.0, -2.0],), "positive and finite, got -2.0 at position 1"),
-    (([math.nan],), "positive and finite, got nan at position 0"),
-    (([math.inf],), "positive and finite, got inf at position 0"),
-    (([1.0], [1.0, 2.0]), "same length, got 1 and 2"),
-    ((torch.ones(2, 2),), r"one dimension, got shape \[2, 2\]"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([],), "at least one entry, got none"),
+        (([1.0, 0.0],), "positive and finite, got 0.0 at position 1"),
+        (([1.0, -2.0],), "positive and finite, got -2.0 at position 1"),
+        (([math.nan],), "positive and finite, got nan at position 0"),
+        (([math.inf],), "positive and finite, got inf at position 0"),
+        (([1.0], [1.0, 2.0]), "same length, got 1 and 2"),
+        ((torch.ones(2, 2),), r"one dimension, got shape \[2, 2\]"),
+    ],
+)
 def test_bad_weights_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ExitWeights(*arguments)

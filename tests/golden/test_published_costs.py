@@ -11,9 +11,16 @@ from aep_ext.surgery import networks
 
 pytest.importorskip("torchvision", reason="the paper's networks are cut from torchvision's")
 
-NAMES = {"resnet50": "resnet50", "vgg16": "vgg16", "vgg16full": "vgg16_full", "densenet169": "densenet169",
-         "mobilenetv3small": "mobilenet_v3_small", "mobilenetv3smallfull": "mobilenet_v3_small_full",
-         "efficientnetB5": "efficientnet_b5", "efficientnetB5full": "efficientnet_b5_full"}
+NAMES = {
+    "resnet50": "resnet50",
+    "vgg16": "vgg16",
+    "vgg16full": "vgg16_full",
+    "densenet169": "densenet169",
+    "mobilenetv3small": "mobilenet_v3_small",
+    "mobilenetv3smallfull": "mobilenet_v3_small_full",
+    "efficientnetB5": "efficientnet_b5",
+    "efficientnetB5full": "efficientnet_b5_full",
+}
 
 
 class _Elementwise(TorchDispatchMode):

@@ -100,14 +100,17 @@ def test_latency_on_cuda(net):
     assert 0 < latency.median <= latency.p99
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: measure_latency(nn.Identity(), (3, 8, 8), repeats=0), "repeats and batch_size >= 1, got 10, 0 and 1"),
-    (lambda: measure_latency(nn.Identity(), (3, 8, 8), warmup=-1), "warmup must be >= 0"),
-    (lambda: measure_latency(nn.Linear(1, 1).to("meta"), (1, 1, 1)), "must be on a real device, got meta"),
-    (lambda: count_macs(nn.Identity(), (3, 8)), r"a shape \(C, H, W\), got \(3, 8\)"),
-    (lambda: count_macs(nn.Identity(), (3, 0, 8)), r"a shape \(C, H, W\), got \(3, 0, 8\)"),
-    (lambda: count_macs(nn.Identity(), torch.zeros(0, 3, 8, 8)), "at least one sample, got shape"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: measure_latency(nn.Identity(), (3, 8, 8), repeats=0), "repeats and batch_size >= 1, got 10, 0 and 1"),
+        (lambda: measure_latency(nn.Identity(), (3, 8, 8), warmup=-1), "warmup must be >= 0"),
+        (lambda: measure_latency(nn.Linear(1, 1).to("meta"), (1, 1, 1)), "must be on a real device, got meta"),
+        (lambda: count_macs(nn.Identity(), (3, 8)), r"a shape \(C, H, W\), got \(3, 8\)"),
+        (lambda: count_macs(nn.Identity(), (3, 0, 8)), r"a shape \(C, H, W\), got \(3, 0, 8\)"),
+        (lambda: count_macs(nn.Identity(), torch.zeros(0, 3, 8, 8)), "at least one sample, got shape"),
+    ],
+)
 def test_bad_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

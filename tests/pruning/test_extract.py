@@ -99,17 +99,20 @@ def test_a_choice_made_from_the_scores(net, batches):
         prune(once, scores[(3,)])
 
 
-@pytest.mark.parametrize(("exits", "kind", "message"), [
-    ((), ValueError, "prune: exits must name at least one exit, got none"),
-    ((7,), ValueError, r"prune: exits must be within 0\.\.3, got 7"),
-    ((-1,), ValueError, r"prune: exits must be within 0\.\.3, got -1"),
-    ((1, 1), ValueError, "prune: exits must be distinct, got 1 twice"),
-    ((1.0,), TypeError, "prune: exits must be integers, got 1.0"),
-    ((True,), TypeError, "prune: exits must be integers, got True"),
-    (3, TypeError, "prune: exits must be an iterable of exit indices, got 3"),
-    ("last", ValueError, "prune: exits must be indices, scores or 'best', got 'last'"),
-    ("best", ValueError, "prune: exits 'best' needs scores="),
-])
+@pytest.mark.parametrize(
+    ("exits", "kind", "message"),
+    [
+        ((), ValueError, "prune: exits must name at least one exit, got none"),
+        ((7,), ValueError, r"prune: exits must be within 0\.\.3, got 7"),
+        ((-1,), ValueError, r"prune: exits must be within 0\.\.3, got -1"),
+        ((1, 1), ValueError, "prune: exits must be distinct, got 1 twice"),
+        ((1.0,), TypeError, "prune: exits must be integers, got 1.0"),
+        ((True,), TypeError, "prune: exits must be integers, got True"),
+        (3, TypeError, "prune: exits must be an iterable of exit indices, got 3"),
+        ("last", ValueError, "prune: exits must be indices, scores or 'best', got 'last'"),
+        ("best", ValueError, "prune: exits 'best' needs scores="),
+    ],
+)
 def test_bad_exits_are_refused(net, exits, kind, message):
     with pytest.raises(kind, match=message):
         prune(net, exits)
@@ -137,8 +140,10 @@ class _Twice(nn.Module):
 def test_mixed_heads_shared_parameters_and_skipped_stages():
     from aep_ext.surgery.heads import PooledLinearHead
 
-    stages = [nn.Sequential(nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU())
-              for c, d in ((3, 6), (6, 6), (6, 6), (6, 6))]
+    stages = [
+        nn.Sequential(nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU())
+        for c, d in ((3, 6), (6, 6), (6, 6), (6, 6))
+    ]
     heads = [PooledLinearHead(6, 4), _Twice(6), PooledLinearHead(6, 4)]
     heads[2].linear.weight = heads[0].linear.weight
     stages[2][0].weight = stages[1][0].weight

@@ -16,10 +16,13 @@ def _answers(both: int, only_a: int, only_b: int, neither: int) -> tuple[torch.T
     return torch.tensor(a), torch.tensor(b)
 
 
-@pytest.mark.parametrize(("table", "low", "high"), [
-    ((12, 9, 2, 21), 0.0112, 0.2954),  # the worked example of Newcombe (1998)
-    ((1, 1, 7, 12), -0.507, -0.026),  # Fagerland, Lydersen and Laake, Statistics in Medicine 33 (2014), table V
-])
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [
+        ((12, 9, 2, 21), 0.0112, 0.2954),  # the worked example of Newcombe (1998)
+        ((1, 1, 7, 12), -0.507, -0.026),  # Fagerland, Lydersen and Laake, Statistics in Medicine 33 (2014), table V
+    ],
+)
 def test_newcombes_interval(table, low, high):
     verdict = non_inferior(*_answers(*table), margin=0.1)
     assert verdict.low == pytest.approx(low, abs=5e-4)
@@ -70,16 +73,19 @@ def test_the_smallest_subset_inside_the_margin():
         smallest_non_inferior(score_logits(logits, [0.2, 0.3, 0.5], target), scores.correct[-1], 0.02)
 
 
-@pytest.mark.parametrize(("arguments", "options", "message"), [
-    (([True], [True, False], 0.1), {}, "same length, at least 1, got 1 and 2"),
-    ((torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool), 0.1), {}, "at least 1, got 0 and 0"),
-    (([1.0], [True], 0.1), {}, "correct_a must be a bool tensor"),
-    (([True], [[True]], 0.1), {}, "correct_b must be a bool tensor"),
-    (([True], [True], 0.0), {}, "margin must be positive, got 0.0"),
-    (([True], [True], math.nan), {}, "margin must be positive, got nan"),
-    (([True], [True], 0.1), {"confidence": 1.0}, r"within \(0, 1\), got 1.0"),
-    (([True], [True], 0.1), {"method": "exact"}, "'newcombe' or 'wald', got 'exact'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (([True], [True, False], 0.1), {}, "same length, at least 1, got 1 and 2"),
+        ((torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.bool), 0.1), {}, "at least 1, got 0 and 0"),
+        (([1.0], [True], 0.1), {}, "correct_a must be a bool tensor"),
+        (([True], [[True]], 0.1), {}, "correct_b must be a bool tensor"),
+        (([True], [True], 0.0), {}, "margin must be positive, got 0.0"),
+        (([True], [True], math.nan), {}, "margin must be positive, got nan"),
+        (([True], [True], 0.1), {"confidence": 1.0}, r"within \(0, 1\), got 1.0"),
+        (([True], [True], 0.1), {"method": "exact"}, "'newcombe' or 'wald', got 'exact'"),
+    ],
+)
 def test_bad_arguments_are_refused(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         non_inferior(*arguments, **options)

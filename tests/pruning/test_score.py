@@ -51,8 +51,13 @@ def test_masks_and_tuples_are_the_same_thing(exits):
 def test_counts_on_cached_logits(data):
     exits, samples, classes = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 8))
     # Few distinct values, so that ties are common.
-    values = data.draw(hnp.arrays(np.float32, (exits, samples, classes),
-                                  elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0, np.nan, np.inf, -np.inf])))
+    values = data.draw(
+        hnp.arrays(
+            np.float32,
+            (exits, samples, classes),
+            elements=st.sampled_from([-1.0, 0.0, 0.5, 1.0, np.nan, np.inf, -np.inf]),
+        )
+    )
     logits = torch.from_numpy(values)
     target = torch.tensor(data.draw(st.lists(st.integers(0, classes - 1), min_size=samples, max_size=samples)))
     weights = data.draw(st.lists(st.sampled_from([0.25, 0.5, 1.0]), min_size=exits, max_size=exits))
@@ -102,15 +107,22 @@ def test_lists_int32_labels_and_extra_entries_are_taken(net, batches):
     assert torch.equal(score_subsets(net, [(x, y.tolist()) for x, y in batches]).counts, expected.counts)
 
 
-@pytest.mark.parametrize(("loader", "kind", "message"), [
-    ([], ValueError, "at least one sample, got none"),
-    ([(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64))], ValueError, "at least one sample, got none"),
-    ([torch.zeros(2, 3, 8, 8)], TypeError, r"loader must yield \(x, y\) batches, got Tensor"),
-    ([("x", [0])], TypeError, "x must be a tensor, got str"),
-    ([(torch.zeros(2, 3, 8, 8), [0])], ValueError, r"y must be integers of shape \[2\]"),
-    ([(torch.zeros(2, 3, 8, 8), torch.zeros(2))], ValueError, r"y must be integers of shape \[2\], got torch.float32"),
-    ([(torch.zeros(1, 3, 8, 8), [7])], IndexError, r"score_subsets: target must be within 0\.\.6, got 7"),
-])
+@pytest.mark.parametrize(
+    ("loader", "kind", "message"),
+    [
+        ([], ValueError, "at least one sample, got none"),
+        ([(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64))], ValueError, "at least one sample, got none"),
+        ([torch.zeros(2, 3, 8, 8)], TypeError, r"loader must yield \(x, y\) batches, got Tensor"),
+        ([("x", [0])], TypeError, "x must be a tensor, got str"),
+        ([(torch.zeros(2, 3, 8, 8), [0])], ValueError, r"y must be integers of shape \[2\]"),
+        (
+            [(torch.zeros(2, 3, 8, 8), torch.zeros(2))],
+            ValueError,
+            r"y must be integers of shape \[2\], got torch.float32",
+        ),
+        ([(torch.zeros(1, 3, 8, 8), [7])], IndexError, r"score_subsets: target must be within 0\.\.6, got 7"),
+    ],
+)
 def test_bad_loaders_are_refused_and_modes_restored(net, loader, kind, message):
     with pytest.raises(kind, match=message):
         score_subsets(net, loader)

@@ -50,8 +50,9 @@ def test_bad_policies_are_refused():
 def _step(policy, features, logits, **options):
     n, classes = logits.shape
     state = policy.initial_state(n, classes)
-    return policy.gate(features, torch.zeros(n, classes), 0.0, torch.arange(n), state, logits, exit_index=0, weight=0.5,
-                       **options)
+    return policy.gate(
+        features, torch.zeros(n, classes), 0.0, torch.arange(n), state, logits, exit_index=0, weight=0.5, **options
+    )
 
 
 @pytest.mark.parametrize("on", ["ensemble", "exit"])
@@ -87,11 +88,14 @@ def test_a_custom_rule_cannot_release_a_nan():
     assert int(step.count) == 1 and step.indices.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(("answer", "found"), [
-    (lambda judged: judged.stats[:, 0], r"torch.float32 of shape \[2\]"),
-    (lambda judged: torch.ones(1, dtype=torch.bool), r"torch.bool of shape \[1\]"),
-    (lambda judged: True, "bool"),
-])
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (lambda judged: judged.stats[:, 0], r"torch.float32 of shape \[2\]"),
+        (lambda judged: torch.ones(1, dtype=torch.bool), r"torch.bool of shape \[1\]"),
+        (lambda judged: True, "bool"),
+    ],
+)
 def test_a_custom_rule_must_answer_with_bools(answer, found):
     with pytest.raises(ValueError, match=rf"rule must return a bool tensor of shape \[2\], got {found}"):
         _step(Custom(rule=answer), torch.zeros(2, 1), torch.zeros(2, 3), threshold=0.0)

@@ -23,9 +23,20 @@ def gate_loop(logits, weights, policy, thresholds, temperatures, enabled, on):
     indices, total = torch.arange(n), 0.0
     for e in range(exits):
         last = e == exits - 1
-        step = ops.gate(features, running, total, indices, state, logits[e][indices], weight=weights[e],
-                        threshold=0.0 if last else thresholds[e], temperature=temperatures[e], policy=policy, on=on,
-                        enabled=False if last else enabled[e])
+        step = ops.gate(
+            features,
+            running,
+            total,
+            indices,
+            state,
+            logits[e][indices],
+            weight=weights[e],
+            threshold=0.0 if last else thresholds[e],
+            temperature=temperatures[e],
+            policy=policy,
+            on=on,
+            enabled=False if last else enabled[e],
+        )
         stay = 0 if last else int(step.count)
         for row in range(stay, len(indices)):
             answers[int(step.indices[row])] = (e, int(step.argmax[row]), step.stats[row, 0], step.running[row])
@@ -90,8 +101,19 @@ def cases(draw):
         # A threshold that one sample meets exactly at the first exit.
         running = torch.zeros(n, classes, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         no_state = torch.zeros(n, 0, dtype=torch.int64)
-        first = ops.gate(torch.zeros(n, 1), running, 0.0, torch.arange(n), no_state, logits[0], weight=weights[0],
-                         threshold=0.0, temperature=temperatures[0], on=on, enabled=False)
+        first = ops.gate(
+            torch.zeros(n, 1),
+            running,
+            0.0,
+            torch.arange(n),
+            no_state,
+            logits[0],
+            weight=weights[0],
+            threshold=0.0,
+            temperature=temperatures[0],
+            on=on,
+            enabled=False,
+        )
         column = {"confidence": 0, "entropy": 1, "margin": 2}[policy]
         value = float(first.stats[draw(st.integers(0, n - 1)), column])
         if not math.isnan(value):
@@ -143,8 +165,13 @@ def test_a_custom_rule_that_copies_the_confidence_policy(case):
         logits = logits.float()
     options = {"temperatures": temperatures, "enabled": enabled}
     theirs = simulate(logits, weights, "confidence", thresholds, on=on, **options)
-    ours = simulate(logits, weights, Custom(on, lambda judged: judged.stats[:, 0] >= torch.tensor(judged.threshold)),
-                    thresholds, **options)
+    ours = simulate(
+        logits,
+        weights,
+        Custom(on, lambda judged: judged.stats[:, 0] >= torch.tensor(judged.threshold)),
+        thresholds,
+        **options,
+    )
     assert torch.equal(ours.exits, theirs.exits) and torch.equal(ours.predictions, theirs.predictions)
     assert torch.equal(ours.confidences.nan_to_num(-1), theirs.confidences.nan_to_num(-1))
 
@@ -204,22 +231,25 @@ def test_costs_targets_and_counts():
     assert none.exits.shape == (0,) and math.isnan(none.mean_cost) and math.isnan(none.accuracy)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"exit_logits": torch.zeros(2, 3)}, r"exit_logits must have shape \[E, N, K\] with E >= 1, got \[2, 3\]"),
-    ({"weights": [1.0]}, "weights must have 2 entries, got 1"),
-    ({"weights": [1.0, 0.0]}, "weights must be positive and finite, got 0.0 at position 1"),
-    ({"weights": [-1.0, 2.0]}, "weights must be positive and finite, got -1.0 at position 0"),
-    ({"temperatures": [math.inf, 1.0]}, "temperatures must be positive and finite, got inf at position 0"),
-    ({"thresholds": [0.1, 0.2]}, "thresholds must have 1 entries, got 2"),
-    ({"thresholds": [math.nan]}, "thresholds must not be NaN, got NaN at position 0"),
-    ({"temperatures": [1.0]}, "temperatures must have 2 entries, got 1"),
-    ({"temperatures": [1.0, 0.0]}, "temperatures must be positive and finite, got 0.0 at position 1"),
-    ({"enabled": torch.tensor([True, True])}, "enabled must have 1 entries, got 2"),
-    ({"costs": [1.0]}, "costs must have 2 entries, got 1"),
-    ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must have shape \[3\], got \[2\]"),
-    ({"policy": "luck"}, "must be one of confidence"),
-    ({"on": "both"}, "on must be 'ensemble' or 'exit', got 'both'"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exit_logits": torch.zeros(2, 3)}, r"exit_logits must have shape \[E, N, K\] with E >= 1, got \[2, 3\]"),
+        ({"weights": [1.0]}, "weights must have 2 entries, got 1"),
+        ({"weights": [1.0, 0.0]}, "weights must be positive and finite, got 0.0 at position 1"),
+        ({"weights": [-1.0, 2.0]}, "weights must be positive and finite, got -1.0 at position 0"),
+        ({"temperatures": [math.inf, 1.0]}, "temperatures must be positive and finite, got inf at position 0"),
+        ({"thresholds": [0.1, 0.2]}, "thresholds must have 1 entries, got 2"),
+        ({"thresholds": [math.nan]}, "thresholds must not be NaN, got NaN at position 0"),
+        ({"temperatures": [1.0]}, "temperatures must have 2 entries, got 1"),
+        ({"temperatures": [1.0, 0.0]}, "temperatures must be positive and finite, got 0.0 at position 1"),
+        ({"enabled": torch.tensor([True, True])}, "enabled must have 1 entries, got 2"),
+        ({"costs": [1.0]}, "costs must have 2 entries, got 1"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must have shape \[3\], got \[2\]"),
+        ({"policy": "luck"}, "must be one of confidence"),
+        ({"on": "both"}, "on must be 'ensemble' or 'exit', got 'both'"),
+    ],
+)
 def test_bad_arguments_are_refused(change, message):
     arguments = {"exit_logits": torch.zeros(2, 3, 4), "weights": [0.5, 0.5], "policy": "confidence"}
     with pytest.raises((ValueError, RuntimeError), match=message):

@@ -15,8 +15,6 @@ import torch
 TINY = {"image_size": 8, "train_samples": 96, "epochs": 2, "batch_size": 32, "device": "cpu", "threads": 1}
 
 
-
-
 @pytest.fixture
 def data() -> Any:
     """A data module: 96 digits to learn from, 8 x 8 pixels."""
