@@ -16,11 +16,11 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from ._build_info import build_info
-from .ensemble import ExitWeights, JointCrossEntropy
-from .pruning import prune, score_subsets
-from .surgery import MultiExitNet, anticipate
-from .termination import terminate
+from aep_ext._build_info import build_info
+from aep_ext.ensemble import ExitWeights, JointCrossEntropy
+from aep_ext.pruning import prune, score_subsets
+from aep_ext.surgery import MultiExitNet, anticipate
+from aep_ext.termination import terminate
 
 __all__ = [
     "ExitWeights",

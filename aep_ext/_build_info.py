@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _load
+from aep_ext import _load
 
 # Optional packages by the extra that brings them.
 OPTIONAL_PACKAGES: dict[str, tuple[str, ...]] = {
@@ -94,7 +94,7 @@ def build_info() -> BuildInfo:
         BuildInfo: version, torch, compiler, instruction sets built and in use, CUDA version and architectures, and one
         sentence for everything that is missing. Never raises for a missing part: that is what it is there to report.
     """
-    from . import __version__
+    from aep_ext import __version__
 
     record = _load.record
     module = _load.extension

@@ -237,8 +237,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from .report import text_table
-    from .training import run
+    from aep_ext.report import text_table
+    from aep_ext.training import run
 
     aside = ("command", "debug", "resume", "quiet", "terminate", "static", *_GATE_OPTIONS)
     given = {name: value for name, value in vars(options).items() if name not in aside}
@@ -246,7 +246,7 @@ def _run(options: argparse.Namespace) -> None:
         given["seeds"] = (given["seeds"],)
     settings, static = _calibration(options, static=("auto",))
     if not options.terminate and any(name in options for name in (*_GATE_OPTIONS, "static")):
-        from .report.files import UserError
+        from aep_ext._utils import UserError
 
         raise UserError("--budget, --policy and the like go with --terminate")
     began = time.monotonic()
@@ -254,7 +254,7 @@ def _run(options: argparse.Namespace) -> None:
     results = run(given, resume=options.resume, write=write)
     tables = [text_table(results)]
     if options.terminate:
-        from .training.gating import calibrate_run, gates_table
+        from aep_ext.training.gating import calibrate_run, gates_table
 
         runtime = {name: given[name] for name in ("device", "threads") if name in given}
         tables.append(gates_table(calibrate_run(results["output"], settings, static=static, write=write, **runtime)))
@@ -264,7 +264,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _calibration(options: argparse.Namespace, static: tuple[str, ...] | None) -> tuple[object, tuple[str, ...] | None]:
     """The settings of a calibration and its static rivals, checked before anything is trained."""
-    from .training.gating import CalibrationSettings
+    from aep_ext.training.gating import CalibrationSettings
 
     settings = CalibrationSettings(**{name: getattr(options, name) for name in _GATE_OPTIONS if name in options})
     asked = getattr(options, "static", static)
@@ -272,7 +272,7 @@ def _calibration(options: argparse.Namespace, static: tuple[str, ...] | None) ->
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from .training.gating import calibrate_run, gates_table
+    from aep_ext.training.gating import calibrate_run, gates_table
 
     settings, static = _calibration(options, static=None)
     given = {name: getattr(options, name) for name in ("data", "data_root", "device", "threads") if name in options}
@@ -289,7 +289,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from .bench import bench_run
+    from aep_ext.bench import bench_run
 
     bench_run(
         options.folder,
@@ -303,13 +303,13 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report import write_report
+    from aep_ext.report import write_report
 
     print(f"report: {write_report(options.folder)}")
 
 
 def _info(options: argparse.Namespace) -> None:
-    from . import build_info
+    from aep_ext import build_info
 
     found = build_info()
     print(json.dumps(found.to_dict(), indent=1) if options.json else found)
@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("aep: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from .report.files import UserError
+        from aep_ext._utils import UserError
 
         if options.debug:
             raise

@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(show(result))
     if arguments.output:
-        from aep_ext.report.files import write_json
+        from aep_ext._io import write_json
 
         write_json(arguments.output, result)
     return 0

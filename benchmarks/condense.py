@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a script
     sys.path.insert(0, str(ROOT))
 
-from aep_ext.report.files import write_text  # noqa: E402
+from aep_ext._io import write_text  # noqa: E402
 
 FORMAT = 1
 _PREFIXES = (("paired_ratio_", "paired_ratio"), ("ratio_", "ratio"), ("iqr_", "iqr"))

@@ -18,7 +18,7 @@ def draw(verdicts: Sequence[Verdict], path: Path) -> Path:
         from matplotlib.ticker import LogLocator, NullFormatter
     except ImportError as error:
         raise ImportError("the figure needs matplotlib: pip install 'aep_ext[train]'") from error
-    from aep_ext.report.files import write_atomically
+    from aep_ext._io import write_atomically
 
     shown = [v for v in verdicts if v.value and v.goal.against in _COLOURS]
     cases = list(dict.fromkeys((v.goal.operator, v.goal.case) for v in shown))

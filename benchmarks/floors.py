@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:  # run as a script
     sys.path.insert(0, str(ROOT))
 
 from aep_ext import build_info, ops  # noqa: E402
-from aep_ext.report.files import write_json  # noqa: E402
+from aep_ext._io import write_json  # noqa: E402
 from benchmarks.bandwidth import measure  # noqa: E402
 
 ROUNDS = 31

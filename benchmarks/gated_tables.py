@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from aep_ext.report.files import UserError, read_json
+from aep_ext._io import read_json
+from aep_ext._utils import UserError
 from aep_ext.report.gates_file import read_bench, read_gates
 from aep_ext.report.gates_tables import BENCH_HEAD, SUMMARY_HEAD, bench_rows, gates_rows
 from aep_ext.report.gates_words import agreement_words, allowed_points, data_words, policy_words, rivals_words

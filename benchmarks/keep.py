@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a script
     sys.path.insert(0, str(ROOT))
 
-from aep_ext.report.files import UserError, write_json  # noqa: E402
+from aep_ext._io import write_json  # noqa: E402
+from aep_ext._utils import UserError  # noqa: E402
 from aep_ext.report.gates_file import check_gates, read_bench, read_gates  # noqa: E402
 from benchmarks.condense import ResultError  # noqa: E402
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a script
     sys.path.insert(0, str(ROOT))
 
-from aep_ext.report.files import write_text  # noqa: E402
+from aep_ext._io import write_text  # noqa: E402
 from aep_ext.report.numbers import exits, fewer, method_name, points  # noqa: E402
 from aep_ext.report.tables import HEAD, model_rows  # noqa: E402
 from benchmarks import figure, gated_tables, tables, trunk  # noqa: E402

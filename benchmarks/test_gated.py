@@ -26,7 +26,7 @@ from torch import Tensor
 
 from aep_ext import ExitWeights, MultiExitNet
 from aep_ext.deploy import PreparedNet, prepare
-from aep_ext.deploy.engines import missing
+from aep_ext.inference.backends import missing
 from aep_ext.surgery import networks
 from aep_ext.termination import GatedNet
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from aep_ext import anticipate, ops
-from aep_ext.deploy.engines import BACKENDS, Settings, engine_class, missing
-from aep_ext.deploy.engines.inductor import no_compiler
-from aep_ext.deploy.units import Segment, cut, frozen_copy, unit_inputs
+from aep_ext.inference.backends import BACKENDS, Settings, engine_class, missing
+from aep_ext.inference.backends.inductor import no_compiler
+from aep_ext.inference.segments import Segment, cut, frozen_copy, unit_inputs
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.surgery.networks import build
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
 
-from .native import MODULE_NAME, RECORD_NAME, build_into
-from .plan import ROOT, BuildError
+from build_support.native import MODULE_NAME, RECORD_NAME, build_into
+from build_support.plan import ROOT, BuildError
 
 
 class BuildNative(build_ext):

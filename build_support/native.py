@@ -13,8 +13,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import cuda, target
-from .plan import NO_TORCH, ROOT, BuildError, Plan, make_plan
+from build_support import cuda, target
+from build_support.plan import NO_TORCH, ROOT, BuildError, Plan, make_plan
 
 EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 MODULE_NAME = f"_C{EXT_SUFFIX}"

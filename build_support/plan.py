@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import cuda, target
+from build_support import cuda, target
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_REQUIREMENT = f"torch>={target.MINIMUM_TORCH[0]}.{target.MINIMUM_TORCH[1]}"

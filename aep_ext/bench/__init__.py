@@ -5,6 +5,6 @@ Needs the extra ``train``: ``pip install 'aep_ext[train]'``.
 
 from __future__ import annotations
 
-from .measure import bench_run
+from aep_ext.training.bench import bench_run
 
 __all__ = ["bench_run"]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from .exit_weights import ExitWeights
+from aep_ext import ops
+from aep_ext.ensemble.exit_weights import ExitWeights
 
 if TYPE_CHECKING:
-    from ..surgery.multi_exit import MultiExitNet
+    from aep_ext.surgery.multi_exit import MultiExitNet
 
 
 class JointCrossEntropy(nn.Module):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .cost import Latency, SubsetCosts, count_macs, count_parameters, measure_latency, subset_costs
-from .extract import prune, single_exit
-from .inferiority import NonInferiority, non_inferior, smallest_non_inferior
-from .score import score_logits, score_subsets, subset_correctness
-from .scores import SubsetScore, SubsetScores
-from .subsets import exits_of_mask, mask_of_exits
+from aep_ext.pruning.cost import Latency, SubsetCosts, count_macs, count_parameters, measure_latency, subset_costs
+from aep_ext.pruning.extract import prune, single_exit
+from aep_ext.pruning.non_inferiority import NonInferiority, non_inferior, smallest_non_inferior
+from aep_ext.pruning.score import score_logits, score_subsets, subset_correctness
+from aep_ext.pruning.scores import SubsetScore, SubsetScores
+from aep_ext.pruning.subsets import exits_of_mask, mask_of_exits
 
 __all__ = [
     "Latency",

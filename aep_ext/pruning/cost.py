@@ -12,20 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..surgery.multi_exit import MultiExitNet
-from .subsets import MAX_EXITS, exits_of_mask
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """``module`` in eval mode inside the block; every submodule's own mode is restored afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+from aep_ext._utils import eval_mode
+from aep_ext.pruning.subsets import MAX_EXITS, exits_of_mask
+from aep_ext.surgery.multi_exit import MultiExitNet
 
 
 def count_parameters(module: nn.Module, *, trainable_only: bool = True) -> int:

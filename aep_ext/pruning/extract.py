@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..surgery.heads import fused_plan
-from ..surgery.multi_exit import MultiExitNet
-from .scores import SubsetScore, SubsetScores
-from .subsets import checked_exits
+from aep_ext.pruning.scores import SubsetScore, SubsetScores
+from aep_ext.pruning.subsets import checked_exits
+from aep_ext.surgery.heads import fused_plan
+from aep_ext.surgery.multi_exit import MultiExitNet
 
 
 def _check_net(function: str, net: Any) -> None:

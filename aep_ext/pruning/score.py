@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..surgery.multi_exit import MultiExitNet
-from .cost import Latency, SubsetCosts, eval_mode, measure_latency, subset_costs
-from .extract import subset_view
-from .scores import SubsetScores
-from .subsets import MAX_EXITS, exits_of_mask
+from aep_ext import ops
+from aep_ext.pruning.cost import Latency, SubsetCosts, eval_mode, measure_latency, subset_costs
+from aep_ext.pruning.extract import subset_view
+from aep_ext.pruning.scores import SubsetScores
+from aep_ext.pruning.subsets import MAX_EXITS, exits_of_mask
+from aep_ext.surgery.multi_exit import MultiExitNet
 
 
 def subset_correctness(exit_logits: Tensor, weights: Tensor | Sequence[float], target: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cost import Latency
-from .subsets import exits_of_mask, mask_of_exits
+from aep_ext.pruning.cost import Latency
+from aep_ext.pruning.subsets import exits_of_mask, mask_of_exits
 
 # What a goal or an axis reads from a score, with the sign that makes more of it better.
 _AXES: dict[str, tuple[str, int]] = {

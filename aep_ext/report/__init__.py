@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .files import UserError
-from .gates_words import gates_text
-from .page import page
-from .tables import text_table
-from .write import write_report
+from aep_ext._utils import UserError
+from aep_ext.report.gates_words import gates_text
+from aep_ext.report.page import page
+from aep_ext.report.tables import text_table
+from aep_ext.report.write import write_report
 
 __all__ = ["UserError", "gates_text", "page", "text_table", "write_report"]

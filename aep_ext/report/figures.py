@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ._require import require
-from .numbers import exits, method_name
-from .tables import models
+from aep_ext._utils import require
+from aep_ext.report.numbers import exits, method_name
+from aep_ext.report.tables import models
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._require import require
-from .figures import BLUE, GREEN, GREY, INK, ORANGE, Drawn, new_figure, render, scale
-from .gates_tables import figure_of, matched_static
-from .gates_words import single_exits
-from .labels import Label, place
-from .numbers import method_name
+from aep_ext._utils import require
+from aep_ext.report.figures import BLUE, GREEN, GREY, INK, ORANGE, Drawn, new_figure, render, scale
+from aep_ext.report.gates_tables import figure_of, matched_static
+from aep_ext.report.gates_words import single_exits
+from aep_ext.report.labels import Label, place
+from aep_ext.report.numbers import method_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

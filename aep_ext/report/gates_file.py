@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .files import UserError, read_arrays, read_json
-from .shape import (
+from aep_ext._io import read_arrays, read_json
+from aep_ext._utils import UserError
+from aep_ext.report.shape import (
     COUNT,
     FLAG,
     FRACTION,

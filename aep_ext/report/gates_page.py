@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .gates_figures import MOST_CLASSES
-from .gates_tables import (
+from aep_ext.report.gates_figures import MOST_CLASSES
+from aep_ext.report.gates_tables import (
     BENCH_HEAD,
     CALIBRATION_HEAD,
     GATE_HEAD,
@@ -15,9 +15,9 @@ from .gates_tables import (
     gate_rows,
     gates_rows,
 )
-from .gates_words import agreement_words, data_words, gates_headlines, policy_words, weaknesses
-from .html import Markup, table, tag
-from .numbers import method_name
+from aep_ext.report.gates_words import agreement_words, data_words, gates_headlines, policy_words, weaknesses
+from aep_ext.report.html import Markup, table, tag
+from aep_ext.report.numbers import method_name
 
 
 def gates_section(gates: dict[str, Any], bench: dict[str, Any] | None, figures: dict[str, str]) -> Markup:

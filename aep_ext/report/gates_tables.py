@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .numbers import amount, exits, method_name, percent_spread
+from aep_ext.report.numbers import amount, exits, method_name, percent_spread
 
 SUMMARY_HEAD = ("network", "exits", "test top-1", "mean multiply-adds", "saving", "vs pruned, points")
 CALIBRATION_HEAD = (

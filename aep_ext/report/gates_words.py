@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .gates_tables import SUMMARY_HEAD, figure_of, gates_rows, matched_static, over_seeds
-from .numbers import amount, method_name, percent, percent_spread
-from .tables import as_text
+from aep_ext.report.gates_tables import SUMMARY_HEAD, figure_of, gates_rows, matched_static, over_seeds
+from aep_ext.report.numbers import amount, method_name, percent, percent_spread
+from aep_ext.report.tables import as_text
 
 NOTHING = 0.005
 """Less than half a percent of the multiply-adds counts as nothing saved."""

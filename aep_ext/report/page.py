@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .html import Markup, table, tag
-from .numbers import amount, fewer, kept, method_name, percent, percent_spread, points, relative
-from .tables import HEAD, SEED_HEAD, SUBSET_HEAD, model_rows, seed_rows, subset_rows
+from aep_ext.report.html import Markup, table, tag
+from aep_ext.report.numbers import amount, fewer, kept, method_name, percent, percent_spread, points, relative
+from aep_ext.report.tables import HEAD, SEED_HEAD, SUBSET_HEAD, model_rows, seed_rows, subset_rows
 
 STYLE = """
 :root { color-scheme: light; --ink: #1f2937; --grey: #6b7280; --line: #e5e7eb; --accent: #2563eb; }

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .files import UserError
+from aep_ext._utils import UserError
 
 
 @dataclass(frozen=True)

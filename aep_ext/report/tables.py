@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .numbers import amount, exits, exits_of_seeds, method_name, milliseconds, percent, percent_spread, points, relative
+from aep_ext.report.numbers import (
+    amount,
+    exits,
+    exits_of_seeds,
+    method_name,
+    milliseconds,
+    percent,
+    percent_spread,
+    points,
+    relative,
+)
 
 HEAD = (
     "model",

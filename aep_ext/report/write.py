@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .figures import draw
-from .files import UserError, read_json, write_bytes, write_text
-from .gates_figures import draw_gates
-from .gates_file import find_seed, read_bench, read_examples, read_gates
-from .gates_page import gates_section
-from .page import page
+from aep_ext._io import read_json, write_bytes, write_text
+from aep_ext._utils import UserError
+from aep_ext.report.figures import draw
+from aep_ext.report.gates_figures import draw_gates
+from aep_ext.report.gates_file import find_seed, read_bench, read_examples, read_gates
+from aep_ext.report.gates_page import gates_section
+from aep_ext.report.page import page
 
 RUN_FORMAT = "aep_ext.run"
 

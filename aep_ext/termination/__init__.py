@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from .agreement import near_threshold
-from .budget import AccuracyBudget, Budget, CostBudget, RiskBudget, budget_from_dict, budget_to_dict
-from .cache import ExitCache
-from .calibrate import calibrate, control_risk, from_thresholds
-from .calibration import Calibration, GateReport
-from .choice import StageCosts
-from .curve import ThresholdCurve, Thresholds
-from .executor import GatedOutput
-from .exit_costs import exit_costs
-from .gated import GatedNet
-from .graphed import GraphedGatedNet
-from .identity import DataIdentity
-from .metrics import ExitMetrics, exit_metrics, expected_calibration_error, failure_auroc, probability_metrics
-from .path import ThresholdPath, path_losses
-from .policies import POLICIES, Confidence, Custom, Entropy, Judged, Margin, Patience, Policy, Vote, as_policy
-from .refill import Refill
-from .risk import RiskTest, conformal_risk_control, learn_then_test
-from .simulate import Simulation, simulate
-from .temperature import TemperatureFit, fit_temperature, fit_temperatures
-from .terminate import terminate
-from .thresholds import ThresholdSearch
+from aep_ext.calibration.budgets import AccuracyBudget, Budget, CostBudget, RiskBudget, budget_from_dict, budget_to_dict
+from aep_ext.calibration.cached_logits import ExitCache
+from aep_ext.calibration.calibrate import calibrate, control_risk, from_thresholds
+from aep_ext.calibration.calibration import Calibration, GateReport
+from aep_ext.calibration.curve import ThresholdCurve, Thresholds
+from aep_ext.calibration.exit_costs import exit_costs
+from aep_ext.calibration.identity import DataIdentity
+from aep_ext.calibration.metrics import (
+    ExitMetrics,
+    exit_metrics,
+    expected_calibration_error,
+    failure_auroc,
+    probability_metrics,
+)
+from aep_ext.calibration.path import ThresholdPath, path_losses
+from aep_ext.calibration.risk_control import RiskTest, conformal_risk_control, learn_then_test
+from aep_ext.calibration.temperature import TemperatureFit, fit_temperature, fit_temperatures
+from aep_ext.calibration.terminate import terminate
+from aep_ext.calibration.thresholds import ThresholdSearch
+from aep_ext.inference.agreement import near_threshold
+from aep_ext.inference.batching import Refill
+from aep_ext.inference.criteria import (
+    POLICIES,
+    Confidence,
+    Custom,
+    Entropy,
+    Judged,
+    Margin,
+    Patience,
+    Policy,
+    Vote,
+    as_policy,
+)
+from aep_ext.inference.cuda_graph import GraphedGatedNet
+from aep_ext.inference.executor import GatedOutput
+from aep_ext.inference.gated_net import GatedNet
+from aep_ext.inference.simulate import Simulation, simulate
+from aep_ext.inference.stage_profile import StageCosts
 
 __all__ = [
     "AccuracyBudget",

@@ -5,14 +5,14 @@ Needs the extra ``train``: ``pip install 'aep_ext[train]'``.
 
 from __future__ import annotations
 
-from ..report.files import UserError
-from .callbacks import JointEarlyStopping, RunCheckpoint
-from .config import RunConfig
-from .data import ImageDataModule
-from .fit import FitResult, fit
-from .module import JointLightningModule
-from .recipes import RECIPES, Recipe
-from .run import run
+from aep_ext._utils import UserError
+from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint
+from aep_ext.training.config import RunConfig
+from aep_ext.training.data import ImageDataModule
+from aep_ext.training.fit import FitResult, fit
+from aep_ext.training.module import JointLightningModule
+from aep_ext.training.recipes import RECIPES, Recipe
+from aep_ext.training.run import run
 
 __all__ = [
     "FitResult",

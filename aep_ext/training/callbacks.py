@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..report._require import require
+from aep_ext._utils import require
 
 pl = require("lightning.pytorch", "train", "aep_ext.training")
 _callbacks = require("lightning.pytorch.callbacks", "train", "aep_ext.training")

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..ensemble import ExitWeights
-from ..report.files import UserError
-from .recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
+from aep_ext._utils import UserError
+from aep_ext.ensemble import ExitWeights
+from aep_ext.training.recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
 
 # In all of them the weights stay float32, as everything behind the training expects.
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")

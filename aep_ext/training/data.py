@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..report._require import require
-from ..report.files import UserError
-from . import sources
-from .dataset import EpochSampler, ImageDataset, batches, measured_normalisation
-from .published import PUBLISHED, PublishedData
-from .splits import class_counts, class_weights, seeded_split, split_sha256
+from aep_ext._utils import UserError, require
+from aep_ext.training import sources
+from aep_ext.training.dataset import EpochSampler, ImageDataset, batches, measured_normalisation
+from aep_ext.training.published import PUBLISHED, PublishedData
+from aep_ext.training.splits import class_counts, class_weights, seeded_split, split_sha256
 
 pl = require("lightning.pytorch", "train", "aep_ext.training")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..report._require import require
-from .sources import Source
+from aep_ext._utils import require
+from aep_ext.training.sources import Source
 
 if TYPE_CHECKING:
     from PIL import Image

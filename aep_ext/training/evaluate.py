@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..pruning import measure_latency, subset_correctness
-from ..surgery.multi_exit import MultiExitNet
+from aep_ext import ops
+from aep_ext.pruning import measure_latency, subset_correctness
+from aep_ext.surgery.multi_exit import MultiExitNet
 
 LATENCY_ROUNDS = 7
 LATENCY_REPEATS = 20

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from ..report._require import require
-from ..report.files import UserError
-from ..surgery.multi_exit import MultiExitNet
-from .callbacks import EpochLines, JointEarlyStopping, RunCheckpoint
-from .data import ImageDataModule
-from .module import JointLightningModule
-from .recipes import Recipe
+from aep_ext._utils import UserError, require
+from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.training.callbacks import EpochLines, JointEarlyStopping, RunCheckpoint
+from aep_ext.training.data import ImageDataModule
+from aep_ext.training.module import JointLightningModule
+from aep_ext.training.recipes import Recipe
 
 pl = require("lightning.pytorch", "train", "aep_ext.training")
 _callbacks = require("lightning.pytorch.callbacks", "train", "aep_ext.training")

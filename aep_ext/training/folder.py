@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..report.files import UserError, read_json, write_json
-from .config import RunConfig
+from aep_ext._io import read_json, write_json
+from aep_ext._utils import UserError
+from aep_ext.training.config import RunConfig
 
 DEFAULT_PARENT = Path("runs")
 BASELINE = "baseline"

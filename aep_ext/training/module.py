@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ensemble import ExitWeights, JointCrossEntropy
-from ..ops import ensemble
-from ..report._require import require
-from ..surgery.multi_exit import MultiExitNet
-from .recipes import OPTIMIZERS, SCHEDULES
+from aep_ext._utils import require
+from aep_ext.ensemble import ExitWeights, JointCrossEntropy
+from aep_ext.ops import ensemble
+from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.training.recipes import OPTIMIZERS, SCHEDULES
 
 pl = require("lightning.pytorch", "train", "aep_ext.training")
 

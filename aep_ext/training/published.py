@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .splits import PUBLISHED_SEED, seeded_split
+from aep_ext.training.splits import PUBLISHED_SEED, seeded_split
 
 _CIFAR = ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768))
 

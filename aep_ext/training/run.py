@@ -10,21 +10,21 @@ from typing import Any
 
 import torch
 
-from .. import deploy
-from ..ensemble import ExitWeights
-from ..pruning import count_macs, count_parameters, prune, score_subsets, single_exit
-from ..report import write_report
-from ..report._require import require
-from ..report.files import UserError, read_json, write_arrays, write_bytes, write_json
-from ..surgery import networks
-from ..surgery.multi_exit import MultiExitNet
-from .callbacks import best_weights
-from .config import RunConfig
-from .data import ImageDataModule
-from .evaluate import accuracy, collect, ensemble_of, right_answers, torch_device
-from .fit import fit
-from .folder import BASELINE, MODEL_FILES, RunFolder, begin, open_run
-from .summary import summarise
+from aep_ext import deploy
+from aep_ext._io import read_json, write_arrays, write_bytes, write_json
+from aep_ext._utils import UserError, require
+from aep_ext.ensemble import ExitWeights
+from aep_ext.pruning import count_macs, count_parameters, prune, score_subsets, single_exit
+from aep_ext.report import write_report
+from aep_ext.surgery import networks
+from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.training.callbacks import best_weights
+from aep_ext.training.config import RunConfig
+from aep_ext.training.data import ImageDataModule
+from aep_ext.training.evaluate import accuracy, collect, ensemble_of, right_answers, torch_device
+from aep_ext.training.fit import fit
+from aep_ext.training.folder import BASELINE, MODEL_FILES, RunFolder, begin, open_run
+from aep_ext.training.summary import summarise
 
 ALL_SUBSETS_TIMED = 31
 SMALL_STEP = 500_000_000  # multiply-adds of one forward pass of a training batch

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..report._require import require
-from ..report.files import UserError
+from aep_ext._utils import UserError, require
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..pruning import SubsetScores, exits_of_mask, prune, score_logits, single_exit
-from ..report.files import read_arrays
-from ..surgery.multi_exit import MultiExitNet
-from .config import RunConfig
-from .data import ImageDataModule
-from .evaluate import latency_in_turn
-from .folder import BASELINE, RunFolder
-from .verdict import paired_verdict, smallest_within_margin
+from aep_ext import __version__
+from aep_ext._io import read_arrays
+from aep_ext.pruning import SubsetScores, exits_of_mask, prune, score_logits, single_exit
+from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.training.config import RunConfig
+from aep_ext.training.data import ImageDataModule
+from aep_ext.training.evaluate import latency_in_turn
+from aep_ext.training.folder import BASELINE, RunFolder
+from aep_ext.training.verdict import paired_verdict, smallest_within_margin
 
 FORMAT = "aep_ext.run"
 VERSION = 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pruning import SubsetScore, SubsetScores, non_inferior
+from aep_ext.pruning import SubsetScore, SubsetScores, non_inferior
 
 
 def paired_verdict(a: Tensor, b: Tensor, margin: float, confidence: float = 0.95) -> dict[str, Any]:

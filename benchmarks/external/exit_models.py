@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from aep_ext import MultiExitNet, anticipate
-from aep_ext.report._require import require
+from aep_ext._utils import require
 
 __all__ = ["EXITS", "MODEL", "register"]
 

@@ -36,8 +36,8 @@ if __package__ in (None, ""):  # started as a file: its own folder is on the pat
     sys.path.insert(0, str(ROOT))
 
 import aep_ext  # noqa: E402
-from aep_ext.report._require import require  # noqa: E402
-from aep_ext.report.files import UserError, write_json  # noqa: E402
+from aep_ext._io import write_json  # noqa: E402
+from aep_ext._utils import UserError, require  # noqa: E402
 from benchmarks.external import compare, exit_models, image_files, loss_line  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "external-training-curve.json"

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from aep_ext import MultiExitNet, deploy
-from aep_ext.bench.racing import Times, draw_batches, latency, race, ratio_of_sums
+from aep_ext._io import read_json, write_json
 from aep_ext.pruning import prune
-from aep_ext.report.files import read_json, write_json
 from aep_ext.termination import AccuracyBudget, ExitCache, GatedNet, calibrate, exit_costs, fit_temperatures
 from aep_ext.training import ImageDataModule
+from aep_ext.training.bench_racing import Times, draw_batches, latency, race, ratio_of_sums
 from aep_ext.training.folder import RunFolder
 from aep_ext.training.splits import split_sha256
 from aep_ext.training.summary import _environment, spread

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from aep_ext import deploy
+from aep_ext._io import read_json, write_json
+from aep_ext._utils import UserError
 from aep_ext.bench import bench_run
-from aep_ext.bench.contestants import load_nets
-from aep_ext.bench.measure import share_of_predicted
-from aep_ext.report.files import UserError, read_json, write_json
 from aep_ext.termination import GatedNet
+from aep_ext.training.bench import share_of_predicted
+from aep_ext.training.bench_contestants import load_nets
 
 pytest.importorskip("lightning", reason="runs need Lightning")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from aep_ext.bench.racing import DISTINCT_BATCHES, LEAST_TURNS, Times, draw_batches, latency, race, ratio_of_sums
+from aep_ext.training.bench_racing import (
+    DISTINCT_BATCHES,
+    LEAST_TURNS,
+    Times,
+    draw_batches,
+    latency,
+    race,
+    ratio_of_sums,
+)
 
 
 @pytest.mark.parametrize("samples, rows", [(512, 1), (512, 4), (512, 256), (30, 64), (7, 3), (1, 1), (1, 4)])

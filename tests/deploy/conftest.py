@@ -10,7 +10,7 @@ from torch import nn
 
 from aep_ext import MultiExitNet
 from aep_ext.deploy import PreparedNet, prepare
-from aep_ext.deploy.engines import missing
+from aep_ext.inference.backends import missing
 from aep_ext.surgery.networks import build
 
 ENGINES = ("openvino", "onnxruntime")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aep_ext.deploy.fold import fold_batch_norm
+from aep_ext.inference.fold import fold_batch_norm
 
 
 def norm(channels: int) -> nn.BatchNorm2d:

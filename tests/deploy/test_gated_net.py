@@ -86,7 +86,7 @@ def test_no_copies_and_one_reading_of_the_numbers(prepared: PreparedNet, monkeyp
     def refuse(*arguments: object) -> None:
         raise AssertionError("units copy; a walk does not use them")
 
-    monkeypatch.setattr("aep_ext.deploy.prepared.Unit.__call__", refuse)
+    monkeypatch.setattr("aep_ext.inference.compiled_net.Unit.__call__", refuse)
     for n in (1, 7, 9):
         assert gated(images(n)).exit.eq(3).all()
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aep_ext import MultiExitNet, anticipate, prune
 from aep_ext.deploy import PreparedNet, prepare
 from aep_ext.deploy import prepare as face
-from aep_ext.deploy.engines import BACKENDS, Engine, engine_class, missing
+from aep_ext.inference.backends import BACKENDS, Engine, engine_class, missing
 from aep_ext.surgery.heads import ConvPooledLinearHead, ConvPooledMLPHead, PooledLinearHead
 
 ENGINES = ("openvino", "onnxruntime")
@@ -108,7 +108,7 @@ def test_libraries(name: str, backend: str) -> None:
 
 @pytest.mark.slow
 def test_inductor(net: MultiExitNet) -> None:
-    from aep_ext.deploy.engines.inductor import no_compiler
+    from aep_ext.inference.backends.inductor import no_compiler
 
     if no_compiler(torch.device("cpu")):
         pytest.skip("no C++ compiler")
@@ -182,9 +182,9 @@ class Slow(Engine):
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
     """Puts ``Slow`` in OpenVINO's place, with a fault."""
-    import aep_ext.deploy.prepare  # noqa: F401  (the name on the face is the function)
+    import aep_ext.inference.compile  # noqa: F401  (the name on the face is the function)
 
-    module = importlib.import_module("aep_ext.deploy.prepare")
+    module = importlib.import_module("aep_ext.inference.compile")
 
     def put(fault: str | None) -> None:
         kind = type("Faulty", (Slow,), {"fault": fault, "name": "openvino"})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aep_ext.deploy.engines import missing
+from aep_ext.inference.backends import missing
 
 SCRIPT = """
 import multiprocessing, os, sys
@@ -48,7 +48,7 @@ def test_no_process_is_forked() -> None:
 @pytest.mark.parametrize("before", [None, sys])
 def test_what_was_there_comes_back(monkeypatch: pytest.MonkeyPatch, before: object) -> None:
     """Also where the import fails."""
-    from aep_ext.deploy.engines import _import
+    from aep_ext.inference.backends import _import
 
     seen: list[object] = []
 

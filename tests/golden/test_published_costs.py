@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aep_ext import MultiExitNet
+from aep_ext._utils import eval_mode
 from aep_ext.pruning import count_macs, count_parameters, subset_costs
-from aep_ext.pruning.cost import eval_mode
 from aep_ext.surgery import networks
 
 pytest.importorskip("torchvision", reason="the paper's networks are cut from torchvision's")

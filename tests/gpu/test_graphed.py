@@ -15,10 +15,10 @@ from replay import numbered, replay_net
 from torch import nn
 
 from aep_ext import ExitWeights, MultiExitNet, _load
+from aep_ext.inference.cuda_graph_backend import ExitPlan, Walk
 from aep_ext.surgery.heads import PooledLinearHead
 from aep_ext.surgery.networks import build
 from aep_ext.termination import POLICIES, GatedNet, GraphedGatedNet
-from aep_ext.termination.graphed_backend import ExitPlan, Walk
 
 pytestmark = pytest.mark.gpu
 EXITS, SAMPLES, CLASSES = 4, 64, 10

@@ -17,9 +17,9 @@ pytest.importorskip("matplotlib", reason="the report needs matplotlib")
 from made_gates import make_bench, make_examples, make_gates, spread
 from page_reader import read
 
+from aep_ext._io import write_arrays
 from aep_ext.report import UserError, figures, gates_text, write_report
 from aep_ext.report import write as writing
-from aep_ext.report.files import write_arrays
 from aep_ext.report.gates_figures import cost_curve, exits_by_class
 from aep_ext.report.gates_file import check_gates
 from aep_ext.report.gates_page import gates_section

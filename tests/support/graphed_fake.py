@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aep_ext import ops
-from aep_ext.termination.graphed_backend import Walk
+from aep_ext.inference.cuda_graph_backend import Walk
 
 
 def run_exit(walk: Walk, e: int, exit_logits: Tensor, may_leave: bool) -> None:

@@ -312,7 +312,7 @@ class GatedGraph:
     """_C.GatedGraph: the exits on the CPU, graphs by their records."""
 
     def __init__(self, tensors: dict[str, Tensor], policy: str, on: str) -> None:
-        from aep_ext.termination.graphed_backend import Walk
+        from aep_ext.inference.cuda_graph_backend import Walk
 
         self.walk = Walk(lambda e, x: (x, x), tensors["logits"], (), tensors, policy, on)
         self.parts: list[tuple[CUDAGraph, int, Tensor, bool, bool]] = []

@@ -9,10 +9,10 @@ import pytest
 import torch
 from replay import numbered, replay_net
 
+from aep_ext.inference.end_to_end_timing import sizes_without_gates
+from aep_ext.inference.executor import answer
 from aep_ext.surgery.networks import build
 from aep_ext.termination import GatedNet, StageCosts, as_policy
-from aep_ext.termination.executor import answer
-from aep_ext.termination.whole_calls import sizes_without_gates
 
 LINEAR = StageCosts((1, 8), ((1.0, 8.0),) * 3, ((0.1, 0.1),) * 3, ((0.1, 0.8),) * 2)
 """Three stages of 1 ms a row, copies of 0.1 ms a row."""
@@ -145,7 +145,7 @@ def test_gates_stay_shut_at_batch_sizes_where_the_network_is_faster_without(monk
         seen.append((with_gates(x[:4]).exit.tolist(), without(x[:4]).exit.tolist(), tuple(sizes)))
         return frozenset({2, 4})
 
-    monkeypatch.setattr("aep_ext.termination.gated.sizes_without_gates", slower)
+    monkeypatch.setattr("aep_ext.inference.gated_net.sizes_without_gates", slower)
     gated.measure(x, [2, 4, 8], repeats=1)
     assert seen == [([0] * 4, [3] * 4, (2, 4, 8))]
     assert [gated.gates_at(n) for n in (0, 1, 2, 3, 4, 7, 8, 9)] == [False] * 6 + [True] * 2

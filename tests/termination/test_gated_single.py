@@ -9,8 +9,8 @@ import pytest
 import torch
 from replay import numbered, replay_net
 
+from aep_ext.inference.criteria import POLICIES
 from aep_ext.termination import GatedNet, GatedOutput, executor
-from aep_ext.termination.policies import POLICIES
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
 THRESHOLDS = {"confidence": 0.5, "entropy": 1.0, "margin": 0.3}

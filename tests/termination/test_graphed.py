@@ -11,9 +11,9 @@ from replay import numbered, replay_net
 from torch import nn
 
 from aep_ext import MultiExitNet
+from aep_ext.inference.cuda_graph_driver import CudaBackend
 from aep_ext.surgery.heads import PooledLinearHead
 from aep_ext.termination import POLICIES, GatedNet, GraphedGatedNet
-from aep_ext.termination.graphed_cuda import CudaBackend
 
 EXITS, SAMPLES, CLASSES = 4, 24, 6
 WEIGHTS = [0.3, 0.7, 0.4, 1.0]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from graphed_fake import run_exit
 
+from aep_ext.inference.cuda_graph_backend import ExitPlan, Walk
+from aep_ext.inference.cuda_graph_capture import capture
+from aep_ext.inference.cuda_graph_driver import CudaBackend
 from aep_ext.termination import graphed_capture, graphed_cuda
-from aep_ext.termination.graphed_backend import ExitPlan, Walk
-from aep_ext.termination.graphed_capture import capture
-from aep_ext.termination.graphed_cuda import CudaBackend
 
 EXITS, ROWS, CLASSES = 3, 4, 5
 

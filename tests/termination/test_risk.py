@@ -7,6 +7,9 @@ import pytest
 import torch
 from synthetic_exits import cache_of
 
+from aep_ext.calibration.budgets import LOSSES
+from aep_ext.calibration.path import losses_at
+from aep_ext.calibration.tails import binomial_cdf
 from aep_ext.termination import (
     CostBudget,
     RiskBudget,
@@ -19,9 +22,6 @@ from aep_ext.termination import (
     path_losses,
     simulate,
 )
-from aep_ext.termination.budget import LOSSES
-from aep_ext.termination.path import losses_at
-from aep_ext.termination.tails import binomial_cdf
 
 RESAMPLINGS = 1000
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from aep_ext.termination.tails import betting, binomial_cdf, binomial_upper, hoeffding_bentkus
+from aep_ext.calibration.tails import betting, binomial_cdf, binomial_upper, hoeffding_bentkus
 
 
 def exact_cdf(k, n, p):

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("lightning", reason="the training needs lightning")
 
 from aep_ext import ExitWeights, MultiExitNet
-from aep_ext.report.files import UserError
+from aep_ext._utils import UserError
 from aep_ext.surgery import networks
 from aep_ext.training import RECIPES, ImageDataModule, fit
 from aep_ext.training.callbacks import RunCheckpoint, best_weights

@@ -16,8 +16,8 @@ pytest.importorskip("lightning", reason="the training needs lightning")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
 from aep_ext import deploy, ops
+from aep_ext._io import write_json
 from aep_ext.report import UserError
-from aep_ext.report.files import write_json
 from aep_ext.termination import ExitCache, GatedNet, exit_costs, exit_metrics, simulate
 from aep_ext.training import ImageDataModule, run
 from aep_ext.training.gating import CalibrationSettings, calibrate_run, gates_table

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .job import FORMAT, calibrate_run
-from .settings import CalibrationSettings
-from .text import gates_table
+from aep_ext.training.gating.job import FORMAT, calibrate_run
+from aep_ext.training.gating.settings import CalibrationSettings
+from aep_ext.training.gating.text import gates_table
 
 __all__ = ["FORMAT", "CalibrationSettings", "calibrate_run", "gates_table"]

@@ -30,11 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...ensemble import fit_output_weights
-from ...pruning import mask_of_exits
-from ...termination import ExitCache, Policy, ThresholdCurve, ThresholdSearch, fit_temperatures
-from ...termination.table import GateTable
-from .settings import FOLDS
+from aep_ext.calibration.table import GateTable
+from aep_ext.ensemble import fit_output_weights
+from aep_ext.pruning import mask_of_exits
+from aep_ext.termination import ExitCache, Policy, ThresholdCurve, ThresholdSearch, fit_temperatures
+from aep_ext.training.gating.settings import FOLDS
 
 ALL_SUBSETS = 7
 """Up to so many exits every subset is a candidate."""

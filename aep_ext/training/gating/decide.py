@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...termination import as_policy
-from .choice import Choice, candidate_subsets, choose, costs_of, subset_cache
-from .figures import Gate
-from .guarantee import guaranteed
-from .settings import TEMPERATURE_SHARE, TEST_SHARE, CalibrationSettings
-from .unit import Unit
+from aep_ext.termination import as_policy
+from aep_ext.training.gating.choice import Choice, candidate_subsets, choose, costs_of, subset_cache
+from aep_ext.training.gating.figures import Gate
+from aep_ext.training.gating.guarantee import guaranteed
+from aep_ext.training.gating.settings import TEMPERATURE_SHARE, TEST_SHARE, CalibrationSettings
+from aep_ext.training.gating.unit import Unit
 
 
 @dataclass(frozen=True, eq=False)

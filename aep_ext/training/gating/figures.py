@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...termination import ExitCache, Policy, Simulation, ThresholdCurve, as_policy, exit_metrics, simulate
-from ...termination.table import GateTable
-from ..evaluate import accuracy
-from ..verdict import paired_verdict
-from .choice import subset_cache
-from .unit import Unit
+from aep_ext.calibration.table import GateTable
+from aep_ext.termination import ExitCache, Policy, Simulation, ThresholdCurve, as_policy, exit_metrics, simulate
+from aep_ext.training.evaluate import accuracy
+from aep_ext.training.gating.choice import subset_cache
+from aep_ext.training.gating.unit import Unit
+from aep_ext.training.verdict import paired_verdict
 
 CURVE_POINTS = 100
 EXAMPLES = 8

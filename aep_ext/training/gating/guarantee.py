@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...termination import ExitCache, ThresholdCurve, learn_then_test
-from ...termination.table import GateTable
+from aep_ext.calibration.table import GateTable
+from aep_ext.termination import ExitCache, ThresholdCurve, learn_then_test
 
 STEPS = 100
 

@@ -13,19 +13,17 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from ... import deploy
-from ...report import write_report
-from ...report._require import require
-from ...report.files import UserError, read_arrays, read_json, write_arrays, write_json
-from ..data import SCORING_BATCH, ImageDataModule
-from ..dataset import batches
-from ..evaluate import collect
-from ..folder import MODEL_FILES, RunFolder
-from ..run import Job, using_threads
-from ..splits import split_sha256
-from .choice import Choice, costs_of, subset_cache
-from .decide import data_rows, decide
-from .figures import (
+from aep_ext import deploy
+from aep_ext._io import read_arrays, read_json, write_arrays, write_json
+from aep_ext._utils import UserError, require
+from aep_ext.report import write_report
+from aep_ext.training.data import SCORING_BATCH, ImageDataModule
+from aep_ext.training.dataset import batches
+from aep_ext.training.evaluate import collect
+from aep_ext.training.folder import MODEL_FILES, RunFolder
+from aep_ext.training.gating.choice import Choice, costs_of, subset_cache
+from aep_ext.training.gating.decide import data_rows, decide
+from aep_ext.training.gating.figures import (
     Gate,
     calibration_figures,
     curve_figures,
@@ -34,11 +32,13 @@ from .figures import (
     report_figures,
     select_figures,
 )
-from .live import agreement, gated_network
-from .settings import SPARE_LIMIT, CalibrationSettings
-from .static import matched, static_names, train_static
-from .summary import data_roles, delivered, method_summary
-from .unit import Unit
+from aep_ext.training.gating.live import agreement, gated_network
+from aep_ext.training.gating.settings import SPARE_LIMIT, CalibrationSettings
+from aep_ext.training.gating.static import matched, static_names, train_static
+from aep_ext.training.gating.summary import data_roles, delivered, method_summary
+from aep_ext.training.gating.unit import Unit
+from aep_ext.training.run import Job, using_threads
+from aep_ext.training.splits import split_sha256
 
 FORMAT = "aep_ext.gates"
 VERSION = 1

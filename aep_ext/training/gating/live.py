@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ensemble import ExitWeights
-from ...pruning import prune
-from ...surgery.multi_exit import MultiExitNet
-from ...termination import ExitCache, GatedNet, GatedOutput, Simulation
-from .figures import Gate
+from aep_ext.ensemble import ExitWeights
+from aep_ext.pruning import prune
+from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.termination import ExitCache, GatedNet, GatedOutput, Simulation
+from aep_ext.training.gating.figures import Gate
 
 TOLERANCE = 1e-5
 SINGLES = 256

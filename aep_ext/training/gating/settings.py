@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...report.files import UserError
-from ...termination import POLICIES
+from aep_ext._utils import UserError
+from aep_ext.termination import POLICIES
 
 FOLDS = 5
 SPARE_LIMIT = 20_000

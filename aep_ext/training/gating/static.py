@@ -6,14 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ... import deploy
-from ...pruning import count_macs, count_parameters, single_exit
-from ...report.files import UserError, read_json, write_json
-from ...surgery import networks
-from ..evaluate import accuracy, collect, ensemble_of
-from ..fit import fit
-from ..run import Job
-from ..summary import spread
+from aep_ext import deploy
+from aep_ext._io import read_json, write_json
+from aep_ext._utils import UserError
+from aep_ext.pruning import count_macs, count_parameters, single_exit
+from aep_ext.surgery import networks
+from aep_ext.training.evaluate import accuracy, collect, ensemble_of
+from aep_ext.training.fit import fit
+from aep_ext.training.run import Job
+from aep_ext.training.summary import spread
 
 AUTO_WIDTHS = ("0.5", "0.75")
 

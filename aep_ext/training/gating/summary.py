@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import ImageDataModule
-from ..splits import split_sha256
-from ..summary import spread
-from ..verdict import paired_verdict
-from .choice import subset_cache
-from .decide import data_rows
-from .figures import Gate
-from .settings import FOLDS, CalibrationSettings
-from .unit import Unit
+from aep_ext.training.data import ImageDataModule
+from aep_ext.training.gating.choice import subset_cache
+from aep_ext.training.gating.decide import data_rows
+from aep_ext.training.gating.figures import Gate
+from aep_ext.training.gating.settings import FOLDS, CalibrationSettings
+from aep_ext.training.gating.unit import Unit
+from aep_ext.training.splits import split_sha256
+from aep_ext.training.summary import spread
+from aep_ext.training.verdict import paired_verdict
 
 
 def data_roles(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
-from ...report.numbers import amount, exits, method_name, percent, percent_spread
+from aep_ext.report.numbers import amount, exits, method_name, percent, percent_spread
 
 _HEAD = ("network", "exits", "test top-1", "mean multiply-adds", "against pruned, points")
 

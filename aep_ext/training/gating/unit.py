@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import ops
-from ...report.files import UserError, read_arrays, read_json
-from ...termination import ExitCache
-from ..evaluate import right_answers
-from ..folder import BASELINE, RunFolder
+from aep_ext import ops
+from aep_ext._io import read_arrays, read_json
+from aep_ext._utils import UserError
+from aep_ext.termination import ExitCache
+from aep_ext.training.evaluate import right_answers
+from aep_ext.training.folder import BASELINE, RunFolder
 
 
 @dataclass(frozen=True, eq=False)
