@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from aep_ext.pruning.cost import Latency, SubsetCosts, count_macs, count_parameters, measure_latency, subset_costs
+from aep_ext.pruning.cost import (
+    Latency,
+    SubsetCosts,
+    count_macs,
+    count_parameters,
+    exit_costs,
+    measure_latency,
+    subset_costs,
+)
 from aep_ext.pruning.extract import prune, single_exit
 from aep_ext.pruning.non_inferiority import NonInferiority, non_inferior, smallest_non_inferior
 from aep_ext.pruning.score import score_logits, score_subsets, subset_correctness
@@ -17,6 +25,7 @@ __all__ = [
     "SubsetScores",
     "count_macs",
     "count_parameters",
+    "exit_costs",
     "exits_of_mask",
     "mask_of_exits",
     "measure_latency",
