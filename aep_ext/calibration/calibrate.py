@@ -19,7 +19,7 @@ from aep_ext.calibration.path import ThresholdPath, losses_at
 from aep_ext.calibration.risk_control import conformal_risk_control, learn_then_test
 from aep_ext.calibration.temperature import fit_temperatures
 from aep_ext.calibration.thresholds import ThresholdSearch
-from aep_ext.inference.criteria import Policy, as_policy
+from aep_ext.inference._old_criteria import Policy, as_policy
 
 
 def calibrate(

@@ -14,8 +14,8 @@ from aep_ext.calibration.cached_logits import ExitCache
 from aep_ext.calibration.identity import DataIdentity, same_role
 from aep_ext.calibration.table import GateTable
 from aep_ext.calibration.tails import binomial_upper
+from aep_ext.inference._old_criteria import POLICIES, Policy
 from aep_ext.inference.agreement import near_threshold
-from aep_ext.inference.criteria import POLICIES, Policy
 from aep_ext.inference.simulate import simulate
 
 _SAME = "calibrated and reported on the same data"

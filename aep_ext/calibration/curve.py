@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aep_ext.calibration.identity import DataIdentity
-from aep_ext.inference.criteria import Policy
+from aep_ext.inference._old_criteria import Policy
 
 
 def spread(costs: NDArray[np.float64], points: int) -> NDArray[np.int64]:

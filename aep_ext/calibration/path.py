@@ -16,7 +16,7 @@ from aep_ext.calibration.cached_logits import ExitCache
 from aep_ext.calibration.curve import ThresholdCurve
 from aep_ext.calibration.identity import DataIdentity
 from aep_ext.calibration.table import GateTable
-from aep_ext.inference.criteria import Custom, Policy, as_policy
+from aep_ext.inference._old_criteria import Custom, Policy, as_policy
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aep_ext.inference.criteria import Custom, Policy, as_policy
+from aep_ext.inference._old_criteria import Custom, Policy, as_policy
 
 _COLUMNS = {"confidence": 0, "entropy": 1, "margin": 2}
 

@@ -14,7 +14,7 @@ from aep_ext.calibration.cached_logits import ExitCache
 from aep_ext.calibration.calibrate import calibrate
 from aep_ext.calibration.calibration import Calibration
 from aep_ext.calibration.exit_costs import exit_costs
-from aep_ext.inference.criteria import Policy
+from aep_ext.inference._old_criteria import Policy
 from aep_ext.inference.gated_net import GatedNet
 from aep_ext.surgery.multi_exit import MultiExitNet
 

@@ -20,7 +20,7 @@ from aep_ext.calibration.curve import ThresholdCurve, Thresholds, spread
 from aep_ext.calibration.exit_costs import checked_costs
 from aep_ext.calibration.problem import Problem
 from aep_ext.calibration.table import GateTable
-from aep_ext.inference.criteria import Policy
+from aep_ext.inference._old_criteria import Policy
 
 _KICKS = 60
 _PRICE_STEP = 1.25

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aep_ext import __version__
 from aep_ext.calibration.calibration import Calibration
-from aep_ext.inference.criteria import POLICIES
+from aep_ext.inference._old_criteria import POLICIES
 from aep_ext.inference.gated_net import GatedNet
 from aep_ext.pruning.extract import subset_view
 from aep_ext.surgery.multi_exit import MultiExitNet

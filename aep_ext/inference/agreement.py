@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from aep_ext.inference.criteria import Judged, Policy, as_policy
+from aep_ext.inference._old_criteria import Judged, Policy, as_policy
 from aep_ext.inference.simulate import simulate
 
 _COLUMN = {"confidence": 0, "entropy": 1, "margin": 2}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aep_ext.inference.criteria import Policy
+from aep_ext.inference._old_criteria import Policy
 from aep_ext.inference.executor import Answers, GatedOutput, Rows, start, step, survivors
 from aep_ext.inference.settings import GateSettings
 from aep_ext.inference.stages import Run, take

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from aep_ext import ops
+from aep_ext.inference._old_criteria import Judged, Policy
 from aep_ext.inference.backends.chain import Engine
 from aep_ext.inference.compiled_walk import PreparedRun, Turns
-from aep_ext.inference.criteria import Judged, Policy
 from aep_ext.inference.executor import First, answer
 from aep_ext.inference.gates import Gated, Gates, make_gates
 from aep_ext.inference.verify import Verification, compare

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aep_ext.inference.criteria import Custom
+from aep_ext.inference._old_criteria import Custom
 from aep_ext.inference.cuda_graph_backend import PATHS, Backend, Built, ExitPlan, Walk
 from aep_ext.inference.executor import GatedOutput
 from aep_ext.inference.gated_net import GatedNet

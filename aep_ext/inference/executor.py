@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aep_ext import ops
-from aep_ext.inference.criteria import Confidence, Entropy, Margin, Policy
+from aep_ext.inference._old_criteria import Confidence, Entropy, Margin, Policy
 from aep_ext.inference.settings import GateSettings
 from aep_ext.inference.stages import Run
 from aep_ext.ops import GateResult

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from aep_ext.inference._old_criteria import Policy, as_policy
 from aep_ext.inference.agreement import near_threshold
 from aep_ext.inference.batching import Refill, images_of, predicted
-from aep_ext.inference.criteria import Policy, as_policy
 from aep_ext.inference.end_to_end_timing import sizes_without_gates
 from aep_ext.inference.executor import First, GatedOutput, all_at_the_end, answer, only_adds
 from aep_ext.inference.settings import GateSettings, check_modes, flags_buffer, numbers_buffer, settings_of

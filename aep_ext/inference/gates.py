@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aep_ext.inference.criteria import Judged, Policy, as_policy
+from aep_ext.inference._old_criteria import Judged, Policy, as_policy
 from aep_ext.inference.executor import GatedOutput
 from aep_ext.inference.settings import GateSettings, sums_of
 

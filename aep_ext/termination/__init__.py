@@ -21,9 +21,7 @@ from aep_ext.calibration.risk_control import RiskTest, conformal_risk_control, l
 from aep_ext.calibration.temperature import TemperatureFit, fit_temperature, fit_temperatures
 from aep_ext.calibration.terminate import terminate
 from aep_ext.calibration.thresholds import ThresholdSearch
-from aep_ext.inference.agreement import near_threshold
-from aep_ext.inference.batching import Refill
-from aep_ext.inference.criteria import (
+from aep_ext.inference._old_criteria import (
     POLICIES,
     Confidence,
     Custom,
@@ -35,6 +33,8 @@ from aep_ext.inference.criteria import (
     Vote,
     as_policy,
 )
+from aep_ext.inference.agreement import near_threshold
+from aep_ext.inference.batching import Refill
 from aep_ext.inference.cuda_graph import GraphedGatedNet
 from aep_ext.inference.executor import GatedOutput
 from aep_ext.inference.gated_net import GatedNet

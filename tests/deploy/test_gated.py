@@ -11,7 +11,7 @@ import torch
 
 from aep_ext import MultiExitNet
 from aep_ext.deploy import PreparedNet, prepare
-from aep_ext.inference.criteria import POLICIES as KINDS
+from aep_ext.inference._old_criteria import POLICIES as KINDS
 from aep_ext.termination import simulate
 
 THRESHOLDS = {"confidence": 0.5, "entropy": 1.1, "margin": 0.25, "patience": 2, "vote": 2}

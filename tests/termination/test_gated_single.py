@@ -9,7 +9,7 @@ import pytest
 import torch
 from replay import numbered, replay_net
 
-from aep_ext.inference.criteria import POLICIES
+from aep_ext.inference._old_criteria import POLICIES
 from aep_ext.termination import GatedNet, GatedOutput, executor
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
