@@ -20,7 +20,7 @@ from aep_ext._build_info import build_info
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy
 from aep_ext.pruning import prune, score_subsets
 from aep_ext.surgery import MultiExitNet, anticipate
-from aep_ext.termination import terminate
+from aep_ext.calibration import terminate
 
 __all__ = [
     "ExitWeights",
