@@ -13,8 +13,15 @@ from scipy import stats
 from torch import Tensor
 
 from aep_ext._utils import per_exit
-from aep_ext.calibration.budgets import AccuracyBudget, Budget, CostBudget, RiskBudget
-from aep_ext.calibration.budgets import as_budget, budget_from_dict, budget_to_dict
+from aep_ext.calibration.budgets import (
+    AccuracyBudget,
+    Budget,
+    CostBudget,
+    RiskBudget,
+    as_budget,
+    budget_from_dict,
+    budget_to_dict,
+)
 from aep_ext.calibration.cached_logits import CachedLogits
 from aep_ext.calibration.risk_control import conformal_risk_control, learn_then_test
 from aep_ext.calibration.selection import Candidate, Selection, candidate_subsets
@@ -209,8 +216,8 @@ class Calibration:
         low, high = self.interval
         lines = [
             str(self.policy),
-            f"top-1 {self.drop_points:.2f} points below the reference (95 % interval {low:.2f} to {high:.2f}), mean cost "
-            f"{100 * self.mean_cost / self.full_cost:.1f} % of all exits' ({self.n} samples)",
+            f"top-1 {self.drop_points:.2f} points below the reference (95 % interval {low:.2f} to {high:.2f}), "
+            f"mean cost {100 * self.mean_cost / self.full_cost:.1f} % of all exits' ({self.n} samples)",
         ]
         return "\n".join([*lines, *(text for text in (self.guarantee, self.notice) if text)])
 
@@ -232,12 +239,12 @@ def calibrate(
 ) -> Calibration:
     """Exits, output weights, temperatures and thresholds that keep a budget.
 
-    Every subset of the exits is a candidate. For each, everything is fitted on all folds but one, for a row of tightened
-    budgets, and judged on the fold left out; chosen is the cheapest whose cross-validated drop plus ``num_std_errors``
-    standard errors is within the budget (of those within 0.5 % of its cost, the one with the smallest drop), which is
-    then fitted on all samples. With few images the estimate is noisy, and about every other choice at
-    ``num_std_errors=0`` loses more than its budget on new images; 1 or 2 make it careful, and the interval is in the
-    result.
+    Every subset of the exits is a candidate. For each, everything is fitted on all folds but one, for a row of
+    tightened budgets, and judged on the fold left out; chosen is the cheapest whose cross-validated drop plus
+    ``num_std_errors`` standard errors is within the budget (of those within 0.5 % of its cost, the one with the
+    smallest drop), which is then fitted on all samples. With few images the estimate is noisy, and about every other
+    choice at ``num_std_errors=0`` loses more than its budget on new images; 1 or 2 make it careful, and the interval is
+    in the result.
 
     For a :class:`RiskBudget` one half of the samples does all this; the other half tests the policies of the curve from
     careful to bold, and the cheapest that passes is taken.

@@ -1,8 +1,8 @@
 """How good an exit's probabilities are: ECE, NLL, Brier, and whether they tell right answers from wrong ones.
 
 A lower ECE alone does not make a better exit: a network that always answers with its mean accuracy has ECE 0 and cannot
-be gated at all. What a gate needs is the order of the confidences, which the failure-prediction AUROC measures (and which
-a temperature hardly changes).
+be gated at all. What a gate needs is the order of the confidences, which the failure-prediction AUROC measures (and
+which a temperature hardly changes).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class ExitMetrics:
 
 
 def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> float:
-    """Over the bins ((b-1)/bins, b/bins], the distance between mean confidence and accuracy, weighted by the bin's share
-    of samples (Guo et al. 2017). 0 itself is in the first bin.
+    """Over the bins ((b-1)/bins, b/bins], the distance between mean confidence and accuracy, weighted by the bin's
+    share of samples (Guo et al. 2017). 0 itself is in the first bin.
 
     Args:
         confidence: (N,) within 0..1.

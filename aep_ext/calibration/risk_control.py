@@ -16,11 +16,11 @@ from scipy import stats
 def learn_then_test(losses: ArrayLike, epsilon: float, delta: float, *, seed: int = 0) -> int:
     """Fixed-sequence testing: with probability 1 - delta every accepted step has an expected loss of at most epsilon.
 
-    Step after step, "the risk is above epsilon" is tested at level delta; the first step for which it cannot be rejected
-    ends the sequence. A false rejection needs the first step that is really too risky to be rejected, which happens with
-    probability delta at most, however many steps there are. A. N. Angelopoulos, S. Bates, E. J. Candes, M. I. Jordan,
-    L. Lei, "Learn then Test: calibrating predictive algorithms to achieve risk control" (2021); for early exits M. Jazbec
-    et al., "Fast yet safe: early-exiting with risk control" (2024).
+    Step after step, "the risk is above epsilon" is tested at level delta; the first step for which it cannot be
+    rejected ends the sequence. A false rejection needs the first step that is really too risky to be rejected, which
+    happens with probability delta at most, however many steps there are. A. N. Angelopoulos, S. Bates, E. J. Candes, M.
+    I. Jordan, L. Lei, "Learn then Test: calibrating predictive algorithms to achieve risk control" (2021); for early
+    exits M. Jazbec et al., "Fast yet safe: early-exiting with risk control" (2024).
 
     The p-values: for losses of 0 and 1 the binomial tail, which is exact; else :func:`betting_p_value`.
 

@@ -1,13 +1,13 @@
 """Which exits are kept and how careful their thresholds are: chosen together, by cross-validation.
 
 The thresholds that *seem* to keep a budget on the data they were searched on are partly good by luck and lose more
-elsewhere. So, for every subset of the exits, output weights, temperatures and thresholds are fitted on all folds but one
-for a row of tightened budgets, and judged on the fold that was left out. The subset and the tightened budget are chosen
-by these figures, and only then everything is fitted on all of the data. (M. Stone, "Cross-validatory choice and
+elsewhere. So, for every subset of the exits, output weights, temperatures and thresholds are fitted on all folds but
+one for a row of tightened budgets, and judged on the fold that was left out. The subset and the tightened budget are
+chosen by these figures, and only then everything is fitted on all of the data. (M. Stone, "Cross-validatory choice and
 assessment of statistical predictions", 1974.)
 
-What remains is the choice between candidates by their cross-validated figures, which are strongly alike: they share most
-of their exits and all of their samples.
+What remains is the choice between candidates by their cross-validated figures, which are strongly alike: they share
+most of their exits and all of their samples.
 """
 
 from __future__ import annotations
@@ -119,8 +119,7 @@ class Selection:
         return (self.limit + depth * steps).tolist()
 
     def fit(self, exits: Sequence[int], rows: NDArray[np.int64] | None = None) -> tuple[list[float], list[float]]:
-        """Output weights that sum to 1, and temperatures, of a subset on some rows (all by default): float32 numbers, as
-        a network keeps them."""
+        """Output weights that sum to 1, and temperatures, of a subset, fitted on some rows or all: float32 numbers."""
         part = self.logits.select_exits(exits)
         if rows is not None:
             part = part.select(torch.from_numpy(rows))

@@ -49,7 +49,8 @@ def terminate(
         net: a full or pruned network; left as it is.
         loader: (x, y) batches of labelled samples that the network was not trained on, x (N, C, H, W), y (N,) integers.
         budget: an :class:`AccuracyBudget` (or its points), a :class:`CostBudget` or a :class:`RiskBudget`.
-        reference: what the drop is measured against. "ensemble": the network itself, all of its exits; or (N,) bool, the
+        reference: what the drop is measured against. "ensemble": the network itself, all of its exits; or (N,) bool,
+        the
             right answers of any other classifier on the samples, in the loader's order.
         costs: see ``calibrate``. By default the multiply-adds of every subset, counted on the loader's first image;
             above 16 exits they must be given.

@@ -1,9 +1,9 @@
-"""Thresholds for all gates together: an exact coordinate search on the data's own values, and the Pareto front it finds.
+"""Thresholds for all gates together: exact coordinate search on the data's own values, and the Pareto front it finds.
 
-Who reaches a gate depends on all earlier ones, and what leaving is worth on all later ones. With all gates but one held,
-however, the best threshold is found exactly by one running sum over the samples in the order of their scores. The search
-takes such steps, gate after gate, on ``right answers - price * cost`` for a row of prices and from several starts.
-Whatever it sees on the way is a point of accuracy and cost; those that no other beats are the front.
+Who reaches a gate depends on all earlier ones, and what leaving is worth on all later ones. With all gates but one
+held, however, the best threshold is found exactly by one running sum over the samples in the order of their scores. The
+search takes such steps, gate after gate, on ``right answers - price * cost`` for a row of prices and from several
+starts. Whatever it sees on the way is a point of accuracy and cost; those that no other beats are the front.
 """
 
 from __future__ import annotations
