@@ -80,7 +80,7 @@ def _fit(logits: Tensor, target: Tensor, max_iterations: int) -> float:
         return total
 
     optimizer.step(closure)
-    return scale * math.exp(-float(free))
+    return scale * math.exp(-float(free.detach()))
 
 
 def fit_temperatures(
