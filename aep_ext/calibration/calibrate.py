@@ -241,7 +241,7 @@ def calibrate(
 
     Every subset of the exits is a candidate. For each, everything is fitted on all folds but one, for a row of
     tightened budgets, and judged on the fold left out; chosen is the cheapest whose cross-validated drop plus
-    ``num_std_errors`` standard errors is within the budget (of those within 0.5 % of its cost, the one with the
+    ``num_std_errors`` standard errors is within the budget (of those within 2 % of its cost, the one with the
     smallest drop), which is then fitted on all samples. With few images the estimate is noisy, and about every other
     choice at ``num_std_errors=0`` loses more than its budget on new images; 1 or 2 make it careful, and the interval is
     in the result.

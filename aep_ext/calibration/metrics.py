@@ -26,7 +26,7 @@ class ExitMetrics:
     """Quality of one exit's probabilities. NaN where a number does not exist.
 
     Attributes:
-        accuracy: fraction right at top-1; a row that holds a NaN is wrong, and is left out of all else.
+        accuracy: fraction right at top-1; a row that holds a NaN is wrong. One without a softmax is left out of all else.
         ece: expected calibration error, 15 equal-width bins, as a fraction of 1.
         nll: mean negative log-likelihood in nats.
         brier: mean squared distance between probabilities and label, within 0..2.
@@ -90,8 +90,8 @@ def probability_metrics(logits: Tensor, target: Tensor, temperature: float = 1.0
         logits: (N, K) floating, N at least 1.
         target: (N,) int64 within 0..K-1.
     """
-    valid = ~logits.isnan().any(dim=1)
-    correct = (logits.argmax(dim=1) == target) & valid
+    correct = (logits.argmax(dim=1) == target) & ~logits.isnan().any(dim=1)
+    valid = ~(logits - logits.amax(dim=1, keepdim=True)).isnan().any(dim=1)
     confidence, nll, squares = [], 0.0, 0.0
     rows = max(1, _CHUNK // logits.shape[1])
     for part, labels in zip(logits[valid].split(rows), target[valid].split(rows), strict=True):
