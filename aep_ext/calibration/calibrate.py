@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from aep_ext._utils import per_exit
@@ -164,7 +164,7 @@ def calibrate(
     """Exits, output weights, temperatures and thresholds that keep a budget.
 
     Every subset of the exits is a candidate. For each, everything is fitted on all folds but one, for a row of
-    tightened budgets, and judged on the fold left out; chosen is the cheapest whose cross-validated drop plus
+    tightened budgets, and evaluated on the fold left out; chosen is the cheapest whose cross-validated drop plus
     ``num_std_errors`` standard errors is within the budget (of those within 2 % of its cost, the one with the
     smallest drop), which is then fitted on all samples. With few images the estimate is noisy, and about every other
     choice at ``num_std_errors=0`` loses more than its budget on new images; 1 or 2 make it careful, and the interval is
@@ -224,7 +224,8 @@ def calibrate(
     if risk:
         chosen_on, tested_on = np.array_split(np.random.default_rng(seed).permutation(n), 2)
         # The test asks for about so many: a policy that keeps the risk by less would hardly pass it.
-        num_std_errors = max(num_std_errors, float(stats.norm.ppf(1 - wanted.delta)) if wanted.method == "ltt" else 0.0)
+        needed = NormalDist().inv_cdf(1 - wanted.delta) if wanted.method == "ltt" else 0.0
+        num_std_errors = max(num_std_errors, needed)
     size = len(chosen_on)
     usual = 20 if size < 200 else 10 if size < 2000 else 5
     selection = Selection(
@@ -270,7 +271,7 @@ def calibrate(
     taken, correct = tested.answers(thresholds, enabled)
     mean_cost = float(own_costs[taken].mean())
     if isinstance(wanted, RiskBudget):
-        best = replace(selection, reference=right[tested_on]).judged(best.exits, None, correct, mean_cost)
+        best = replace(selection, reference=right[tested_on]).candidate(best.exits, None, correct, mean_cost)
     own_exits = tuple(logits.exits[e] for e in best.exits)
     if not feasible:
         notice = _notice(wanted, selection, best, own_exits, len(tested_on))

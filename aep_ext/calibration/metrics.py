@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aep_ext.calibration.cached_logits import check_labels
-from aep_ext.calibration.temperature import judged_logits
+from aep_ext.calibration.temperature import criterion_logits
 from aep_ext.inference.exit_policy import ExitPolicy
 
 
@@ -102,7 +102,7 @@ def probability_metrics(logits: Tensor, target: Tensor, temperature: float = 1.0
 
 
 def exit_metrics(exit_logits: Tensor, target: Tensor, policy: ExitPolicy) -> tuple[ExitMetrics, ...]:
-    """The metrics of every exit as the policy judges it: ``softmax(R_e / T_e)``, or ``softmax(O_e / T_e)`` where its
+    """The metrics of every exit as the policy sees it: ``softmax(R_e / T_e)``, or ``softmax(O_e / T_e)`` where its
     criterion is taken on the exit. ``dataclasses.replace(policy, temperatures=1.0)``: before temperatures.
 
     Args:
@@ -118,7 +118,7 @@ def exit_metrics(exit_logits: Tensor, target: Tensor, policy: ExitPolicy) -> tup
             f"got {list(exit_logits.shape)}"
         )
     check_labels("exit_metrics", target, *exit_logits.shape[1:])
-    judged = judged_logits(exit_logits, policy.output_weights, policy.criterion_on)
+    parts = criterion_logits(exit_logits, policy.output_weights, policy.criterion_on)
     return tuple(
-        probability_metrics(part, target, scale) for part, scale in zip(judged, policy.temperatures, strict=True)
+        probability_metrics(part, target, scale) for part, scale in zip(parts, policy.temperatures, strict=True)
     )

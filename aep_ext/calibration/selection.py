@@ -2,7 +2,7 @@
 
 The thresholds that *seem* to keep a budget on the data they were searched on are partly good by luck and lose more
 elsewhere. So, for every subset of the exits, output weights, temperatures and thresholds are fitted on all folds but
-one for a row of tightened budgets, and judged on the fold that was left out. The subset and the tightened budget are
+one for a row of tightened budgets, and evaluated on the fold that was left out. The subset and the tightened budget are
 chosen by these figures, and only then everything is fitted on all of the data. (M. Stone, "Cross-validatory choice and
 assessment of statistical predictions", 1974.)
 

@@ -82,11 +82,11 @@ def fit_temperatures(
 ) -> tuple[float, ...]:
     """One temperature for every exit: of its normalised prefix ensemble R_e, or of its own logits with
     ``criterion_on="exit"``."""
-    judged = judged_logits(logits.logits, output_weights, criterion_on)
-    return tuple(fit_temperature(part, logits.target) for part in judged)
+    parts = criterion_logits(logits.logits, output_weights, criterion_on)
+    return tuple(fit_temperature(part, logits.target) for part in parts)
 
 
-def judged_logits(exit_logits: Tensor, output_weights: Sequence[float], criterion_on: str) -> Tensor:
+def criterion_logits(exit_logits: Tensor, output_weights: Sequence[float], criterion_on: str) -> Tensor:
     """What each exit's confidence is taken of, before the temperature, (E, N, K): R_e, or the exit's own logits.
 
     Raises:
