@@ -1,7 +1,7 @@
-"""How contestants are timed: in turn, on the very same batches, and what is made of the times.
+"""Paired timing: networks are timed in turn on the very same batches, and what is made of the times.
 
-A machine's moods (clock, neighbours, memory traffic) last longer than one turn of all contestants, so what the times of
-one turn say of each other hardly sees them.
+Changes of a machine's speed (clock, neighbours, memory traffic) last longer than one turn of all networks, so ratios
+within a turn hardly see them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LEAST_TURNS = 5
-DISTINCT_BATCHES = (
-    8  # at least so many different ones, where there are more samples than fit one: an interval needs them
-)
+DISTINCT_BATCHES = 8  # at least, where there are more samples than fit one: an interval needs them
 REPEATS = 5  # of every batch: fewer batches are taken where the time does not last for all
 DRAWS = 2000
 SHORT = 5e-3  # seconds; calls below begin with a call that is not timed
-
-Contestant = Callable[[Tensor], object]
 
 
 def draw_batches(samples: int, rows: int, seed: int = 0) -> list[Tensor]:
@@ -48,9 +44,9 @@ def draw_batches(samples: int, rows: int, seed: int = 0) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call of one contestant, by batch: ``batches[b]`` are those on batch b, in the order they were taken.
+    """Seconds per call of one network, by batch: ``batches[b]`` are those on batch b, in the order they were taken.
 
-    The t-th call of one contestant on a batch was made in the same turn as the t-th of another.
+    The t-th call of one network on a batch was made in the same turn as the t-th of another.
     """
 
     batches: tuple[tuple[float, ...], ...]
@@ -64,35 +60,35 @@ class Times:
         return np.array([np.median(taken) for taken in self.batches if taken])
 
 
-def race(
-    contestants: dict[str, Contestant],
+def time_in_turn(
+    calls: dict[str, Callable[[Tensor], object]],
     batches: Sequence[Tensor],
     seconds: float,
     *,
     wait: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
-    """Times the contestants in turn, batch by batch, around and around until ``seconds`` have passed.
+    """Times all calls in turn, batch by batch, around and around until ``seconds`` have passed.
 
     Of the batches so many are taken that the time lasts for :data:`REPEATS` times around (and :data:`DISTINCT_BATCHES`
     at least), so that an interruption can be told from a batch that takes long.
 
-    Whoever begins changes from turn to turn. A short call comes after one of the same contestant, on the batch before,
+    Which call begins changes from turn to turn. A short call comes after one of the same name, on the batch before,
     that is not timed: another's turn leaves the caches cold, which a loop of its own never meets.
 
     Args:
-        contestants: by name.
+        calls: by name.
         batches: what they are given, one after another.
-        seconds: how long, all contestants and untimed calls together; there are at least :data:`LEAST_TURNS` turns.
+        seconds: how long, all calls and untimed ones together; there are at least :data:`LEAST_TURNS` turns.
         wait: returns when the device has done what it was given.
         clock: seconds.
     """
-    names = list(contestants)
+    names = list(calls)
     taken: dict[str, list[list[float]]] = {name: [[] for _ in batches] for name in names}
 
     def timed(name: str, x: Tensor) -> float:
         begin = clock()
-        contestants[name](x)
+        calls[name](x)
         wait()
         return clock() - begin
 
@@ -107,11 +103,30 @@ def race(
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 if short[name]:
-                    contestants[name](batches[(turn - 1) % count])
+                    calls[name](batches[(turn - 1) % count])
                     wait()
                 taken[name][batch].append(timed(name, batches[batch]))
             turn += 1
     return {name: Times(tuple(map(tuple, lists))) for name, lists in taken.items()}
+
+
+def device_wait(device: torch.device) -> Callable[[], None]:
+    """Returns when the device has done what it was given. (The branch for a GPU has not run on one.)"""
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads inside the block; None: as it is."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def latency(times: Times, rows: int) -> dict[str, float]:
