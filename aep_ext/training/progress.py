@@ -64,11 +64,10 @@ class Progress:
             yield Task(title, total, self._lines(every))
             return
         bars = require("rich.progress", "train", "the progress bar")
-        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TaskProgressColumn())
+        columns = (bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), bars.TaskProgressColumn())
         with bars.Progress(*columns, bars.TimeRemainingColumn(), console=self.console, transient=True) as shown:
             number = shown.add_task(title, total=total)
-            # The title may hold brackets, which rich would read as markup.
-            yield Task(title, total, lambda t: shown.update(number, completed=t.done, description=_plain(t.title)))
+            yield Task(title, total, lambda t: shown.update(number, completed=t.done, description=t.title))
 
     def _lines(self, every: float) -> Callable[[Task], None]:
         began = told = time.monotonic()
@@ -89,10 +88,6 @@ class Progress:
             for number, batch in enumerate(loader, start=1):
                 yield batch
                 task(number)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _duration(seconds: float) -> str:
