@@ -65,16 +65,25 @@ class RunFolder:
         """The file that says that a model is calibrated."""
         return self.model(seed, name) / "gated.json"
 
+    def file(self, seed: int, name: str, file: str) -> Path:
+        """A file of a trained model.
+
+        Raises:
+            UserError: it is not there.
+        """
+        path = self.model(seed, name) / file
+        if not path.is_file():
+            raise UserError(f"{path} is not there: the run is unfinished, or its folder has lost a file")
+        return path
+
     def predictions(self, seed: int, name: str) -> dict[str, Tensor]:
         """A trained model's ``<split>_logits`` (E, N, K), ``<split>_labels`` (N,) and ``test_correct_<network>`` (N,).
 
         Raises:
             UserError: they are not there.
         """
-        path = self.model(seed, name) / "predictions.npz"
-        if not path.is_file():
-            raise UserError(f"{path} is not there: the run is unfinished, or its folder has lost a file")
-        return {key: torch.from_numpy(array) for key, array in read_arrays(path).items()}
+        arrays = read_arrays(self.file(seed, name, "predictions.npz"))
+        return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
     def finished(self) -> dict[str, Any]:
         """The results of the run that this folder holds.

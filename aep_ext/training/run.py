@@ -313,7 +313,7 @@ class Job:
         for seed in self.seeds:
             for name in (BASELINE, *self.config.exit_weights):
                 for file in ("part.json", "predictions.npz"):
-                    digest.update((self.folder.model(seed, name) / file).read_bytes())
+                    digest.update(self.folder.file(seed, name, file).read_bytes())
         return digest.hexdigest()
 
     def calibrate(self, seeds: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:

@@ -50,7 +50,9 @@ def killed_after(epochs: int) -> Any:
 def test_keeps_the_best_epoch(tmp_path: Path, equal_weights: Any) -> None:
     lines: list[str] = []
     net = fresh()
-    result = fit(net, module(), RECIPE, tmp_path / "a.ckpt", seed=1, device="cpu", title="mine", progress=Progress(lines.append))
+    result = fit(
+        net, module(), RECIPE, tmp_path / "a.ckpt", seed=1, device="cpu", title="mine", progress=Progress(lines.append)
+    )
     accuracies = [record["val/top1"] for record in result.history]
     assert len(accuracies) == 4 and accuracies[result.best_epoch] == max(accuracies)
     assert result.best_epoch == accuracies.index(max(accuracies)) and not result.stopped_early and not net.training
@@ -69,13 +71,17 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, equal_weig
     whole, broken = fresh(), fresh()
     expected = fit(whole, module(), recipe, tmp_path / "whole.ckpt", seed=1, device="cpu")
     with pytest.raises(_Killed):
-        fit(broken, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", progress=Progress(killed_after(2)))
+        fit(
+            broken, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", progress=Progress(killed_after(2))
+        )
     kept = torch.load(tmp_path / "broken.ckpt", weights_only=True)
     assert len(kept["callbacks"]["RunCheckpoint"]["history"]) == 2
     other = networks.build("resnet_small", 10, 1)  # whatever the weights are when it goes on
     other.set_exit_weights(ExitWeights.mixed(4))
     lines: list[str] = []
-    result = fit(other, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", progress=Progress(lines.append))
+    result = fit(
+        other, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", progress=Progress(lines.append)
+    )
     assert [line.split(",")[0] for line in lines] == ["training: epoch 3/4", "training: epoch 4/4"]
     assert equal_weights(other.state_dict(), whole.state_dict())
     for ours, theirs in zip(result.history, expected.history, strict=True):
@@ -88,7 +94,9 @@ def test_a_finished_training_is_not_begun_again(tmp_path: Path, equal_weights: A
     first = fit(fresh(), module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu")
     lines: list[str] = []
     net = fresh()
-    second = fit(net, module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu", progress=Progress(lines.append))
+    second = fit(
+        net, module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu", progress=Progress(lines.append)
+    )
     assert lines == [] and second.history == first.history
     assert equal_weights(net.state_dict(), best_weights(tmp_path / "a.ckpt"))
 
