@@ -19,6 +19,7 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from aep_ext._build_info import build_info
+from aep_ext.calibration import terminate
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy
 from aep_ext.export import load, save
 from aep_ext.inference import ExitPolicy, GatedNet, compile
@@ -41,11 +42,3 @@ __all__ = [
     "score_subsets",
     "terminate",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name != "terminate":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from aep_ext.calibration.terminate import terminate
-
-    return terminate
