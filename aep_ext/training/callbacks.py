@@ -137,7 +137,7 @@ class TrainingProgress(_callbacks.Callback):
         if self.progress.console is None:
             self.progress.line(f"{reached}, validation loss {record['val/loss']:.4f}, {top1}")
         else:
-            self._task(trainer.global_step, f"{reached}, {top1}")
+            self._task(trainer.global_step, title=f"{reached}, {top1}")
 
     def on_train_end(self, *_: Any) -> None:
         self._shown.close()

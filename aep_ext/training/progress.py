@@ -14,7 +14,7 @@ LINE_EVERY = 30.0
 
 
 class Task:
-    """One piece of work: call it with the number of steps that are done.
+    """One piece of work: call it with the number of steps that are done, and of all where that is known only now.
 
     Attributes:
         title: what is shown before the bar.
@@ -23,8 +23,8 @@ class Task:
     def __init__(self, title: str, total: int, show: Callable[[Task], None]) -> None:
         self.title, self.total, self.done, self._show = title, total, 0, show
 
-    def __call__(self, done: int, title: str | None = None) -> None:
-        self.done, self.title = done, title or self.title
+    def __call__(self, done: int, total: int | None = None, *, title: str | None = None) -> None:
+        self.done, self.total, self.title = done, total or self.total, title or self.title
         self._show(self)
 
 
@@ -67,7 +67,11 @@ class Progress:
         columns = (bars.TextColumn("{task.description}", markup=False), bars.BarColumn(), bars.TaskProgressColumn())
         with bars.Progress(*columns, bars.TimeRemainingColumn(), console=self.console, transient=True) as shown:
             number = shown.add_task(title, total=total)
-            yield Task(title, total, lambda t: shown.update(number, completed=t.done, description=t.title))
+
+            def show(task: Task) -> None:
+                shown.update(number, completed=task.done, total=task.total, description=task.title)
+
+            yield Task(title, total, show)
 
     def _lines(self, every: float) -> Callable[[Task], None]:
         began = told = time.monotonic()

@@ -32,7 +32,7 @@ def test_a_terminal_shows_a_bar_with_the_time_left() -> None:
     with shown.task("seed 0 [mixed]", 40) as task:
         task(20)
         shown.line("a line [above] it")
-        task(40, "epoch 2/2")
+        task(80, 80, title="epoch 2/2")
     text = console.file.getvalue()
     assert "seed 0 [mixed]" in text and "━" in text and "a line [above] it" in text and "epoch 2/2" in text
     assert "100%" in text and "-:--:--" in text and "0:00:00" in text  # the time left, at first and at last

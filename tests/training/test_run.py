@@ -80,7 +80,9 @@ def test_summary_is_of_the_seeds(finished: Finished) -> None:
             assert set(method[kind]["latency"]) == {"mean", "median", "p95", "ratio"}
         costs = [entry["methods"][family]["gated"]["test"]["mean_macs"] for entry in results["seeds"]]
         assert method["gated"]["macs"]["values"] == costs
-        saved = [1 - cost / entry["baseline"]["full"]["macs"] for cost, entry in zip(costs, results["seeds"])]
+        saved = [
+            1 - cost / entry["baseline"]["full"]["macs"] for cost, entry in zip(costs, results["seeds"], strict=True)
+        ]
         assert method["gated"]["saving"]["values"] == pytest.approx(saved)
         assert len(method["subsets"]) == 15 and all(row["latency_ms"] > 0 for row in method["subsets"])
     assert baseline["latency"]["ratio"] == 1.0 and baseline["latency"]["mean"] > 0
