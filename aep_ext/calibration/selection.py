@@ -26,7 +26,7 @@ from aep_ext.calibration.cached_logits import CachedLogits
 from aep_ext.calibration.temperature import fit_temperatures
 from aep_ext.calibration.thresholds import ExitTable, ParetoFront, search_thresholds
 from aep_ext.ensemble.output_weights import fit_output_weights
-from aep_ext.pruning.non_inferiority import non_inferior
+from aep_ext.pruning.non_inferiority import non_inferiority_test
 from aep_ext.pruning.subsets import mask_of_exits
 
 ALL_SUBSETS = 7
@@ -219,14 +219,14 @@ class Selection:
         for subset in kept:
             correct, cost = self.cross_validate(subset, targets, step)
             found = [
-                self.judged(subset, target, correct[row], float(cost[row]))
+                self.candidate(subset, target, correct[row], float(cost[row]))
                 for row, target in enumerate([*targets, None])
             ]
             best.append(self.choose(found))
         first = self.choose(best)
         return [first, *sorted((one for one in best if one is not first), key=self._rank)]
 
-    def judged(
+    def candidate(
         self, exits: tuple[int, ...], target: float | None, correct: NDArray[np.bool_], cost: float
     ) -> Candidate:
         """A candidate from its left-out answers."""
@@ -238,7 +238,7 @@ class Selection:
             qualifies = cost <= self.limit * (1 + 1e-9)
         else:
             qualifies = 100 * (drop + self.num_std_errors * error) <= self.limit + 1e-9
-        paired = non_inferior(torch.from_numpy(correct), torch.from_numpy(self.reference), 1.0)
+        paired = non_inferiority_test(torch.from_numpy(correct), torch.from_numpy(self.reference), 1.0)
         interval = (-100 * paired.high, -100 * paired.low)
         return Candidate(exits, target, 100 * drop, 100 * error, interval, cost, qualifies)
 

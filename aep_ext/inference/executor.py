@@ -190,14 +190,12 @@ class Executor:
         running = torch.zeros((1, logits.shape[1]), dtype=_ACC[dtype], device=_CPU)
         stats = torch.empty((1, 3), dtype=torch.float32, device=_CPU)
         leaves = torch.empty(1, dtype=torch.bool, device=_CPU)
-        last, live = self.last, self.live
         for e, (numbers, _) in enumerate(exits):
             if e:
                 features, logits = run(e, features)
             ops.gate_one_(running, stats, leaves, logits, *numbers)
-            if e == last or (live[e] and leaves.item()):
+            if leaves.item():
                 break
-        running /= torch.tensor(numbers[0], dtype=running.dtype) + torch.tensor(numbers[1], dtype=running.dtype)
         return GatedOutput(running if running.dtype == dtype else running.to(dtype), exits[e][1].clone(), stats[:, 0])
 
     def _single_exits(self, dtype: torch.dtype) -> list[tuple[tuple[Any, ...], Tensor]]:
@@ -205,8 +203,8 @@ class Executor:
         policy, exits = self.policy, []
         columns = (_weight_sums(policy.output_weights, dtype), policy.output_weights, self._thresholds)
         for e, numbers in enumerate(zip(*columns, policy.temperatures, strict=True)):
-            names = (policy.criterion, policy.criterion_on, self.live[e])
+            names = (policy.criterion, policy.criterion_on, self.live[e], e == self.last)
             # A default costs less than a string.
-            arguments = numbers if names == ("confidence", "ensemble", True) else numbers + names
+            arguments = numbers if names == ("confidence", "ensemble", True, False) else numbers + names
             exits.append((arguments, torch.tensor([e], device=_CPU)))
         return exits

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replay import numbered, replay_net
+from replay import gate, numbered, replay_net
 from torch import Tensor
 
 from aep_ext import ops
-from aep_ext.termination import POLICIES, Custom, GatedNet, GatedOutput, Simulation, StageCosts, as_policy, simulate
+from aep_ext.inference import CRITERIA, GatedOutput, Simulation, StageProfile, simulate
 
 
-def clever(judged) -> Tensor:
-    """A user's own rule that looks at everything it is given."""
-    odd = judged.indices % 2 == 1
-    return odd & (judged.stats[:, 0] + judged.exit_index * 0.05 >= judged.threshold) | (judged.prediction == 0)
+def clever(state) -> Tensor:
+    """A user's own criterion that looks at everything it is given."""
+    odd = state.indices % 2 == 1
+    return odd & (state.stats[:, 0] + state.exit_index * 0.05 >= state.threshold) | (state.prediction == 0)
 
 
 def same(output: GatedOutput, expected: Simulation, sharp: bool = True) -> None:
-    assert torch.equal(output.exit, expected.exits)
-    assert torch.equal(output.confidence.nan_to_num(-1), expected.confidences.nan_to_num(-1))
+    assert torch.equal(output.exit, expected.exit)
+    assert torch.equal(output.confidence.nan_to_num(-1), expected.confidence.nan_to_num(-1))
     assert output.logits.dtype == expected.logits.dtype
     torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=0, equal_nan=True)
     if sharp:  # logits rounded to bfloat16 may tie where the sum they come from does not
-        assert torch.equal(output.logits.argmax(-1), expected.predictions)
+        assert torch.equal(output.logits.argmax(-1), expected.prediction)
 
 
 @st.composite
@@ -45,30 +46,30 @@ def cases(draw, sizes=(0, 1, 7, 64, 257)):
         spoilt = torch.rand(logits.shape, generator=generator) < 0.02
         logits[spoilt] = draw(st.sampled_from([math.nan, math.inf, -math.inf]))
     weights = draw(st.lists(st.sampled_from([0.1, 0.25, 0.3, 1.0, 2.0]), min_size=exits, max_size=exits))
-    name = draw(st.sampled_from([*POLICIES, "custom"]))
+    name = draw(st.sampled_from([*CRITERIA, clever]))
     on = draw(st.sampled_from(["ensemble", "exit"]))
-    policy = Custom(on, clever) if name == "custom" else as_policy(name, on)
     limit = st.integers(0, 4).map(float) if name in ("patience", "vote") else st.floats(0, 1.2)
     thresholds = draw(st.lists(limit, min_size=exits - 1, max_size=exits - 1))
     temperatures = draw(st.lists(st.sampled_from([0.5, 1.0, 1.7]), min_size=exits, max_size=exits))
     enabled = draw(st.lists(st.sampled_from([True, True, False]), min_size=exits - 1, max_size=exits - 1))
     mode = draw(st.lists(st.sampled_from(["compact", "mask", "auto", "off"]), min_size=exits - 1, max_size=exits - 1))
     net = replay_net(logits.to(dtype), weights)
-    gated = GatedNet(net, policy, thresholds, temperatures, enabled, mode)
+    options = {"criterion_on": on, "temperatures": temperatures, "enabled": enabled}
+    gated = gate(net, name, thresholds, mode, **options)
     if draw(st.booleans()):
-        gated.use_costs(draw(costs(exits)))
+        gated.use_profile(draw(profiles(exits)))
     return gated, logits.to(dtype)
 
 
 @st.composite
-def costs(draw, exits):
-    """Any table of costs: whatever it says, answers must not depend on it, but through ``live``."""
+def profiles(draw, exits):
+    """Any table of times: whatever it says, answers must not depend on it."""
     sizes = (1, 8, 300)
 
     def table(rows: int) -> tuple[tuple[float, ...], ...]:
         return tuple(tuple(draw(st.sampled_from([0.0, 0.1, 1.0, 5.0])) for _ in sizes) for _ in range(rows))
 
-    return StageCosts(sizes, table(exits), table(exits), table(exits - 1))
+    return StageProfile(sizes, table(exits), table(exits), table(exits - 1))
 
 
 @settings(deadline=None, max_examples=100)
@@ -78,15 +79,16 @@ def test_executor_and_simulator_agree_bit_for_bit(case):
     sharp = logits.dtype != torch.bfloat16
     output = gated(numbered(0, logits.shape[1]))
     same(output, gated.simulate(logits), sharp)
-    own = simulate(
-        logits,
-        gated.net.output_weights,
-        gated.policy,
-        gated.thresholds,
-        temperatures=gated.temperatures,
-        enabled=list(gated.live),
-    )
-    same(output, own, sharp)
+    same(output, simulate(logits, replace(gated.policy, enabled=gated.live)), sharp)
+
+
+@settings(deadline=None, max_examples=60)
+@given(cases(sizes=(0, 1, 7)))
+def test_one_by_one_and_simulator_agree_bit_for_bit(case):
+    gated, logits = case
+    singles = [gated(x) for x in numbered(0, logits.shape[1]).split(1)]
+    joined = GatedOutput(*(torch.cat(column) for column in zip(*singles, strict=True)))
+    same(joined, gated.simulate(logits), logits.dtype != torch.bfloat16)
 
 
 @settings(deadline=None, max_examples=100)
@@ -112,7 +114,7 @@ def test_pooled_batches_are_answered_as_alone(case, data):
 
 @settings(deadline=None, max_examples=60)
 @given(cases())
-def test_with_every_gate_off_the_output_is_the_pruned_ensembles(case):
+def test_with_every_gate_off_the_output_is_the_ensembles(case):
     gated, logits = case
     gated.mode = "compact"
     gated.enabled.fill_(False)
@@ -123,10 +125,11 @@ def test_with_every_gate_off_the_output_is_the_pruned_ensembles(case):
     by_mode = gated(x)
     assert (off.exit == gated.num_exits - 1).all()
     for output in (off, by_mode):
-        torch.testing.assert_close(output.logits, gated.net(x), rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(
-            output.logits, ops.ensemble(logits, gated.net.output_weights), rtol=0, atol=0, equal_nan=True
-        )
+        acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        weights = gated.net.output_weights
+        total = sum(weights.to(acc).unbind(), torch.zeros((), dtype=acc))
+        expected = (ops.ensemble(logits.to(acc), weights) / total).to(logits.dtype)
+        torch.testing.assert_close(output.logits, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_modes_settle_how_many_rows_the_stages_see():
@@ -141,22 +144,22 @@ def test_modes_settle_how_many_rows_the_stages_see():
         (["off", "compact"], [8, 8, 8]),
     ):
         net = replay_net(logits, [0.2, 0.3, 0.5])
-        output = GatedNet(net, "confidence", [0.9, 1.1], mode=mode)(numbered(0, 8))
+        output = gate(net, "confidence", [0.9, 1.1], mode)(numbered(0, 8))
         assert [stage.rows[0] for stage in net.stages] == expected
         assert output.exit.tolist() == ([2] * 8 if "off" in mode else [0, 2] * 4)
     net = replay_net(logits[:2] + logits[:1], [0.5, 0.5])
-    assert GatedNet(net, "confidence", 0.0)(numbered(0, 8)).exit.eq(0).all()
+    assert gate(net, "confidence", 0.0)(numbered(0, 8)).exit.eq(0).all()
     assert net.stages[1].rows == []  # nobody went on
 
 
 @pytest.mark.parametrize("mode", ["compact", "mask"])
-def test_a_rule_of_the_users_sees_those_who_are_there(mode):
+def test_a_criterion_of_the_users_sees_those_who_are_there(mode):
     seen = []
 
-    def rule(judged):
-        seen.append((judged.exit_index, judged.indices.tolist()))
-        return judged.indices >= 2
+    def rule(state):
+        seen.append((state.exit_index, state.indices.tolist()))
+        return state.indices >= 2
 
-    gated = GatedNet(replay_net(torch.randn(3, 4, 2), [1.0] * 3), rule, 0.0, mode=mode)
+    gated = gate(replay_net(torch.randn(3, 4, 2), [1.0] * 3), rule, 0.0, mode)
     assert gated(numbered(0, 4)).exit.tolist() == [2, 2, 0, 0]
     assert seen == [(0, [0, 1, 2, 3]), (1, [0, 1])]

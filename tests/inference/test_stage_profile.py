@@ -1,4 +1,4 @@
-"""What measured costs lead to."""
+"""What measured times lead to."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import time
 
 import pytest
 import torch
-from replay import numbered, replay_net
+from replay import gate, numbered, replay_net
 
-from aep_ext.inference.end_to_end_timing import sizes_without_gates
-from aep_ext.inference.executor import answer
+from aep_ext.inference import GatedNet, StageProfile
+from aep_ext.inference.stage_profile import faster_without
 from aep_ext.surgery.networks import build
-from aep_ext.termination import GatedNet, StageCosts, as_policy
 
-LINEAR = StageCosts((1, 8), ((1.0, 8.0),) * 3, ((0.1, 0.1),) * 3, ((0.1, 0.8),) * 2)
+LINEAR = StageProfile((1, 8), ((1.0, 8.0),) * 3, ((0.1, 0.1),) * 3, ((0.1, 0.8),) * 2)
 """Three stages of 1 ms a row, copies of 0.1 ms a row."""
-FLAT = StageCosts((1, 8), ((8.0, 8.0),) * 3, ((0.1, 0.1),) * 3, ((0.1, 0.8),) * 2)
+FLAT = StageProfile((1, 8), ((8.0, 8.0),) * 3, ((0.1, 0.1),) * 3, ((0.1, 0.8),) * 2)
 """A row costs as much as eight: cutting rows down saves nothing."""
 
 
 def test_costs_are_interpolated():
-    costs = StageCosts((2, 4, 8), ((1.0, 3.0, 4.0), (2.0, 2.0, 2.0)), ((0.1, 0.2, 0.3),) * 2, ((0.5, 0.5, 0.5),))
+    costs = StageProfile((2, 4, 8), ((1.0, 3.0, 4.0), (2.0, 2.0, 2.0)), ((0.1, 0.2, 0.3),) * 2, ((0.5, 0.5, 0.5),))
     assert [costs.stage(0, n) for n in (0, 1, 2, 3, 4, 6, 8, 16)] == [0.0, 1.0, 1.0, 2.0, 3.0, 3.5, 4.0, 8.0]
     assert costs.rest(0, 4) == 2.0 and costs.rest(1, 4) == 0.0 and costs.ungated(4) == 5.0
     assert costs.gate(1, 4) == 0.2 and costs.copy(0, 3) == 0.5
@@ -31,7 +30,7 @@ def test_rows_are_cut_down_where_that_is_the_cheapest_way_to_the_end():
     assert LINEAR.compacts(0, 8, 4) and LINEAR.compacts(1, 8, 7)
     assert not FLAT.compacts(0, 8, 4) and not FLAT.compacts(1, 8, 1)
     # The copy is dear here and nearly free at the next exit, and the stage between costs the same for all sizes.
-    later = StageCosts((1, 8), ((1.0, 8.0), (1.0, 1.0), (1.0, 8.0)), ((0.1, 0.1),) * 3, ((3.0, 3.0), (0.1, 0.1)))
+    later = StageProfile((1, 8), ((1.0, 8.0), (1.0, 1.0), (1.0, 8.0)), ((0.1, 0.1),) * 3, ((3.0, 3.0), (0.1, 0.1)))
     assert not later.compacts(0, 8, 2) and later.compacts(1, 8, 2)
 
 
@@ -39,7 +38,9 @@ def test_cutting_down_is_never_dearer_than_carrying_all_on():
     generator = torch.Generator().manual_seed(1)
     for _ in range(300):
         numbers = (torch.rand(4 + 4 + 3, 3, generator=generator) * 5).tolist()
-        costs = StageCosts((1, 4, 16), *(tuple(map(tuple, part)) for part in (numbers[:4], numbers[4:8], numbers[8:])))
+        costs = StageProfile(
+            (1, 4, 16), *(tuple(map(tuple, part)) for part in (numbers[:4], numbers[4:8], numbers[8:]))
+        )
         for e in range(3):
             for stay in range(1, 16):
                 if costs.compacts(e, 16, stay):
@@ -47,7 +48,7 @@ def test_cutting_down_is_never_dearer_than_carrying_all_on():
 
 
 def test_the_expected_time_of_a_sample():
-    costs = StageCosts((1, 8), ((1.0, 4.0), (2.0, 8.0), (4.0, 16.0)), ((0.1, 0.2),) * 3, ((0.5, 1.0),) * 2)
+    costs = StageProfile((1, 8), ((1.0, 4.0), (2.0, 8.0), (4.0, 16.0)), ((0.1, 0.2),) * 3, ((0.5, 1.0),) * 2)
     assert costs.predicted([1, 0, 0]) == 1.0 and costs.predicted([0, 0, 5]) == 7.0
     # By the formula: 2 samples of 1 ms, 1 of 1 + 2, 1 of 1 + 2 + 4.
     assert costs.predicted(torch.tensor([2, 1, 1])) == costs.predicted([0.5, 0.25, 0.25]) == (2 * 1 + 3 + 7) / 4
@@ -76,33 +77,18 @@ def test_auto_goes_by_the_costs_and_by_hand_does_not(costs, expected):
     logits[0, ::2, 0] = 9
     for mode, rows in (("auto", expected), ("compact", [8, 4, 4]), ("mask", [8, 8, 8])):
         net = replay_net(logits, [0.2, 0.3, 0.5])
-        gated = GatedNet(net, "confidence", [0.9, 1.1], mode=mode)
-        gated.use_costs(costs)
+        gated = gate(net, "confidence", [0.9, 1.1], mode)
+        gated.use_profile(costs)
         assert gated(numbered(0, 8)).exit.tolist() == [0, 2] * 4
         assert [stage.rows[0] for stage in net.stages] == rows
 
 
-def test_a_gate_that_cannot_pay_is_given_up():
-    dear = StageCosts((1, 8), ((1.0, 8.0), (1.0, 8.0), (0.01, 0.01)), ((0.1, 0.1),) * 3, ((0.0, 0.0),) * 2)
-    logits = torch.zeros(3, 8, 2)
-    gated = GatedNet(replay_net(logits, [1.0] * 3), "confidence", 0.0)
-    gated.use_costs(dear)
-    assert gated.live == (True, False)
-    gated.use_costs(dear, leaving=[0.01, 1.0])  # 0.1 ms against at most 1 % of 8.01 ms
-    assert gated.live == (False, False)
-    assert gated(numbered(0, 8)).exit.eq(2).all() and gated.simulate(logits).exits.eq(2).all()
-    gated.mode = ["auto", "mask"]  # by hand
-    assert gated.live == (False, True)
-    gated.use_costs(None)
-    assert gated.live == (True, True)
-
-
 def test_measuring_a_network():
     net = build("resnet_small", 5, in_channels=1).eval()
-    gated, x = GatedNet(net, lambda judged: judged.stats[:, 0] > 0.9, 0.0), torch.randn(6, 1, 12, 12)
+    gated, x = gate(net, lambda state: state.stats[:, 0] > 0.9, 0.0), torch.randn(6, 1, 12, 12)
     kept = x.clone()
     costs = gated.measure(x, repeats=2)
-    assert gated.costs is costs and costs.sizes == (1, 2, 4, 6) and torch.equal(x, kept)
+    assert gated.profile is costs and costs.sizes == (1, 2, 4, 6) and torch.equal(x, kept)
     assert len(costs.stages) == len(costs.gates) == 4 and len(costs.copies) == 3
     assert all(value > 0 for row in (*costs.gates, *costs.copies) for value in row)
     assert all(0 <= value < 1e4 for row in costs.stages for value in row)
@@ -112,28 +98,26 @@ def test_measuring_a_network():
         ({"sizes": [7]}, r"sizes must be within 1..6, got \[7\]"),
         ({"sizes": []}, r"sizes must be within 1..6, got \[\]"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
-        ({"leaving": 1.5}, r"leaving must be 3 fractions in 0..1, got \[1.5"),
-        ({"leaving": [1.0]}, r"leaving must be 3 fractions in 0..1, got \[1.0\]"),
     ):
         with pytest.raises(ValueError, match=message):
             gated.measure(x, **({"repeats": 1} | arguments))
-    with pytest.raises(ValueError, match="costs must be of 4 exits, got 3"):
-        gated.use_costs(LINEAR)
+    with pytest.raises(ValueError, match="profile must be of 4 exits, got 3"):
+        gated.use_profile(LINEAR)
 
 
 def test_costs_of_another_shape_are_refused():
     for sizes in ((), (0, 1), (2, 2)):
         with pytest.raises(ValueError, match="sizes must be positive and ascending"):
-            StageCosts(sizes, (), (), ())
+            StageProfile(sizes, (), (), ())
     with pytest.raises(ValueError, match=r"copies must have 1 rows of 1 entries, got \[1, 1\]"):
-        StageCosts((1,), ((1.0,),) * 2, ((1.0,),) * 2, ((1.0,),) * 2)
+        StageProfile((1,), ((1.0,),) * 2, ((1.0,),) * 2, ((1.0,),) * 2)
     assert not math.isnan(LINEAR.stage(0, 3))
 
 
 def _two_exits() -> tuple[GatedNet, torch.Tensor]:
     """A gate at which every sample would leave."""
     net = build("resnet_small", 4).eval()
-    return GatedNet(net, "confidence", 0.0), torch.randn(9, 3, 8, 8)
+    return gate(net, "confidence", 0.0), torch.randn(9, 3, 8, 8)
 
 
 def test_gates_stay_shut_at_batch_sizes_where_the_network_is_faster_without(monkeypatch: pytest.MonkeyPatch):
@@ -145,7 +129,7 @@ def test_gates_stay_shut_at_batch_sizes_where_the_network_is_faster_without(monk
         seen.append((with_gates(x[:4]).exit.tolist(), without(x[:4]).exit.tolist(), tuple(sizes)))
         return frozenset({2, 4})
 
-    monkeypatch.setattr("aep_ext.inference.gated_net.sizes_without_gates", slower)
+    monkeypatch.setattr("aep_ext.inference.gated_net.faster_without", slower)
     gated.measure(x, [2, 4, 8], repeats=1)
     assert seen == [([0] * 4, [3] * 4, (2, 4, 8))]
     assert [gated.gates_at(n) for n in (0, 1, 2, 3, 4, 7, 8, 9)] == [False] * 6 + [True] * 2
@@ -156,7 +140,7 @@ def test_gates_stay_shut_at_batch_sizes_where_the_network_is_faster_without(monk
         torch.testing.assert_close(found.logits, reference)
     gated.mode = ("compact", "auto", "auto")  # what was fixed by hand is not given up
     assert gated(x[:4]).exit.tolist() == [0] * 4
-    gated.use_costs(gated.costs)
+    gated.use_profile(gated.profile)
     assert gated.gates_at(4)
 
 
@@ -171,23 +155,8 @@ def test_whole_calls_are_timed_in_turn():
         return call
 
     example = torch.zeros(8, 1)
-    found = sizes_without_gates(
+    found = faster_without(
         timed("gated", lambda n: 0.004 if n < 4 else 0.001), timed("ungated", lambda n: 0.002), example, [1, 2, 4, 8], 2
     )
     assert found == {1, 2}
     assert calls["gated"] == calls["ungated"] and set(calls["gated"]) == {1, 2, 4, 8}
-
-
-@pytest.mark.parametrize("policy", ["confidence", "entropy", "margin", "patience", "vote"])
-@pytest.mark.parametrize("on", ["ensemble", "exit"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_without_gates_the_network_runs_whole_and_the_answers_are_the_walk_s(policy, on, dtype):
-    net = build("resnet_small", 4).eval().to(dtype)
-    x = torch.randn(5, 3, 8, 8, dtype=dtype)
-    temperatures = [0.7, 1.3, 0.9, 1.7]
-    shut = GatedNet(net, as_policy(policy, on), 0.5, temperatures, enabled=False)
-    whole = shut(x)
-    walked = answer(shut._units.begin(), shut.policy, shut.settings(), x, lambda *_: False, {})
-    for one, other in zip(whole, walked, strict=True):
-        assert torch.equal(one, other) and one.dtype == other.dtype and one.is_contiguous()
-    assert torch.equal(whole.logits, net(x)) or dtype == torch.bfloat16  # rounded once more in the network's own sum

@@ -1,4 +1,4 @@
-"""One image at a time on the CPU: the slim walk gives what the general one gives, and keeps nothing between calls."""
+"""One image at a time on the CPU: the path in place gives what the general one gives, and keeps nothing between calls."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from replay import numbered, replay_net
+from replay import gate, numbered, replay_net
 
-from aep_ext.inference._old_criteria import POLICIES
-from aep_ext.termination import GatedNet, GatedOutput, executor
+from aep_ext.inference import GatedNet, GatedOutput
+from aep_ext.inference.executor import Executor
 
 WEIGHTS = [0.1, 0.2, 0.3, 0.4]
 THRESHOLDS = {"confidence": 0.5, "entropy": 1.0, "margin": 0.3}
 
 
-def made(policy: str, on: str = "ensemble", dtype: torch.dtype = torch.float32, classes: int = 5) -> GatedNet:
+def made(criterion: str, on: str = "ensemble", dtype: torch.dtype = torch.float32, classes: int = 5) -> GatedNet:
     torch.manual_seed(3)
     logits = torch.randn(4, 24, classes).mul(2).to(dtype)
     logits[1, 5, 0], logits[2, 6, 1], logits[0, 7, 2] = math.nan, math.inf, -math.inf
-    rule = POLICIES[policy](on)
-    return GatedNet(replay_net(logits, WEIGHTS), rule, THRESHOLDS[policy], [0.9, 1.0, 1.3, 0.7], [True, False, True])
+    options = {"criterion_on": on, "temperatures": [0.9, 1.0, 1.3, 0.7], "enabled": [True, False, True]}
+    return gate(replay_net(logits, WEIGHTS), criterion, THRESHOLDS[criterion], **options)
 
 
 def singles(gated: GatedNet) -> list[GatedOutput]:
@@ -35,16 +35,16 @@ def equal(ours: list[GatedOutput], theirs: list[GatedOutput]) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("on", ["ensemble", "exit"])
-@pytest.mark.parametrize("policy", THRESHOLDS)
-def test_as_the_general_walk_and_the_simulator_bit_for_bit(policy, on, dtype, monkeypatch):
-    gated, calls, slim = made(policy, on, dtype), [], executor._slim
-    monkeypatch.setattr(executor, "_slim", lambda *args: calls.append(1) or slim(*args))
+@pytest.mark.parametrize("criterion", THRESHOLDS)
+def test_as_the_general_path_and_the_simulator_bit_for_bit(criterion, on, dtype, monkeypatch):
+    gated, calls, single = made(criterion, on, dtype), [], Executor._single
+    monkeypatch.setattr(Executor, "_single", lambda *args: calls.append(1) or single(*args))
     ours = singles(gated)
     assert len(calls) == 24 and len({o.exit.item() for o in ours}) == 3  # exit 1 is closed
-    monkeypatch.setattr(executor, "_ACC", {})
-    assert equal(ours, singles(gated)) and len(calls) == 24
+    monkeypatch.setattr(Executor, "_single", lambda self, *args: self._batch(*args, lambda *_: True))
+    assert equal(ours, singles(gated))
     simulated = gated.simulate(torch.stack([head.logits for head in gated.net.exits]))
-    assert torch.equal(torch.cat([o.exit for o in ours]), simulated.exits)
+    assert torch.equal(torch.cat([o.exit for o in ours]), simulated.exit)
     torch.testing.assert_close(torch.cat([o.logits for o in ours]), simulated.logits, rtol=0, atol=0, equal_nan=True)
 
 
@@ -68,13 +68,11 @@ def test_threads_do_not_meet():
             assert equal(found, alone)
 
 
-def test_changed_settings_and_policies_are_seen():
+def test_changed_numbers_are_seen():
     gated, x = made("confidence"), numbered(0, 1)
     for threshold, exit in ((0.0, 0), (2.0, 3), (0.0, 0)):
         gated.thresholds.fill_(threshold)
         assert gated(x).exit.item() == exit
-    gated.policy = POLICIES["entropy"]()
-    assert gated(x).exit.item() == 3  # entropy 0 is not reached
 
 
 def test_default_device_and_dtype_are_not_asked():

@@ -8,7 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aep_ext import ops
-from aep_ext.termination import POLICIES, Custom, simulate
+from aep_ext.inference import CRITERIA, ExitPolicy, Simulation, near_threshold, simulate
+
+
+def simulated(logits, weights, criterion, thresholds, *, target=None, costs=None, **options) -> Simulation:
+    """Of a policy whose numbers are given one by one."""
+    names = {"on": "criterion_on"}
+    policy = ExitPolicy(
+        output_weights=weights,
+        criterion=criterion,
+        thresholds=thresholds,
+        **{names.get(name, name): value for name, value in options.items()},
+    )
+    return simulate(logits, policy, target=target, costs=costs)
 
 
 def gate_loop(logits, weights, policy, thresholds, temperatures, enabled, on):
@@ -36,8 +48,9 @@ def gate_loop(logits, weights, policy, thresholds, temperatures, enabled, on):
             policy=policy,
             on=on,
             enabled=False if last else enabled[e],
+            last=last,
         )
-        stay = 0 if last else int(step.count)
+        stay = int(step.count)
         for row in range(stay, len(indices)):
             answers[int(step.indices[row])] = (e, int(step.argmax[row]), step.stats[row, 0], step.running[row])
         assert step.features[:stay, 0].tolist() == [float(i) for i in step.indices[:stay]]
@@ -91,7 +104,7 @@ def cases(draw):
         logits[draw(st.integers(0, exits - 1)), draw(st.integers(0, n - 1)), draw(st.integers(0, classes - 1))] = spoilt
     logits = logits.to(dtype)
     weights = draw(st.lists(st.sampled_from([0.1, 0.25, 0.5, 1.0, 2.0]), min_size=exits, max_size=exits))
-    policy = draw(st.sampled_from(list(POLICIES)))
+    policy = draw(st.sampled_from(CRITERIA))
     on = draw(st.sampled_from(["ensemble", "exit"]))
     limit = st.integers(0, 4).map(float) if policy in ("patience", "vote") else st.floats(0, 1.2)
     thresholds = draw(st.lists(limit, min_size=exits - 1, max_size=exits - 1))
@@ -125,11 +138,11 @@ def cases(draw):
 @given(cases())
 def test_agrees_with_a_loop_of_the_operator_bit_for_bit(case):
     logits, weights, policy, thresholds, temperatures, enabled, on = case
-    result = simulate(logits, weights, policy, thresholds, temperatures=temperatures, enabled=enabled, on=on)
+    result = simulated(logits, weights, policy, thresholds, temperatures=temperatures, enabled=enabled, on=on)
     loop = gate_loop(*case)
     for i, (exit_taken, prediction, confidence, running) in enumerate(loop):
-        assert int(result.exits[i]) == exit_taken and int(result.predictions[i]) == prediction
-        assert torch.equal(result.confidences[i].nan_to_num(-1), confidence.nan_to_num(-1))
+        assert int(result.exit[i]) == exit_taken and int(result.prediction[i]) == prediction
+        assert torch.equal(result.confidence[i].nan_to_num(-1), confidence.nan_to_num(-1))
         torch.testing.assert_close(result.logits[i], running.to(logits.dtype), rtol=0, atol=0, equal_nan=True)
     assert result.counts.tolist() == [sum(row[0] == e for row in loop) for e in range(len(weights))]
 
@@ -140,59 +153,58 @@ def test_agrees_with_the_definition(case):
     logits, weights, policy, thresholds, temperatures, enabled, on = case
     # Away from the thresholds, where the last bit of another softmax decides.
     thresholds = [t + 0.37 / 1000 if policy in ("confidence", "entropy", "margin") else t for t in thresholds]
-    result = simulate(logits, weights, policy, thresholds, temperatures=temperatures, enabled=enabled, on=on)
+    result = simulated(logits, weights, policy, thresholds, temperatures=temperatures, enabled=enabled, on=on)
     for i in range(logits.shape[1]):
         rows = logits[:, i].to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
         expected = one_sample(rows, weights, policy, thresholds, temperatures, enabled, on)
-        assert (int(result.exits[i]), int(result.predictions[i])) == expected
+        assert (int(result.exit[i]), int(result.prediction[i])) == expected
 
 
 @settings(deadline=None, max_examples=50)
 @given(cases())
 def test_with_every_gate_disabled_the_answer_is_the_ensembles(case):
     logits, weights, policy, thresholds, temperatures, _, on = case
-    result = simulate(logits, weights, policy, thresholds, temperatures=temperatures, enabled=False, on=on)
-    assert (result.exits == len(weights) - 1).all()
-    expected = ops.ensemble(logits, torch.tensor(weights, dtype=torch.float64))
-    torch.testing.assert_close(result.logits, expected, rtol=0, atol=0, equal_nan=True)
+    result = simulated(logits, weights, policy, thresholds, temperatures=temperatures, enabled=False, on=on)
+    assert (result.exit == len(weights) - 1).all()
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    total = sum((torch.tensor(w, dtype=acc) for w in weights), torch.zeros((), dtype=acc))
+    expected = ops.ensemble(logits.to(acc), torch.tensor(weights, dtype=torch.float64)) / total
+    torch.testing.assert_close(result.logits, expected.to(logits.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @settings(deadline=None, max_examples=50)
 @given(cases())
-def test_a_custom_rule_that_copies_the_confidence_policy(case):
+def test_a_criterion_of_the_users_that_copies_confidence(case):
     logits, weights, _, thresholds, temperatures, enabled, on = case
     if logits.dtype == torch.float64:
         logits = logits.float()
-    options = {"temperatures": temperatures, "enabled": enabled}
-    theirs = simulate(logits, weights, "confidence", thresholds, on=on, **options)
-    ours = simulate(
-        logits,
-        weights,
-        Custom(on, lambda judged: judged.stats[:, 0] >= torch.tensor(judged.threshold)),
-        thresholds,
-        **options,
+    options = {"temperatures": temperatures, "enabled": enabled, "on": on}
+    theirs = simulated(logits, weights, "confidence", thresholds, **options)
+    ours = simulated(
+        logits, weights, lambda state: state.stats[:, 0] >= torch.tensor(state.threshold), thresholds, **options
     )
-    assert torch.equal(ours.exits, theirs.exits) and torch.equal(ours.predictions, theirs.predictions)
-    assert torch.equal(ours.confidences.nan_to_num(-1), theirs.confidences.nan_to_num(-1))
+    assert torch.equal(ours.exit, theirs.exit) and torch.equal(ours.prediction, theirs.prediction)
+    assert torch.equal(ours.confidence.nan_to_num(-1), theirs.confidence.nan_to_num(-1))
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_threshold_met_exactly_lets_go():
     logits = torch.tensor([[[0.0, 0.0]], [[9.0, 0.0]]])
     for policy, threshold in (("confidence", 0.5), ("margin", 0.0), ("entropy", math.log(2) + 1e-6)):
-        assert simulate(logits, [0.3, 0.7], policy, [threshold]).exits.tolist() == [0]
-    assert simulate(logits, [0.3, 0.7], "confidence", [0.500001]).exits.tolist() == [1]
-    assert simulate(logits, [0.3, 0.7], "entropy", [0.6]).exits.tolist() == [1]
+        assert simulated(logits, [0.3, 0.7], policy, [threshold]).exit.tolist() == [0]
+    assert simulated(logits, [0.3, 0.7], "confidence", [0.500001]).exit.tolist() == [1]
+    assert simulated(logits, [0.3, 0.7], "entropy", [0.6]).exit.tolist() == [1]
 
 
 def test_the_running_ensemble_is_normalised_and_tempered():
     # One exit alone is judged by its own softmax, whatever its weight.
     logits = torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]])
     confidence = float(torch.softmax(torch.tensor([2.0, 0.0]), dim=0)[0])
-    result = simulate(logits, [0.01, 0.99], "confidence", [confidence - 1e-6])
-    assert result.exits.tolist() == [0] and float(result.confidences) == pytest.approx(confidence)
-    torch.testing.assert_close(result.logits, torch.tensor([[0.02, 0.0]]))
-    cooler = simulate(logits, [0.01, 0.99], "confidence", [confidence - 1e-6], temperatures=[2.0, 1.0])
-    assert cooler.exits.tolist() == [1]
+    result = simulated(logits, [0.01, 0.99], "confidence", [confidence - 1e-6])
+    assert result.exit.tolist() == [0] and float(result.confidence) == pytest.approx(confidence)
+    torch.testing.assert_close(result.logits, logits[0])  # R_e: over the sum of the weights so far
+    cooler = simulated(logits, [0.01, 0.99], "confidence", [confidence - 1e-6], temperatures=[2.0, 1.0])
+    assert cooler.exit.tolist() == [1]
 
 
 def test_nan_never_leaves_early_and_is_wrong():
@@ -200,68 +212,73 @@ def test_nan_never_leaves_early_and_is_wrong():
     logits[0, 0, 0] = math.nan
     logits[:, 1, 2] = 5
     for policy, threshold in (("confidence", 0.0), ("entropy", 9.0), ("margin", 0.0), ("patience", 0.0), ("vote", 0.0)):
-        result = simulate(logits, [1.0, 1.0, 1.0], policy, threshold, target=torch.tensor([0, 2]))
-        assert result.exits.tolist() == [2, 0] and result.correct.tolist() == [False, True]
-        assert math.isnan(result.confidences[0])
+        result = simulated(logits, [1.0, 1.0, 1.0], policy, threshold, target=torch.tensor([0, 2]))
+        assert result.exit.tolist() == [2, 0] and result.correct.tolist() == [False, True]
+        assert math.isnan(result.confidence[0])
 
 
 def test_patience_and_votes():
     # Classes judged by the five exits alone: 0, 1, 1, 0, 1.
     logits = torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 0, 1]), 2).float()[:, None] * 4
     weights = [1.0] * 5
-    assert simulate(logits, weights, "patience", 2, on="exit").exits.tolist() == [2]
-    assert simulate(logits, weights, "patience", 3, on="exit").exits.tolist() == [4]
-    assert simulate(logits, weights, "vote", 2, on="exit").exits.tolist() == [2]
+    assert simulated(logits, weights, "patience", 2, on="exit").exit.tolist() == [2]
+    assert simulated(logits, weights, "patience", 3, on="exit").exit.tolist() == [4]
+    assert simulated(logits, weights, "vote", 2, on="exit").exit.tolist() == [2]
     # A disabled exit lets nobody go but is counted.
-    assert simulate(logits, weights, "vote", 2, on="exit", enabled=[True, True, False, True]).exits.tolist() == [3]
+    assert simulated(logits, weights, "vote", 2, on="exit", enabled=[True, True, False, True]).exit.tolist() == [3]
 
 
 def test_costs_targets_and_counts():
     logits = torch.zeros(2, 4, 3)
     logits[0, :3, 1] = 9
     logits[1, :, 2] = 1
-    result = simulate(logits, [0.5, 0.5], "confidence", 0.9, target=torch.tensor([1, 1, 0, 2]), costs=[10, 26.0])
-    assert result.exits.tolist() == [0, 0, 0, 1] and result.counts.tolist() == [3, 1]
+    result = simulated(logits, [0.5, 0.5], "confidence", 0.9, target=torch.tensor([1, 1, 0, 2]), costs=[10, 26.0])
+    assert result.exit.tolist() == [0, 0, 0, 1] and result.counts.tolist() == [3, 1]
     assert result.mean_cost == (3 * 10 + 26) / 4
     assert result.correct.tolist() == [True, True, False, True] and result.accuracy == 0.75
-    bare = simulate(logits, [0.5, 0.5], "confidence", torch.tensor([0.9]))
+    bare = simulated(logits, [0.5, 0.5], "confidence", torch.tensor([0.9]))
     assert bare.mean_cost is None and bare.correct is None and bare.accuracy is None
     nothing = torch.zeros(0, dtype=torch.int64)
-    none = simulate(logits[:, :0], [0.5, 0.5], "confidence", 0.9, target=nothing, costs=[1, 2])
-    assert none.exits.shape == (0,) and math.isnan(none.mean_cost) and math.isnan(none.accuracy)
+    none = simulated(logits[:, :0], [0.5, 0.5], "confidence", 0.9, target=nothing, costs=[1, 2])
+    assert none.exit.shape == (0,) and math.isnan(none.mean_cost) and math.isnan(none.accuracy)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"exit_logits": torch.zeros(2, 3)}, r"exit_logits must have shape \[E, N, K\] with E >= 1, got \[2, 3\]"),
-        ({"weights": [1.0]}, "weights must have 2 entries, got 1"),
-        ({"weights": [1.0, 0.0]}, "weights must be positive and finite, got 0.0 at position 1"),
-        ({"weights": [-1.0, 2.0]}, "weights must be positive and finite, got -1.0 at position 0"),
-        ({"temperatures": [math.inf, 1.0]}, "temperatures must be positive and finite, got inf at position 0"),
-        ({"thresholds": [0.1, 0.2]}, "thresholds must have 1 entries, got 2"),
-        ({"thresholds": [math.nan]}, "thresholds must not be NaN, got NaN at position 0"),
-        ({"temperatures": [1.0]}, "temperatures must have 2 entries, got 1"),
-        ({"temperatures": [1.0, 0.0]}, "temperatures must be positive and finite, got 0.0 at position 1"),
-        ({"enabled": torch.tensor([True, True])}, "enabled must have 1 entries, got 2"),
-        ({"costs": [1.0]}, "costs must have 2 entries, got 1"),
+        ({"logits": torch.zeros(2, 3)}, r"exit_logits must have shape \[2, N, K\], got \[2, 3\]"),
+        ({"logits": torch.zeros(3, 3, 4)}, r"exit_logits must have shape \[2, N, K\], got \[3, 3, 4\]"),
+        ({"costs": [1.0]}, "simulate: costs must have 2 entries, got 1"),
         ({"target": torch.zeros(2, dtype=torch.int64)}, r"target must have shape \[3\], got \[2\]"),
-        ({"policy": "luck"}, "must be one of confidence"),
-        ({"on": "both"}, "on must be 'ensemble' or 'exit', got 'both'"),
     ],
 )
 def test_bad_arguments_are_refused(change, message):
-    arguments = {"exit_logits": torch.zeros(2, 3, 4), "weights": [0.5, 0.5], "policy": "confidence"}
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        simulate(**(arguments | {"thresholds": [0.5]} | change))
+    arguments = {"logits": torch.zeros(2, 3, 4), "weights": [0.5, 0.5], "criterion": "confidence", "thresholds": 0.5}
+    with pytest.raises(ValueError, match=message):
+        simulated(**(arguments | change))
 
 
-def test_logits_that_are_no_tensor_are_refused():
-    with pytest.raises(TypeError, match="simulate: exit_logits must be a torch.Tensor, got list"):
-        simulate([[[1.0]]], [1.0], "confidence", 0.5)
+def test_logits_that_are_no_floating_tensor_are_refused():
+    for logits, found in (([[[1.0]]], "list"), (torch.zeros(1, 1, 1, dtype=torch.int64), "torch.int64")):
+        with pytest.raises(TypeError, match=f"simulate: exit_logits must be a floating tensor, got {found}"):
+            simulated(logits, [1.0], "confidence", 0.5)
 
 
-def test_numpy_numbers_serve_as_numbers():
-    np = pytest.importorskip("numpy")
-    logits = torch.tensor([[[9.0, 0.0], [0.0, 0.0]], [[0.0, 9.0], [0.0, 9.0]]])
-    assert simulate(logits, np.float32([0.5, 0.5]), "confidence", np.float32(0.9)).exits.tolist() == [0, 1]
+def test_samples_near_a_threshold():
+    logits = torch.tensor([[2.0, 0.0], [3.0, 0.0], [0.0, 0.0]])[None].repeat(2, 1, 1)
+    confidence = float(torch.softmax(logits[0, 0], 0)[0])
+
+    def near(criterion, thresholds, tolerance=1e-5, logits=logits, **options):
+        weights = [0.5] * len(logits)
+        policy = ExitPolicy(output_weights=weights, criterion=criterion, thresholds=thresholds, **options)
+        return near_threshold(logits, policy, tolerance).tolist()
+
+    assert near("confidence", confidence + 5e-6) == [True, False, False]
+    assert near("confidence", confidence + 5e-6, 1e-7) == [False] * 3
+    assert near("confidence", confidence + 5e-6, enabled=False) == [False] * 3
+    assert near("entropy", 0.0, temperatures=2.0) == [False] * 3
+    # Who has left is not near a later threshold; counts are near where the class hangs on a hair.
+    assert near("confidence", [confidence - 0.1, confidence], logits=logits[:1].repeat(3, 1, 1)) == [False] * 3
+    assert near("vote", 2.0) == [False, False, True]
+    with pytest.raises(ValueError, match="near_threshold: criterion must be a name, got <lambda>"):
+        near(lambda state: state.stats[:, 0] > 0.5, 0.0)

@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from replay import numbered, replay_net
+from replay import gate, numbered, replay_net
 from torch import nn
 
 from aep_ext import MultiExitNet
-from aep_ext.termination import GatedNet, Refill
+from aep_ext.inference import ContinuousBatcher, GatedNet
 
 
 def some_stay(every: tuple[int, ...], n: int) -> torch.Tensor:
@@ -23,7 +23,7 @@ def some_stay(every: tuple[int, ...], n: int) -> torch.Tensor:
 
 
 def gated_net(logits: torch.Tensor, **options) -> GatedNet:
-    return GatedNet(replay_net(logits, [1.0] * len(logits)), "confidence", 0.9, **options)
+    return gate(replay_net(logits, [1.0] * len(logits)), "confidence", 0.9, **options)
 
 
 def test_late_stages_run_on_full_batches():
@@ -33,7 +33,7 @@ def test_late_stages_run_on_full_batches():
     first, second, third = (stage.rows for stage in gated.net.stages)
     assert first == [16] * 20 and second == [16] * 5 and third == [16] * 2 + [8]
     alone = gated_net(some_stay((4, 8), 320))
-    list(alone.predict(numbered(0, 320).split(16), refill=False))
+    list(alone.predict(numbered(0, 320).split(16), continuous=False))
     assert alone.net.stages[2].rows == [2] * 20
 
 
@@ -57,20 +57,20 @@ def test_an_endless_stream_stays_within_its_bounds(capacity, max_delay):
     # One sample in a thousand stays at the second exit: unless it is carried on, it blocks all answers after it.
     logits = some_stay((10, 1000), 1000)
     gated = gated_net(logits)
-    refill, read, given, most = gated.refill(capacity, max_delay), 0, 0, 0
-    expected = gated.simulate(logits).exits
+    batcher, read, given, most = gated.batcher(capacity, max_delay), 0, 0, 0
+    expected = gated.simulate(logits).exit
     for x in itertools.islice(endless(1000), 500):
-        outputs = refill.push(x)
+        outputs = batcher.push(x)
         read += 1
         for output in outputs:
             first = given * 8 % 1000
             assert torch.equal(output.exit, expected[first : first + 8])
             given += 1
-        assert refill.unanswered == read - given <= max_delay
-        assert refill.waiting <= 2 * (capacity - 1)
-        most = max(most, refill.waiting)
+        assert batcher.unanswered == read - given <= max_delay
+        assert batcher.waiting <= 2 * (capacity - 1)
+        most = max(most, batcher.waiting)
     assert most > 0
-    assert len(refill.flush()) == read - given and refill.waiting == refill.unanswered == 0
+    assert len(batcher.flush()) == read - given and batcher.waiting == batcher.unanswered == 0
     stream = gated.predict(endless(1000), capacity=capacity, max_delay=max_delay)
     assert sum(len(output.exit) for output in itertools.islice(stream, 100)) == 800
 
@@ -78,10 +78,10 @@ def test_an_endless_stream_stays_within_its_bounds(capacity, max_delay):
 def test_what_the_pools_hold_is_no_more_than_their_rows():
     """Rows that went on do not stay in memory behind those that wait."""
     gated = gated_net(some_stay((2, 4), 100))
-    refill, held = gated.refill(capacity=10, max_delay=None), 0
+    batcher, held = gated.batcher(capacity=10, max_delay=None), 0
     for first, end in ((0, 9), (9, 40), (40, 47), (47, 100)):
-        refill.push(numbered(first, end))
-        for pool in refill._pools.values():
+        batcher.push(numbered(first, end))
+        for pool in batcher._pools.values():
             for features, rows in pool.parts:
                 for column in (features, *rows):
                     assert column.untyped_storage().nbytes() <= column.numel() * column.element_size()
@@ -91,11 +91,11 @@ def test_what_the_pools_hold_is_no_more_than_their_rows():
 
 def test_delay_zero_and_flush():
     gated = gated_net(some_stay((4, 8), 64))
-    refill = gated.refill(capacity=16, max_delay=0)
+    batcher = gated.batcher(capacity=16, max_delay=0)
     for x in numbered(0, 64).split(8):
-        assert [len(o.exit) for o in refill.push(x)] == [8] and refill.unanswered == 0
-    assert refill.flush() == []
-    lazy = gated.refill(capacity=16, max_delay=None)
+        assert [len(o.exit) for o in batcher.push(x)] == [8] and batcher.unanswered == 0
+    assert batcher.flush() == []
+    lazy = gated.batcher(capacity=16, max_delay=None)
     assert lazy.push(numbered(0, 8)) == [] and lazy.waiting == 2
     assert [o.exit.tolist() for o in lazy.flush()] == [[2, 0, 0, 0, 1, 0, 0, 0]]
 
@@ -106,18 +106,18 @@ def test_batches_of_any_size_and_form():
     loader = [numbered(0, 0), (numbered(0, 1), "label"), [numbered(1, 30)], numbered(30, 30), numbered(30, 40)]
     outputs = list(gated.predict(loader, capacity=7))
     assert [len(o.exit) for o in outputs] == [0, 1, 29, 0, 10]
-    assert torch.equal(torch.cat([o.exit for o in outputs]), gated.simulate(logits).exits)
+    assert torch.equal(torch.cat([o.exit for o in outputs]), gated.simulate(logits).exit)
     assert list(gated.predict([])) == []
     assert gated.predict_all([numbered(0, 0)]).logits.shape == (0, 2)
     with pytest.raises(ValueError, match="loader must give at least one batch, got none"):
         gated.predict_all([])
-    for refill in (True, False):
+    for continuous in (True, False):
         for item in ("images", {"x": 1}, (), ("a", "b")):
             with pytest.raises(TypeError, match="GatedNet.predict: the loader must give tensors, or tuples that start"):
-                list(gated.predict([item], refill=refill))
-    with pytest.raises(ValueError, match="Refill: capacity must be at least 1, got 0"):
-        gated.refill(capacity=0)
-    with pytest.raises(ValueError, match="Refill: max_delay must be at least 0, got -1"):
+                list(gated.predict([item], continuous=continuous))
+    with pytest.raises(ValueError, match="ContinuousBatcher: capacity must be at least 1, got 0"):
+        gated.batcher(capacity=0)
+    with pytest.raises(ValueError, match="ContinuousBatcher: max_delay must be at least 0, got -1"):
         gated.predict([], max_delay=-1)
 
 
@@ -128,7 +128,7 @@ def test_the_numbers_are_those_at_the_start_of_the_stream():
     gated.enabled.fill_(False)
     exits = torch.cat([o.exit for o in (*first, *stream)]).tolist()
     assert exits == [2, 0, 0, 0, 1, 0, 0, 0] * 8
-    assert isinstance(gated.refill(), Refill)
+    assert isinstance(gated.batcher(), ContinuousBatcher)
 
 
 def test_features_of_channels_last_networks_stay_so_in_the_pools():
@@ -147,6 +147,6 @@ def test_features_of_channels_last_networks_stay_so_in_the_pools():
     net = net.to(memory_format=torch.channels_last)
     x = torch.randn(60, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     values = torch.softmax(Head()(net.stages[0](x)).detach(), -1).amax(-1).sort().values
-    gated = GatedNet(net, "confidence", float(values[29:31].mean()))
+    gated = gate(net, "confidence", float(values[29:31].mean()))
     assert gated.predict_all(x.split(7), capacity=9).exit.sum() == 30
     assert all(last for _, last in seen) and [n for n, _ in seen] == [9, 9, 9, 3]

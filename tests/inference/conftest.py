@@ -1,4 +1,4 @@
-"""Networks and prepared networks that several tests share: preparing takes seconds."""
+"""Networks and compiled networks that several tests share: compiling takes seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from aep_ext import MultiExitNet
-from aep_ext.deploy import PreparedNet, prepare
+from aep_ext.inference import CompiledNet, compile
 from aep_ext.inference.backends import missing
 from aep_ext.surgery.networks import build
 
@@ -42,21 +42,21 @@ def net() -> MultiExitNet:
 
 
 @pytest.fixture(scope="session")
-def prepared_on() -> Callable[[str], PreparedNet]:
-    """The network above, prepared for batches of 1 and 7 (and any other); each backend once in a session."""
-    made: dict[str, PreparedNet] = {}
+def compiled_on() -> Callable[[str], CompiledNet]:
+    """The network above, compiled for batches of 1 and 7 (and any other); each backend once in a session."""
+    made: dict[str, CompiledNet] = {}
 
-    def get(backend: str) -> PreparedNet:
+    def get(backend: str) -> CompiledNet:
         reason = missing(backend)
         if reason:
             pytest.skip(reason)
         if backend not in made:
-            made[backend] = prepare(make_net(), torch.randn(7, 3, 16, 16), backend, threads=1)
+            made[backend] = compile(make_net(), torch.randn(7, 3, 16, 16), backend, threads=1)
         return made[backend]
 
     return get
 
 
 @pytest.fixture(params=FAST)
-def prepared(request: pytest.FixtureRequest, prepared_on: Callable[[str], PreparedNet]) -> PreparedNet:
-    return prepared_on(request.param)
+def compiled(request: pytest.FixtureRequest, compiled_on: Callable[[str], CompiledNet]) -> CompiledNet:
+    return compiled_on(request.param)
