@@ -8,7 +8,7 @@ Two counts. *kernels*: the C++ kernels, called by benchmarks/callgrind_kernels.c
 set that is built and that valgrind can emulate: it knows no AVX-512, so AVX2 is the best it shows of an x86 processor.
 *calls*: whole Python calls of the operators against what eager torch needs for the same result, in one process, with
 the counters that torch has for `torch.utils.benchmark.Timer.collect_callgrind` (which starts a process for every
-contestant). Results are compared before anything is counted.
+function). Results are compared before anything is counted.
 
 An instruction count is no time: caches, memory and the width of the processor do not enter. Two runs agree within 1 %.
 It needs valgrind on the PATH, a C++ compiler for the kernels and a torch with counters (Linux) for the calls.
@@ -109,83 +109,52 @@ def count_kernels(driver: Path, isa: str, calls: int = 100) -> dict[str, float]:
     return {name: round(total / calls, 1) for name, total in zip(names, totals, strict=True)}
 
 
-def contestants() -> dict[str, dict[str, Callable[[], object]]]:
-    """For every case the operator (``fused``) and its eager rivals, ready to be called."""
-    import torch
-
-    from aep_ext import ops
-    from benchmarks import rivals
-
-    torch.manual_seed(0)
-    logits, weights = torch.randn(4, 1, 10), torch.arange(1.0, 5.0) / 10
-    stats = {
-        "fused": lambda: tuple(ops.ensemble_stats(logits, weights)),
-        "naive": lambda: rivals.stats_naive(logits, weights),
-        "eager": lambda: rivals.stats_eager(logits, weights),
-    }
-
-    features, running, own = torch.randn(1, 512, 8, 8), torch.randn(1, 10), torch.randn(1, 10)
-    indices, state = torch.arange(1), torch.zeros(1, 0, dtype=torch.int64)
-
-    def gate() -> tuple[object, ...]:
-        r = ops.gate(features, running, 0.3, indices, state, own, weight=0.7, threshold=2.0)
-        count = int(r.count)
-        return r.features[:count], r.running[:count], r.indices, r.stats
-
-    gates = {
-        "fused": gate,
-        "naive": lambda: rivals.gate_naive(features, running, indices, own, 0.7, 2.0),
-        "eager": lambda: rivals.gate_eager(features, running, indices, own, 0.7, 2.0),
-    }
-
-    maps = [torch.randn(1, c, s, s) for c, s in ((256, 16), (512, 8), (1024, 4), (2048, 2))]  # ResNet-50, 64 px
-    matrices, biases = [torch.randn(10, x.shape[1]) / x.shape[1] ** 0.5 for x in maps], [torch.randn(10) for _ in maps]
-    modules = [rivals.ExitHead(w, b) for w, b in zip(matrices, biases, strict=True)]
-    heads = {
-        "fused": lambda: ops.multi_exit_linear_head(maps, matrices, biases),
-        "naive": lambda: rivals.head_naive(maps, modules),
-        "mean": lambda: rivals.head_mean(maps, matrices, biases),
-    }
-
-    many, target = torch.randn(4, 64, 10, requires_grad=True), torch.randint(10, (64,))
-    step = rivals.graded(lambda x: ops.joint_cross_entropy(x, target, weights).loss)
-    summed = rivals.graded(lambda x: rivals.loss_summed(x, target, weights.tolist()))
-    flat = rivals.graded(lambda x: rivals.loss_flat(x, target, weights))
-    losses = {"fused": lambda: step(many), "summed": lambda: summed(many), "flat": lambda: flat(many)}
+def comparisons() -> dict[str, Any]:
+    """The cases whose Python calls are counted."""
+    from benchmarks.cases import Case
+    from benchmarks.test_ensemble import ensemble_stats
+    from benchmarks.test_gate import gate
+    from benchmarks.test_head import multi_exit_linear_head
+    from benchmarks.test_loss import joint_cross_entropy
 
     return {
-        "ensemble_stats-4-1-10": stats,
-        "gate-1-512-8-8": gates,
-        "multi_exit_linear_head-1-64px": heads,
-        "joint_cross_entropy-4-64-10-with-backward": losses,
+        "ensemble_stats-4-1-10": ensemble_stats(Case((4, 1, 10)), "cpu"),
+        "gate-1-512-8-8": gate(Case((1,)), "cpu"),
+        "multi_exit_linear_head-1-64px": multi_exit_linear_head(Case((1, 64)), "cpu"),
+        "joint_cross_entropy-4-64-10-with-backward": joint_cross_entropy(Case((4, 64, 10)), "cpu"),
     }
 
 
 def _inside(calls: int) -> None:
-    """What runs under valgrind: compares, then counts contestant by contestant. Prints what was counted, in order."""
+    """What runs under valgrind: compares, then counts function by function. Prints what was counted, in order."""
     import torch
 
+    from benchmarks.paired_timing import assert_same
+
     torch.set_num_threads(1)
-    cases = contestants()
-    for members in cases.values():
-        for name in members:
-            torch.testing.assert_close(members["fused"](), members[name](), rtol=1e-4, atol=1e-5)
+    torch.manual_seed(0)
+    functions: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {"empty fused": (lambda: None, ())}
+    for case, comparison in comparisons().items():
+        arguments = comparison.make()
+        expected = comparison.fused(*arguments)
+        for name, function in {"fused": comparison.fused, **comparison.baselines}.items():
+            assert_same(name, function(*arguments), expected, comparison)
+            functions[f"{case} {name}"] = function, arguments
     gc.disable()
     print(torch.backends.cpu.get_cpu_capability())
-    for case, members in ({"empty": {"fused": lambda: None}} | cases).items():
-        for name, call in members.items():
-            for _ in range(5):
-                call()
-            gc.collect()
-            torch._C._valgrind_toggle()
-            for _ in range(calls):
-                call()
-            torch._C._valgrind_toggle_and_dump_stats()
-            print(case, name)
+    for name, (function, arguments) in functions.items():
+        for _ in range(5):
+            function(*arguments)
+        gc.collect()
+        torch._C._valgrind_toggle()
+        for _ in range(calls):
+            function(*arguments)
+        torch._C._valgrind_toggle_and_dump_stats()
+        print(name)
 
 
 def count_calls(calls: int = 100) -> dict[str, Any]:
-    """Instructions of one Python call, for each case and contestant, with the ratio of the best eager rival to the
+    """Instructions of one Python call, for each case and function, with the ratio of the best eager baseline to the
     operator (above 1: the operator needs fewer), and the vector instructions that torch used.
 
     Raises:
@@ -204,7 +173,7 @@ def count_calls(calls: int = 100) -> dict[str, Any]:
     printed, totals = _under_valgrind(["--collect-atstart=no"], command, AEP_ISA=best)
     capability, *names = printed.splitlines()
     if len(names) != len(totals):
-        raise CountError(f"callgrind: {len(names)} contestants but {len(totals)} counts")
+        raise CountError(f"callgrind: {len(names)} functions but {len(totals)} counts")
     counts: dict[str, dict[str, float]] = {}
     for line, total in zip(names, totals, strict=True):
         case, name = line.split()
@@ -275,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="callgrind", description="Instructions per call, counted by valgrind.")
     parser.add_argument("--output", type=Path, help="the JSON file to write")
     parser.add_argument("--only", choices=("kernels", "calls"), help="one of the two counts")
-    parser.add_argument("--calls", type=int, default=100, help="calls to count for each contestant (default 100)")
+    parser.add_argument("--calls", type=int, default=100, help="calls to count for each function (default 100)")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "callgrind", help="where the kernels are built")
     parser.add_argument(_INSIDE, type=int, metavar="CALLS", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
