@@ -1,16 +1,15 @@
-"""What every part of the package uses: errors for users, optional packages."""
+"""What every part of the package uses: errors for users, optional packages, numbers per exit, eval mode."""
 
 from __future__ import annotations
 
 import importlib
 import math
-import numbers
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class UserError(Exception):
@@ -41,33 +40,38 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         ) from error
 
 
-def per_exit(function: str, name: str, values: Any, count: int, *, positive: bool = False) -> tuple[float, ...]:
-    """One number for each of ``count`` exits, checked.
+def per_exit(
+    function: str, name: str, values: float | Iterable[float] | Tensor, count: int, *, positive: bool = False
+) -> tuple[float, ...]:
+    """One number for every exit, or ``count`` numbers, as a tuple of floats.
 
     Args:
-        function, name: for the messages, ``"ExitPolicy"`` and ``"thresholds"`` say.
-        values: a number, which then serves for all exits, or a sequence, tensor or array of ``count`` numbers.
-        count: how many there must be.
-        positive: every number must be above 0 and finite; otherwise it only must not be NaN.
+        function: who asks, for the messages.
+        name: of the argument, for the messages.
+        values: a number (it counts for every exit), or ``count`` of them; a tensor may have any dtype and device.
+        count: how many the result has, 0 or more.
+        positive: refuse what is not positive and finite; else only NaN is refused.
 
     Raises:
-        TypeError: something else than numbers.
-        ValueError: another number of entries, or a value out of its range.
+        TypeError: ``values`` are no numbers.
+        ValueError: too few or too many, or one that is refused.
     """
-    if hasattr(values, "tolist"):  # torch's and NumPy's
-        values = values.tolist()
+    if isinstance(values, Tensor):
+        if values.dim() > 1:
+            raise ValueError(f"{function}: {name} must have one dimension, got shape {list(values.shape)}")
+        values = values.detach().double().cpu().tolist()
     try:
-        listed = [float(values)] * count if isinstance(values, numbers.Real) else [float(value) for value in values]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{function}: {name} must be numbers, got {values!r}") from error
-    if len(listed) != count:
-        raise ValueError(f"{function}: {name} must have {count} entries, got {len(listed)}")
-    for position, value in enumerate(listed):
-        if positive and not 0 < value < math.inf:
+        numbers = tuple(float(v) for v in values) if isinstance(values, Iterable) else (float(values),) * count
+    except (TypeError, ValueError):
+        raise TypeError(f"{function}: {name} must be a number or a sequence of numbers, got {values!r}") from None
+    if len(numbers) != count:
+        raise ValueError(f"{function}: {name} must have {count} entries, got {len(numbers)}")
+    for position, value in enumerate(numbers):
+        if positive and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{function}: {name} must be positive and finite, got {value} at position {position}")
         if math.isnan(value):
-            raise ValueError(f"{function}: {name} must not be NaN, got NaN at position {position}")
-    return tuple(listed)
+            raise ValueError(f"{function}: {name} must not be NaN, got {value} at position {position}")
+    return numbers
 
 
 @contextmanager

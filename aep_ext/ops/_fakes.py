@@ -228,6 +228,7 @@ def _gate_arguments(
     policy: str = "confidence",
     on: str = "ensemble",
     enabled: bool = True,
+    last: bool = False,
     weight_sum_tensor: Tensor | None = None,
     weight_tensor: Tensor | None = None,
     threshold_tensor: Tensor | None = None,
@@ -295,6 +296,7 @@ def _gate_one_(
     policy: str = "confidence",
     on: str = "ensemble",
     enabled: bool = True,
+    last: bool = False,
 ) -> None:
     _checks.gate_one_(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature, policy, on)
 

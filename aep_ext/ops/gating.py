@@ -26,6 +26,7 @@ def gate(
     policy: str = "confidence",
     on: str = "ensemble",
     enabled: bool = True,
+    last: bool = False,
     out: GateResult | tuple[Tensor, ...] | None = None,
 ) -> GateResult:
     """Adds one exit to the running ensemble, decides which rows leave, and puts the rows that stay in front.
@@ -47,6 +48,7 @@ def gate(
         on: "ensemble" judges ``softmax(running' / (weight_sum' * temperature))``, "exit" judges
             ``softmax(exit_logits / temperature)``.
         enabled: False: nobody leaves, everything else (the state too) advances as usual.
+        last: True: this is the last exit, where every row leaves, whatever the threshold, ``enabled`` and NaN say.
         out: the eight tensors of a :class:`GateResult`, for loops that must not allocate: they take the results (shapes
             and dtypes as there; contiguous, ``features`` in the memory format of the argument) and are returned. Then
             the rows of ``out.features`` behind those that stay are left as they were. The tensors may share memory
@@ -58,10 +60,12 @@ def gate(
 
     Returns:
         :class:`GateResult`: a stable partition, rows that stay first and rows that leave behind, each in their old
-        order; all row-wise results are permuted together. ``count``, the number of rows that stay, remains on the
-        device. The features of rows that leave are dropped (zeros stand behind, unless ``out`` is given). A row whose
-        judged distribution is NaN never leaves, casts no vote and resets its patience to (-1, 0). Always new memory,
-        never a view of an input. Not differentiable.
+        order; all row-wise results are permuted together. ``running`` holds the sums of the rows that stay and, for
+        rows that leave, the answers R_e = running' / weight_sum': one division of the stored sum in the accumulation
+        dtype. ``count``, the number of rows that stay, remains on the device. The features of rows that leave are
+        dropped (zeros stand behind, unless ``out`` is given). A row whose judged distribution is NaN leaves only at the
+        last exit, casts no vote and resets its patience to (-1, 0). Always new memory, never a view of an input. Not
+        differentiable.
 
     Raises:
         TypeError: a dtype breaks the rules above.
@@ -72,6 +76,7 @@ def gate(
         running = running + weight * exit_logits
         weight_sum = weight_sum + weight
         leaves = torch.softmax(running / (weight_sum * temperature), -1).amax(-1) >= threshold
+        running[leaves] /= weight_sum
         order = torch.cat([(~leaves).nonzero()[:, 0], leaves.nonzero()[:, 0]])
         count = (~leaves).sum()
         features, running, indices, state = features[order], running[order], indices[order], state[order]
@@ -93,12 +98,12 @@ def gate(
             )
         rows = (features, running, indices, state, exit_logits)
         if out is None:
-            if policy == "confidence" and on == "ensemble" and enabled and not tensors:
+            if policy == "confidence" and on == "ensemble" and enabled and not (last or tensors):
                 return _new(GateResult, _native.gate(*rows, *numbers))  # a default costs less than a string
-            return _new(GateResult, _native.gate(*rows, *numbers, policy, on, enabled, *tensors))
+            return _new(GateResult, _native.gate(*rows, *numbers, policy, on, enabled, last, *tensors))
         out = GateResult(*out)
         written = {f"{name}_out": tensor for name, tensor in zip(GateResult._fields, out, strict=True)}
-        _native.gate_out(*rows, *numbers, policy, on, enabled, *tensors, **written)
+        _native.gate_out(*rows, *numbers, policy, on, enabled, last, *tensors, **written)
         return out
     _checks.gate(features, running, weight_sum, indices, state, exit_logits, weight, threshold, temperature, policy, on)
     if out is not None:
@@ -121,6 +126,7 @@ def gate(
         policy=policy,
         on=on,
         enabled=enabled,
+        last=last,
     )
     if out is None:
         return result

@@ -204,6 +204,7 @@ def gate(
     policy: str = "confidence",
     on: str = "ensemble",
     enabled: bool = True,
+    last: bool = False,
 ) -> GateResult:
     """Adds one exit to the running ensemble, decides which rows leave, and puts those that stay in front."""
     with torch.no_grad():
@@ -220,8 +221,10 @@ def gate(
             judged, judged_class = own / temperature, own.argmax(-1)
         stats = _statistics(judged).float()
         leaves, state = _decide(policy, stats, judged_class, state, threshold)
-        if not enabled:
-            leaves = torch.zeros_like(leaves)
+        if last or not enabled:
+            leaves = torch.full_like(leaves, last)
+        answers = (running.to(dtype) / weight_sum).to(running.dtype)  # R_e
+        running = torch.where(leaves[:, None], answers, running)
         order = torch.argsort(leaves.to(torch.uint8), stable=True)
         count = (~leaves).sum()
         # A row of zeros is what stands behind: read like the others, it costs half of clearing rows by a mask.
@@ -247,6 +250,7 @@ def gate_one_(
     policy: str,
     on: str,
     enabled: bool,
+    last: bool,
 ) -> None:
     """One row of :func:`gate`, in place."""
     row = exit_logits.new_zeros(1, dtype=torch.int64)
@@ -263,6 +267,7 @@ def gate_one_(
         policy=policy,
         on=on,
         enabled=enabled,
+        last=last,
     )
     with torch.no_grad():
         running.copy_(result.running)

@@ -35,7 +35,8 @@ class GateResult(NamedTuple):
     """(n, ...): the features of the rows that stay, in front; the other rows are zero (in the caller's ``out``: as they
     were)."""
     running: Tensor
-    """(n, K): the running ensemble after this exit."""
+    """(n, K): rows that stay: the sum of weight * logits after this exit; rows that leave: their answer, that sum over
+    ``weight_sum``."""
     indices: Tensor
     """(n,) int64: the caller's row numbers."""
     state: Tensor
@@ -43,7 +44,7 @@ class GateResult(NamedTuple):
     stats: Tensor
     """(n, 3) float32: confidence, entropy in nats and margin of the judged distribution."""
     argmax: Tensor
-    """(n,) int64: class of the largest entry of ``running``, the answer of a row that leaves here."""
+    """(n,) int64: class of the largest entry of the sum, the answer of a row that leaves here."""
     weight_sum: Tensor
     """0-d: the sum of the exit weights so far, this exit's included."""
     count: Tensor

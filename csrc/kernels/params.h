@@ -220,7 +220,9 @@ enum class GateOn : int32_t { ensemble = 0, exit = 1 };
 //   patience: state = {last judged class or -1, run length}; the same class: run + 1, another: run = 1.
 //   vote: state[judged class] += 1; the largest count is compared.
 //   A row whose judged values hold a NaN (or whose statistics are NaN) never leaves: no vote, patience {-1, 0}.
-//   enabled == false: the state advances, nobody leaves.
+//   enabled == false: the state advances, nobody leaves. last: every row leaves, a NaN row too, whatever `enabled` says.
+//   A row that leaves carries R = running' / ws' in `running_out` (of the stored running'; one division in acc, rounded
+//   once to running_dtype); a row that stays carries running'.
 // Outputs are a stable partition: the rows that stay in order, then those that leave, in order. `features_out` holds
 // the rows that stay in front, and zeros behind (or what was there: clear_behind). Outputs never overlap inputs.
 struct GateParams {
@@ -246,12 +248,12 @@ struct GateParams {
   Scalar weight_sum, weight, threshold, temperature;  // acc
   GatePolicy policy;
   GateOn on;
-  bool enabled;
+  bool enabled, last;
   bool clear_behind;  // false: the rows of features_out behind those that stay are not written
 };
 
 // The gate for one row, in place, for policies without a state (confidence, entropy, margin): the same sums, statistics
-// and decision, to the bit. No partition, so nothing else is left of it. CPU only.
+// decision and R, to the bit. No partition, so nothing else is left of it. CPU only.
 struct GateOneParams {
   void* running;            // running_dtype (K), read and written
   const void* exit_logits;  // dtype (K)
@@ -263,7 +265,7 @@ struct GateOneParams {
   double weight_sum, weight, threshold, temperature;  // converted to acc
   GatePolicy policy;
   GateOn on;
-  bool enabled;
+  bool enabled, last;
 };
 
 }  // namespace aep::kernels

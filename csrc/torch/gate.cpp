@@ -32,7 +32,7 @@ Tensor rows_like(const Tensor& tensor, const Tensor& like, at::MemoryFormat form
 
 GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
                       const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
-                      std::string_view on, bool enabled, const GateOut* out) {
+                      std::string_view on, bool enabled, bool last, const GateOut* out) {
   constexpr const char* op = "gate";
   check_gate(features, running, indices, state, exit_logits, policy, on);
   const at::Device device = exit_logits.device();
@@ -113,7 +113,7 @@ GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tenso
   p.temperature = kernel_scalar(scalars.temperature_tensor, scalars.temperature, type, keep[8]);
   p.policy = kernel_policy(policy);
   p.on = on == "ensemble" ? kernels::GateOn::ensemble : kernels::GateOn::exit;
-  p.enabled = enabled;
+  p.enabled = enabled, p.last = last;
   p.clear_behind = out == nullptr;
   return call;
 }
@@ -122,21 +122,21 @@ namespace {
 
 GateResult gate_autograd(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
                          const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                         double temperature, std::string_view policy, std::string_view on, bool enabled,
+                         double temperature, std::string_view policy, std::string_view on, bool enabled, bool last,
                          const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
                          const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor) {
   static auto op = find_operator<GateResult(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double, double,
-      std::string_view, std::string_view, bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+      std::string_view, std::string_view, bool, bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
       const OptionalTensor&)>("aep::gate");
   at::AutoDispatchBelowADInplaceOrView guard;
   return op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature, policy, on,
-                 enabled, weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor);
+                 enabled, last, weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor);
 }
 
 void gate_out_autograd(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
                        const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                       double temperature, std::string_view policy, std::string_view on, bool enabled,
+                       double temperature, std::string_view policy, std::string_view on, bool enabled, bool last,
                        const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
                        const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor,
                        const Tensor& features_out, const Tensor& running_out, const Tensor& indices_out,
@@ -146,14 +146,14 @@ void gate_out_autograd(const Tensor& features, const Tensor& running, const Tens
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("aep::gate", "out")
           .typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double,
-                      double, std::string_view, std::string_view, bool, const OptionalTensor&, const OptionalTensor&,
+                      double, std::string_view, std::string_view, bool, bool, const OptionalTensor&, const OptionalTensor&,
                       const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
                       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>();
   no_gradients("gate", {&features, &running, &exit_logits, &features_out, &running_out, &stats_out, &weight_sum_out});
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature, policy, on,
-            enabled, weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor, features_out, running_out,
+            enabled, last, weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor, features_out, running_out,
             indices_out, state_out, stats_out, argmax_out, weight_sum_out, count_out);
   }
   mark_written(

@@ -38,7 +38,7 @@ void check_rows_apart(const std::array<Bytes, 4>& rows) {
 
 GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves,
                              const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                             double temperature, std::string_view policy, std::string_view on, bool enabled) {
+                             double temperature, std::string_view policy, std::string_view on, bool enabled, bool last) {
   check_gate_one(running, stats, leaves, exit_logits, policy, on);
   const at::Device device = exit_logits.device();
   check_scalar(kOp, "weight_sum", std::nullopt, weight_sum, device, false);
@@ -62,7 +62,7 @@ GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const T
   p.weight_sum = weight_sum, p.weight = weight, p.threshold = threshold, p.temperature = temperature;
   p.policy = kernel_policy(policy);
   p.on = on == "ensemble" ? kernels::GateOn::ensemble : kernels::GateOn::exit;
-  p.enabled = enabled;
+  p.enabled = enabled, p.last = last;
   return call;
 }
 
@@ -70,15 +70,15 @@ namespace {
 
 void gate_one_autograd(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
                        double weight_sum, double weight, double threshold, double temperature, std::string_view policy,
-                       std::string_view on, bool enabled) {
+                       std::string_view on, bool enabled, bool last) {
   static auto op = find_operator<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
-                                      double, double, std::string_view, std::string_view, bool)>("aep::gate_one_");
+                                      double, double, std::string_view, std::string_view, bool, bool)>("aep::gate_one_");
   no_tangents(kOp, {&running, &stats, &exit_logits});
   TORCH_CHECK_VALUE(!needs_graph({&running, &stats, &exit_logits}), "aep::", kOp,
                     ": arguments must not require a gradient, got requires_grad=True");
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    op.call(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature, policy, on, enabled);
+    op.call(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature, policy, on, enabled, last);
   }
   mark_written({&running, &stats, &leaves});
 }

@@ -69,13 +69,13 @@ TORCH_LIBRARY(aep, m) {
   m.def(
       "gate(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, float weight_sum, "
       "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
-      "bool enabled=True, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, Tensor? threshold_tensor=None, "
+      "bool enabled=True, bool last=False, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, Tensor? threshold_tensor=None, "
       "Tensor? temperature_tensor=None) -> (Tensor features, Tensor running, Tensor indices, Tensor state, "
       "Tensor stats, Tensor argmax, Tensor weight_sum, Tensor count)");
   m.def(
       "gate.out(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, float weight_sum, "
       "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
-      "bool enabled=True, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, Tensor? threshold_tensor=None, "
+      "bool enabled=True, bool last=False, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, Tensor? threshold_tensor=None, "
       "Tensor? temperature_tensor=None, *, Tensor(a!) features_out, Tensor(b!) running_out, Tensor(c!) indices_out, "
       "Tensor(d!) state_out, Tensor(e!) stats_out, Tensor(f!) argmax_out, Tensor(g!) weight_sum_out, "
       "Tensor(h!) count_out) -> ()");
@@ -84,5 +84,5 @@ TORCH_LIBRARY(aep, m) {
   m.def(
       "gate_one_(Tensor(a!) running, Tensor(b!) stats, Tensor(c!) leaves, Tensor exit_logits, float weight_sum, "
       "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
-      "bool enabled=True) -> ()");
+      "bool enabled=True, bool last=False) -> ()");
 }

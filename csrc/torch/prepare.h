@@ -148,7 +148,7 @@ struct GateOut {
 };
 GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
                       const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
-                      std::string_view on, bool enabled, const GateOut* out = nullptr);
+                      std::string_view on, bool enabled, bool last, const GateOut* out = nullptr);
 
 struct GateOneCall {
   Tensor exit_logits;  // dense
@@ -156,7 +156,7 @@ struct GateOneCall {
 };
 GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves,
                              const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                             double temperature, std::string_view policy, std::string_view on, bool enabled);
+                             double temperature, std::string_view policy, std::string_view on, bool enabled, bool last);
 
 // The name, checked before.
 kernels::GatePolicy kernel_policy(std::string_view policy);

@@ -12,6 +12,7 @@ struct Case {
   double threshold;
   bool enabled;
   bool clear_behind = true;
+  bool last = false;
 };
 
 void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int64_t K, int64_t feature_bytes) {
@@ -56,7 +57,8 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
   p.feature_out_stride_bytes = feature_bytes;
   p.weight = {&weight_buffer, 0}, p.weight_sum = {nullptr, weight_sum}, p.temperature = {nullptr, temperature},
   p.threshold = {nullptr, threshold};
-  p.policy = c.policy, p.on = c.on, p.enabled = c.enabled, p.clear_behind = c.clear_behind;
+  p.policy = c.policy, p.on = c.on, p.enabled = c.enabled, p.last = c.last;
+  p.clear_behind = c.clear_behind;
   t.gate_judge(p, n / 2, n);
   t.gate_judge(p, 0, n / 2);
   const int64_t count = backend::gate_partition(p);
@@ -124,9 +126,12 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
       for (int64_t v : s) most = v > most ? v : most;
       leaves = valid && static_cast<double>(most) >= threshold;
     }
-    (leaves && c.enabled ? leave : stay).push_back(i);
+    leaves = c.last || (leaves && c.enabled);
+    (leaves ? leave : stay).push_back(i);
     const size_t at = static_cast<size_t>(i);
-    sums[at] = sum, stats[at] = {first, entropy, first - second}, states[at] = s, answers[at] = first_best(sum);
+    answers[at] = first_best(sum);
+    for (double& v : sum) v = leaves ? rounded(rd, round_acc(d, v / sum_out.get(0))) : v;
+    sums[at] = sum, stats[at] = {first, entropy, first - second}, states[at] = s;
   }
   CHECK(count == static_cast<int64_t>(stay.size()), "%s %s policy %d: %ld stay, want %zu", t.name, name_of(d),
         int(c.policy), long(count), stay.size());
@@ -162,7 +167,8 @@ int main() {
       {GatePolicy::vote, GateOn::ensemble, 3, true},          {GatePolicy::vote, GateOn::exit, 2, true},
       {GatePolicy::confidence, GateOn::ensemble, 0.0, false}, {GatePolicy::vote, GateOn::ensemble, 1, false},
       {GatePolicy::confidence, GateOn::ensemble, 0.0, true},  {GatePolicy::entropy, GateOn::exit, INFINITY, true},
-      {GatePolicy::confidence, GateOn::ensemble, 0.6, true, false}};
+      {GatePolicy::confidence, GateOn::ensemble, 0.6, true, false},
+      {GatePolicy::vote, GateOn::ensemble, 9, false, true, true}};
   for (const KernelTable* t : tables()) {
     for (DType d : kAllTypes) {
       for (const Case& c : cases) {

@@ -20,7 +20,7 @@ struct Case {
 
 // What the CPU's gate makes of row n alone, in place.
 struct Row {
-  std::vector<double> running;
+  std::vector<double> running, answer;
   std::vector<int64_t> state;
   int64_t exit = -1;
   double confidence = 0;
@@ -45,17 +45,24 @@ void step(Row& row, DType d, const Case& c, Values& logits, int64_t at, int64_t 
   p.weight_sum_out = sum_out.data(), p.count_out = &count, p.scratch = scratch.data(), p.dtype = d;
   p.running_dtype = acc, p.n = 1, p.K = K, p.S = S, p.running_stride_n = K, p.logits_stride_n = K;
   p.weight = {nullptr, weight}, p.weight_sum = {nullptr, weight_sum}, p.temperature = {nullptr, temperature};
-  p.threshold = {nullptr, c.threshold}, p.policy = c.policy, p.on = c.on, p.enabled = enabled, p.clear_behind = true;
+  p.threshold = {nullptr, c.threshold}, p.policy = c.policy, p.on = c.on, p.enabled = enabled, p.last = e == exits - 1;
+  p.clear_behind = true;
   cpu::kScalarTable.gate_judge(p, 0, 1);
   cpu::gate_partition(p);
   cpu::kScalarTable.gate_scatter(p, 0, 1);
-  for (int64_t k = 0; k < K; ++k) row.running[static_cast<size_t>(k)] = running_out.get(k);
+  row.answer.clear();
+  for (int64_t k = 0; k < K; ++k) {
+    double& sum = row.running[static_cast<size_t>(k)];
+    sum = multiply_add(d, sum, weight, own.get(k));
+    row.answer.push_back(round_acc(d, sum / sum_out.get(0)));
+    CHECK(same(running_out.get(k), count == 0 ? row.answer.back() : sum));
+  }
   for (int64_t i = 0; i < S; ++i) row.state[static_cast<size_t>(i)] = state_out.as<int64_t>()[i];
   row.confidence = static_cast<double>(stats[0]);
   if (c.policy <= GatePolicy::margin) {
     row.by_a_hair |= fabs(static_cast<double>(stats[static_cast<int>(c.policy)]) - c.threshold) < 1e-5;
   }
-  if (count == 0 || e == exits - 1) row.exit = e;
+  if (count == 0) row.exit = e;
 }
 
 void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
@@ -120,7 +127,7 @@ void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
       CHECK(near(static_cast<double>(confidence.as<float>()[n]), row.confidence, 3e-6), "row %ld: %g, want %g", long(n),
             static_cast<double>(confidence.as<float>()[n]), row.confidence);
       for (int64_t k = 0; k < K; ++k)
-        CHECK(same(answers.get(n * K + k), rounded(d, row.running[static_cast<size_t>(k)])));
+        CHECK(same(answers.get(n * K + k), rounded(d, row.answer[static_cast<size_t>(k)])));
     }
   }
 }

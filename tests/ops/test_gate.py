@@ -62,6 +62,7 @@ def naive(
     policy,
     on="ensemble",
     enabled=True,
+    last=False,
 ):
     """Row by row, in Python numbers; returns the rows in their new order, as lists, and the count."""
     stay, leave = [], []
@@ -87,20 +88,23 @@ def naive(
             "patience": policy == "patience" and s[1] >= threshold,
             "vote": policy == "vote" and max(s) >= threshold,
         }[policy]
-        row = (features[i], total, int(indices[i]), s, stats, total.index(max(total)))
-        (leave if enabled and reached else stay).append(row)
+        leaves = last or (enabled and reached)
+        answer = [t / (weight_sum + weight) for t in total]
+        row = (features[i], answer if leaves else total, int(indices[i]), s, stats, total.index(max(total)))
+        (leave if leaves else stay).append(row)
     return stay + leave, len(stay)
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("on", ["ensemble", "exit"])
 @pytest.mark.parametrize("policy", WIDTH)
-def test_equals_naive(policy, on, enabled, device):
-    args = make(23, 7, policy, device) | {"on": on, "enabled": enabled}
+def test_equals_naive(policy, on, enabled, last, device):
+    args = make(23, 7, policy, device) | {"on": on, "enabled": enabled, "last": last}
     for result in (ops.gate(**args), reference.gate(**args)):
         rows, count = naive(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in args.items()})
         assert result.count.item() == count and result.count.device.type == device
-        assert 0 < count < 23 if enabled else count == 23
+        assert count == 0 if last else 0 < count < 23 if enabled else count == 23
         for i, (features, total, index, state, stats, answer) in enumerate(rows):
             assert torch.equal(result.features[i].cpu(), features if i < count else torch.zeros_like(features))
             torch.testing.assert_close(result.running[i].cpu(), torch.tensor(total))
@@ -114,7 +118,8 @@ def test_equals_naive(policy, on, enabled, device):
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (1, 10), (33, 2), (64, 100), (5, 21841)], ids=str)
 def test_equals_reference(shape, policy, dtype, device, close):
     args = make(*shape, policy, device, dtype, maps=(4, 2, 2))
-    check(ops.gate(**args), reference.gate(**args), close)
+    for last in (False, True):
+        check(ops.gate(**args, last=last), reference.gate(**args, last=last), close)
 
 
 def check(result, expected, close) -> None:
@@ -161,9 +166,10 @@ def test_features_of_another_dtype(device, close):
 def test_running_sum_in_the_dtype_of_the_logits(half, device, close):
     args = make(device=device, dtype=half)
     args["running"] = args["running"].to(half)
-    result = ops.gate(**args)
-    assert result.running.dtype == half
-    check(result, reference.gate(**args), close)
+    for last in (False, True):
+        result = ops.gate(**args, last=last)
+        assert result.running.dtype == half
+        check(result, reference.gate(**args, last=last), close)
 
 
 def test_everything_is_permuted_together(device):
@@ -200,7 +206,8 @@ def test_everything_is_permuted_together(device):
     count = int((~leaves).sum())
     assert result.count == count and torch.equal(result.indices, order)
     assert torch.equal(result.features[:count, 0], order[:count].float()) and not result.features[count:].any()
-    assert torch.equal(result.running.amin(-1), order.float())
+    divisor = torch.where(order % 3 == 0, 0.5, 1.0)
+    assert torch.equal(result.running.amin(-1), order / divisor)
     assert torch.equal(result.state, torch.stack([order % classes, torch.where(order % 3 == 0, 6, 1)], 1))
     assert torch.equal(result.argmax, order % classes)
 
@@ -226,7 +233,7 @@ def test_threshold_is_inclusive(policy, device):
 
 @pytest.mark.parametrize("on", ["ensemble", "exit"])
 @pytest.mark.parametrize("policy", WIDTH)
-def test_nan_rows_never_leave(policy, on, device, close):
+def test_nan_rows_leave_at_the_last_exit_only(policy, on, device, close):
     args = make(6, 5, policy, device) | {"threshold": 9.0 if policy == "entropy" else 0.0, "on": on}
     args["exit_logits"][2, 1] = float("nan")
     args["exit_logits"][4, 3] = float("inf")
@@ -239,6 +246,29 @@ def test_nan_rows_never_leave(policy, on, device, close):
         assert result.state[:2].tolist() == [[-1, 0], [-1, 0]]
     elif policy == "vote":
         assert torch.equal(result.state[:2], before[[2, 4]])
+    end = ops.gate(**args | {"last": True, "enabled": False})
+    check(end, reference.gate(**args | {"last": True, "enabled": False}), close)
+    assert end.count == 0 and torch.equal(end.indices, args["indices"]) and end.stats[[2, 4]].isnan().all()
+
+
+def test_answers_are_the_sums_over_the_weights(dtype, device):
+    args = make(40, 9, device=device, dtype=dtype) | {"temperature": 1.0}
+    result = ops.gate(**args)
+    kept = ops.gate(**args | {"enabled": False})
+    count = int(result.count)
+    assert 0 < count < 40 and kept.count == 40
+    place = [kept.indices.tolist().index(i) for i in result.indices.tolist()]
+    sums = kept.running[place]
+    assert torch.equal(result.running[:count], sums[:count])
+    assert torch.equal(result.running[count:], sums[count:] / result.weight_sum)
+    confidence = torch.softmax(result.running[count:], -1).amax(-1)
+    torch.testing.assert_close(result.stats[count:, 0], confidence.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_one_exit_answers_with_its_own_logits(device):
+    args = make(8, 5, device=device) | {"weight": 1.0, "weight_sum": 0.0, "last": True}
+    args["running"].zero_()
+    assert torch.equal(ops.gate(**args).running, args["exit_logits"])
 
 
 def test_a_nan_in_the_running_sum_does_not_matter_to_the_exit(device, close):
@@ -298,15 +328,17 @@ def test_inputs_are_neither_changed_nor_returned(device):
 
 
 def test_chain_of_gates_ends_at_the_ensemble(device):
-    """With every gate disabled the running sum is `ensemble`, bit for bit."""
+    """With every gate disabled the running sum is `ensemble`, bit for bit, and the answers are it over the weights."""
     logits, weights = torch.randn(4, 9, 6, device=device), torch.tensor([0.1, 0.2, 0.3, 0.4])
     running, total = torch.zeros(9, 6, device=device), 0.0
     features, indices = torch.zeros(9, 2, device=device), torch.arange(9, device=device)
     state = initial_state("confidence", 9, 6, device)
     for x, weight in zip(logits, weights.tolist(), strict=True):
         result = ops.gate(features, running, total, indices, state, x, weight=weight, threshold=0.0, enabled=False)
-        running, total = result.running, result.weight_sum
+        running, total, before = result.running, result.weight_sum, (running, total)
     assert torch.equal(running, ops.ensemble(logits, weights.to(device)))
+    result = ops.gate(features, *before, indices, state, logits[3], weight=0.4, threshold=2.0, last=True)
+    assert result.count == 0 and torch.equal(result.running, running / total)
 
 
 def test_not_differentiable(device):

@@ -46,10 +46,12 @@ def compare(exits: list[Tensor], running: Tensor, **options: object) -> list[boo
             torch.zeros(1, 0), theirs, total, row, torch.zeros(1, 0, dtype=torch.int64), logits, **numbers
         )
         assert ops.gate_one_(ours, stats, leaves, logits, total, **numbers) is None
-        theirs, total = wanted.running, wanted.weight_sum.item()
-        assert same(ours, theirs) and same(stats, wanted.stats) and same(logits, before)
+        assert same(ours, wanted.running) and same(stats, wanted.stats) and same(logits, before)
         assert leaves.item() == (wanted.count.item() == 0)
         found.append(leaves.item())
+        if found[-1]:
+            break
+        theirs, total = wanted.running, wanted.weight_sum.item()
     return found
 
 
@@ -59,6 +61,8 @@ def test_equals_the_gate(policy, on, dtype):
     for classes in CLASSES:
         exits = [torch.randn(1, classes).mul(2).to(dtype) for _ in range(3)]
         compare(exits, start(classes, dtype)[0], threshold=POLICIES[policy], policy=policy, on=on)
+        for enabled in (False, True):
+            assert compare(exits, start(classes, dtype)[0], threshold=2.0, on=on, last=True, enabled=enabled) == [True]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -89,7 +93,9 @@ def test_what_is_not_finite(value, on, dtype):
             for policy, threshold in (("confidence", 0.0), ("entropy", math.inf), ("margin", -1.0)):
                 found = compare([logits, rest], start(classes, dtype)[0], threshold=threshold, policy=policy, on=on)
                 assert not (math.isnan(value) and found[0])
-        compare([torch.full((1, classes), value, dtype=dtype)], start(classes, dtype)[0], threshold=0.0, on=on)
+        whole = torch.full((1, classes), value, dtype=dtype)
+        compare([whole], start(classes, dtype)[0], threshold=0.0, on=on)
+        assert compare([whole], start(classes, dtype)[0], threshold=2.0, on=on, last=True) == [True]
 
 
 @pytest.mark.parametrize("layout", ["apart", "expanded", "backwards", "offset"])
@@ -117,6 +123,15 @@ def test_steps_without_gates_end_at_the_ensemble(dtype):
         ops.gate_one_(running, stats, leaves, x, total, weight, 0.0, enabled=False)
         total += weight
     assert torch.equal(running.to(dtype), ops.ensemble(logits, weights))
+
+
+def test_the_answer_is_the_sum_over_the_weights(dtype):
+    for policy, on in (("confidence", "ensemble"), ("entropy", "exit")):
+        (running, stats, leaves), x = start(21, dtype), torch.randn(1, 21).to(dtype)
+        running.normal_()
+        wanted = (running + x.to(running.dtype) * 0.3) / torch.tensor(0.7, dtype=running.dtype).add(0.3)
+        ops.gate_one_(running, stats, leaves, x, 0.7, 0.3, 2.0, 1.5, policy, on, enabled=False, last=True)
+        assert leaves and torch.equal(running, wanted)
 
 
 X = torch.zeros(1, 4)

@@ -85,7 +85,7 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
     elif name == "gate_one_":  # refuses what requires a gradient, and runs on the CPU only
         if device == "cpu":
             row = torch.zeros(1, 4), torch.zeros(1, 3), torch.zeros(1, dtype=torch.bool)
-            yield *row, rand(1, 4).detach(), 0.2, 0.3, 0.5, 1.5, "margin", "exit"
+            yield *row, rand(1, 4).detach(), 0.2, 0.3, 0.5, 1.5, "margin", "exit", True, True
     else:
         for policy, width in {"confidence": 0, "patience": 2, "vote": 4}.items():
             features = rand(5, 2, 3, 3)
@@ -105,6 +105,7 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
                 policy,
                 "ensemble",
                 True,
+                policy == "vote",
                 scalar,
                 None,
                 scalar,

@@ -81,7 +81,7 @@ def test_a_loader_is_scored_in_batches(net, batches):
     assert torch.equal(scores.counts, expected.counts) and torch.equal(scores.correct, expected.correct)
     for score in scores:
         with torch.no_grad():
-            answers = torch.cat([prune(net, score)(x) for x, _ in batches]).argmax(dim=1)
+            answers = torch.cat([prune(net, score, normalize=False)(x) for x, _ in batches]).argmax(dim=1)
         assert score.correct1 == int((answers == target).sum())
         assert score.top1 == score.correct1 / 31 == scores.top1[score.mask - 1]
         assert score.top5 == score.correct5 / 31 == scores.top5[score.mask - 1]

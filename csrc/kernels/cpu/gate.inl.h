@@ -19,6 +19,16 @@ void update_running(const R* running, const S* logits, Acc<S> weight, int64_t K,
   });
 }
 
+// The answer of a row that leaves: its sum, as stored, over the sum of the weights.
+template <class R, class A>
+void divide(R* running, A weight_sum, int64_t K) {
+  using V = Vec<A>;
+  const V divisor = V::set(weight_sum);
+  for_vectors<V::n>(K, [&](int64_t k, auto part) {
+    store(running + k, V::div(load(running + k, part, A(0)), divisor), part);
+  });
+}
+
 template <class S>
 TopTwo<Acc<S>> top_two(const S* row, int64_t K) {
   using A = Acc<S>;
@@ -98,24 +108,25 @@ void gate_judge_as(const GateParams& p, int64_t begin, int64_t end) {
     row.stats[0] = stats.confidence;
     row.stats[1] = stats.entropy;
     row.stats[2] = stats.margin;
-    row.leaves =
-        p.enabled && leaves<A>(p, n, stats, judged, static_cast<float>(threshold), static_cast<double>(threshold));
+    row.leaves = p.last || (p.enabled && leaves<A>(p, n, stats, judged, static_cast<float>(threshold),
+                                                   static_cast<double>(threshold)));
   }
 }
 
 template <class R, class S>
 void gate_scatter_as(const GateParams& p, int64_t begin, int64_t end) {
   using A = Acc<S>;
-  const A weight = read<A>(p.weight);
+  const A weight = read<A>(p.weight), weight_sum = read<A>(p.weight_sum) + weight;
   const GateRow* places = static_cast<const GateRow*>(p.scratch);
   const size_t bytes = static_cast<size_t>(p.feature_row_bytes);
   for (int64_t n = begin; n < end; ++n) {
     const GateRow& row = places[n];
     const int64_t to = row.place;
+    R* running = static_cast<R*>(p.running_out) + to * p.K;
     TopTwo<A> unused;
     update_running(static_cast<const R*>(p.running) + n * p.running_stride_n,
-                   static_cast<const S*>(p.exit_logits) + n * p.logits_stride_n, weight, p.K,
-                   static_cast<R*>(p.running_out) + to * p.K, unused);
+                   static_cast<const S*>(p.exit_logits) + n * p.logits_stride_n, weight, p.K, running, unused);
+    if (row.leaves) divide(running, weight_sum, p.K);
     p.indices_out[to] = p.indices[n];
     p.argmax_out[to] = row.answer;
     for (int i = 0; i < 3; ++i) p.stats_out[to * 3 + i] = row.stats[i];
@@ -144,8 +155,8 @@ template <class R, class S>
 void gate_one_as(const GateOneParams& p) {
   using A = Acc<S>;
   const A weight = static_cast<A>(p.weight), temperature = static_cast<A>(p.temperature);
-  const Divisor<A> divisor(p.on == GateOn::ensemble ? (static_cast<A>(p.weight_sum) + weight) * temperature
-                                                    : temperature);
+  const A weight_sum = static_cast<A>(p.weight_sum) + weight;
+  const Divisor<A> divisor(p.on == GateOn::ensemble ? weight_sum * temperature : temperature);
   R* running = static_cast<R*>(p.running);
   const S* logits = static_cast<const S*>(p.exit_logits);
   TopTwo<A> top;
@@ -155,7 +166,9 @@ void gate_one_as(const GateOneParams& p) {
   p.stats_out[1] = stats.entropy;
   p.stats_out[2] = stats.margin;
   const bool judged = stats.confidence == stats.confidence;
-  *p.leaves_out = p.enabled && judged && reaches(p.policy, stats, static_cast<float>(static_cast<A>(p.threshold)));
+  const float threshold = static_cast<float>(static_cast<A>(p.threshold));
+  *p.leaves_out = p.last || (p.enabled && judged && reaches(p.policy, stats, threshold));
+  if (*p.leaves_out) divide(running, weight_sum, p.K);
 }
 
 #define AEP_GATE_BY_DTYPE(F, ...)                                                                      \

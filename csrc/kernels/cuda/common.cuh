@@ -48,6 +48,8 @@ __device__ inline float product(float w, float x) { return __fmul_rn(w, x); }
 __device__ inline double product(double w, double x) { return __dmul_rn(w, x); }
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
+__device__ inline float quotient(float a, float b) { return __fdiv_rn(a, b); }
+__device__ inline double quotient(double a, double b) { return __ddiv_rn(a, b); }
 
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }

@@ -96,7 +96,7 @@ __device__ GateRow judge_row(const GateParams& p, int64_t n, RowState<Acc<S>>* s
           judged ? result.argmax : -1,
           0,
           {result.confidence, result.entropy, result.margin},
-          p.enabled && judged && decide(p, n, result, most, threshold)};
+          p.last || (p.enabled && judged && decide(p, n, result, most, threshold))};
 }
 
 // Of a block's flags: how many are set in front of this thread's, and in all. `shared` holds a count for each warp.
@@ -146,9 +146,16 @@ template <class R, class S>
 __device__ void move_row(const GateParams& p, int64_t n, int64_t chunk, const GateRow& row) {
   const int64_t to = row.place;
   if (chunk == 0) {
-    const Acc<S> weight = read<Acc<S>>(p.weight);
-    for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x)
-      static_cast<R*>(p.running_out)[to * p.K + k] = updated<R, S>(p, n, k, weight);
+    const Acc<S> weight = read<Acc<S>>(p.weight), weight_sum = add(read<Acc<S>>(p.weight_sum), weight);
+    R* running = static_cast<R*>(p.running_out) + to * p.K;
+    for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) {
+      const R sum = updated<R, S>(p, n, k, weight);
+      if (row.leaves) {
+        put(running + k, quotient(value_of(sum), weight_sum));
+      } else {
+        running[k] = sum;
+      }
+    }
     if (p.policy == GatePolicy::patience) {
       if (threadIdx.x == 0) {
         const int64_t* old = p.state + n * 2;

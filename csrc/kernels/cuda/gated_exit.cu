@@ -91,12 +91,12 @@ __global__ void gated_exit_of(GatedExitParams p) {
   const bool first = p.e == 0, last = p.e == p.E - 1, live = !last && p.may_leave && p.enabled[p.e];
   const bool vote = p.policy == GatePolicy::vote, patience = p.policy == GatePolicy::patience;
   const bool judges = live || last || vote || patience;
-  const A weight_sum = sum_of<A>(p.weights, p.weights_dtype, p.e);
   const A weight = number<A>(p.weights, p.weights_dtype, p.e);
+  const A weight_sum = add(sum_of<A>(p.weights, p.weights_dtype, p.e), weight);
   const A temperature = static_cast<A>(p.temperatures[p.e]);
   const A threshold = last ? A(0) : static_cast<A>(p.thresholds[p.e]);
   const bool on_exit = p.on == GateOn::exit;
-  const A divisor = on_exit ? temperature : product(add(weight_sum, weight), temperature);
+  const A divisor = on_exit ? temperature : product(weight_sum, temperature);
   A* running = static_cast<A*>(p.running);
   uint32_t staying = 0;
   for (int64_t n = blockIdx.x; n < p.N; n += gridDim.x) {
@@ -145,7 +145,7 @@ __global__ void gated_exit_of(GatedExitParams p) {
       leaves = last || (live && judged && reaches(p, result, seen, most, threshold));
       if (leaves) {
         S* answer = static_cast<S*>(p.logits) + n * p.K;
-        for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) put(answer + k, sums[k]);
+        for (int64_t k = threadIdx.x; k < p.K; k += blockDim.x) put(answer + k, quotient(sums[k], weight_sum));
         if (threadIdx.x == 0) p.confidence[n] = result.confidence;
       }
     }

@@ -12,7 +12,8 @@ namespace aep::kernels::cuda {
 // in an order of their own), but nothing is moved: who leaves is answered, who stays is updated in place. Numbers are
 // read when the kernel runs, so that they may be changed between replays; out of range (a temperature of 0, say) they
 // are not checked.
-//   exit[n] < 0: under way. Exit 0 starts all rows; the last exit answers all that are left.
+//   exit[n] < 0: under way. Exit 0 starts all rows; the last exit answers all that are left. `running` keeps the plain
+//   sums; an answer is the sum over the sum of the weights so far.
 struct GatedExitParams {
   const void* exit_logits;     // dtype (N, K), class stride 1
   const double* thresholds;    // (E - 1)
@@ -22,7 +23,7 @@ struct GatedExitParams {
   void* running;               // acc (N, K)
   int64_t* state;              // (N, S); may be null when S == 0
   int64_t* exit;               // (N): the exit taken
-  void* logits;                // dtype (N, K): the answers
+  void* logits;                // dtype (N, K): the answers, running / sum of weights
   float* confidence;           // (N)
   uint32_t* tally;             // (E, 2): 0 before and after every launch
   int64_t* remaining;          // (E): how many rows are under way after each exit

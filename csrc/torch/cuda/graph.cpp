@@ -1,4 +1,4 @@
-// _C.GatedGraph: checks and keeps the tensors of aep_ext/termination/graphed_cuda.py, and composes their graph.
+// _C.GatedGraph: checks and keeps the tensors of aep_ext/inference/cuda_graph_driver.py, and composes their graph.
 #include "graph.h"
 
 #include <c10/cuda/CUDAGuard.h>

@@ -200,19 +200,19 @@ void run(GateCall& call) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
     const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
     const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-    std::string_view policy, std::string_view on, bool enabled, const OptionalTensor& weight_sum_tensor,
+    std::string_view policy, std::string_view on, bool enabled, bool last, const OptionalTensor& weight_sum_tensor,
     const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
     const OptionalTensor& temperature_tensor) {
   const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
                             weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
-  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled);
+  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, last);
   run(call);
   return {call.features, call.running, call.indices, call.state, call.stats, call.argmax, call.weight_sum, call.count};
 }
 
 void gate_out(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
               const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-              std::string_view policy, std::string_view on, bool enabled, const OptionalTensor& weight_sum_tensor,
+              std::string_view policy, std::string_view on, bool enabled, bool last, const OptionalTensor& weight_sum_tensor,
               const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
               const OptionalTensor& temperature_tensor, const Tensor& features_out, const Tensor& running_out,
               const Tensor& indices_out, const Tensor& state_out, const Tensor& stats_out, const Tensor& argmax_out,
@@ -221,7 +221,7 @@ void gate_out(const Tensor& features, const Tensor& running, const Tensor& indic
                             weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
   const GateOut out{features_out, running_out, indices_out,    state_out,
                     stats_out,    argmax_out,  weight_sum_out, count_out};
-  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, &out);
+  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, last, &out);
   run(call);
 }
 

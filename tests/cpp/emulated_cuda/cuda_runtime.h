@@ -133,6 +133,8 @@ inline float __fmul_rn(float a, float b) { return a * b; }  // compiled without 
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline double __ddiv_rn(double a, double b) { return a / b; }
 
 inline double __longlong_as_double(long long bits) {
   double x;

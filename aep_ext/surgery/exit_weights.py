@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from aep_ext._utils import per_exit
 
 # Our names and the paper's short ones, both in lower case.
 _ALIASES = {
@@ -21,23 +22,6 @@ _ALIASES = {
     "mix": "mixed",
     "hybrid": "mixed",
 }
-
-
-def _checked(values: Iterable[float] | Tensor, what: str) -> tuple[float, ...]:
-    if isinstance(values, Tensor):
-        if values.dim() != 1:
-            raise ValueError(f"ExitWeights: {what} must have one dimension, got shape {list(values.shape)}")
-        values = values.detach().to(device="cpu", dtype=torch.float64).tolist()
-    try:
-        result = tuple(float(v) for v in values)
-    except TypeError as error:
-        raise TypeError(f"ExitWeights: {what} must be a sequence of numbers, got {values!r}") from error
-    if not result:
-        raise ValueError(f"ExitWeights: {what} must have at least one entry, got none")
-    for position, value in enumerate(result):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"ExitWeights: {what} must be positive and finite, got {value} at position {position}")
-    return result
 
 
 def _checked_exits(num_exits: int, name: str) -> int:
@@ -61,27 +45,29 @@ class ExitWeights:
 
     Args:
         loss: E positive, finite numbers (a sequence or a 1-D tensor).
-        output: the same for the output; left out, the loss weights serve for both.
+        output: the same for the output, or one number for all exits; left out, the loss weights serve for both.
 
     Weights that are given are taken as they are: they need not sum to 1.
 
     Raises:
+        TypeError: what is given are no numbers.
         ValueError: an entry is not positive and finite, there is none, or the two differ in length.
     """
 
     loss: tuple[float, ...]
     output: tuple[float, ...]
 
-    def __init__(self, loss: Iterable[float] | Tensor, output: Iterable[float] | Tensor | None = None) -> None:
-        loss_weights = _checked(loss, "loss")
-        output_weights = loss_weights if output is None else _checked(output, "output")
-        if len(loss_weights) != len(output_weights):
-            raise ValueError(
-                "ExitWeights: loss and output must have the same length, "
-                f"got {len(loss_weights)} and {len(output_weights)}"
-            )
-        object.__setattr__(self, "loss", loss_weights)
-        object.__setattr__(self, "output", output_weights)
+    def __init__(self, loss: Sequence[float] | Tensor, output: Sequence[float] | Tensor | None = None) -> None:
+        try:
+            count = len(loss)
+        except TypeError:
+            raise TypeError(f"ExitWeights: loss must be a sequence of numbers, got {loss!r}") from None
+        if count == 0:
+            raise ValueError("ExitWeights: loss must have at least one entry, got none")
+        losses = per_exit("ExitWeights", "loss", loss, count, positive=True)
+        outputs = losses if output is None else per_exit("ExitWeights", "output", output, count, positive=True)
+        object.__setattr__(self, "loss", losses)
+        object.__setattr__(self, "output", outputs)
 
     @classmethod
     def uniform(cls, num_exits: int) -> ExitWeights:

@@ -52,7 +52,7 @@ def test_given_weights_are_taken_as_they_are():
         (([1.0, -2.0],), "positive and finite, got -2.0 at position 1"),
         (([math.nan],), "positive and finite, got nan at position 0"),
         (([math.inf],), "positive and finite, got inf at position 0"),
-        (([1.0], [1.0, 2.0]), "same length, got 1 and 2"),
+        (([1.0], [1.0, 2.0]), "output must have 1 entries, got 2"),
         ((torch.ones(2, 2),), r"one dimension, got shape \[2, 2\]"),
     ],
 )
