@@ -1,4 +1,4 @@
-"""The cases of the benchmarks: size x dtype x layout x threads x variant, which are quick, which are goals, and inputs."""
+"""The cases of the benchmarks, which of them are quick, which are goals, and their inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The goals beside their results: goals.toml with a result of the CPU's benchmarks, gpu/goals.toml with the GPU check's.
+"""The goals beside their results: goals.toml for the CPU's benchmarks, gpu/goals.toml for the GPU check.
 
 python -m benchmarks.goals benchmarks/results/gpu-NAME.json     prints the GPU's goals beside a result of gpu_check.sh
 """

@@ -134,7 +134,7 @@ def quartile_range(values: Sequence[float]) -> float:
 def summarize(own: Sequence[float], times: dict[str, Sequence[float]], limits: Sequence[str] = ()) -> dict[str, Any]:
     """Medians in microseconds, ratios, paired ratios and their quartile range, as they go into ``extra_info``.
 
-    ``own`` and each of ``times``: seconds per call, round by round. ``limits`` do not enter ``paired_ratio_best_eager``.
+    ``own`` and each of ``times``: seconds per call, round by round. ``limits`` are not among the eager baselines.
     """
     info: dict[str, Any] = {"fused_median_us": statistics.median(own) * 1e6}
     for name, values in times.items():

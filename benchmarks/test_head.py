@@ -16,7 +16,7 @@ RESNET50 = [(256, 16), (512, 8), (1024, 4), (2048, 2)]  # channels and, at 64 pi
 
 
 def multi_exit_linear_head(case: Case, device: str) -> Comparison:
-    """Heads of a ResNet-50, inference. The size is (rows, pixels) or (rows, pixels, classes); ten classes by default."""
+    """Heads of a ResNet-50, inference. Size: (rows, pixels) or (rows, pixels, classes), by default ten classes."""
     rows, pixels, classes = (*case.size, 10)[:3]
     shapes = [(channels, height * pixels // 64) for channels, height in RESNET50]
     kind = {"device": device, "dtype": case.torch_dtype}

@@ -185,7 +185,7 @@ def launches(function: Function, arguments: tuple[Any, ...]) -> int | None:
 
 
 def functions_of(comparison: Comparison) -> tuple[dict[str, Function], dict[str, str]]:
-    """The operator first, then its eager baselines, ``inductor`` and ``liger``; and what is left out, with the reason."""
+    """The operator, its eager baselines, ``inductor`` and ``liger``; and what is left out, with the reason."""
     functions, left_out = {"fused": comparison.fused, **comparison.baselines}, {}
     torch._dynamo.reset()
     functions["inductor"] = comparison.around(torch.compile(comparison.compiled, dynamic=False))
