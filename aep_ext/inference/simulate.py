@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aep_ext._utils import per_exit
-from aep_ext.inference.criteria import gate_step, initial_state
+from aep_ext.inference.criteria import criterion_name, gate_step, initial_state
 from aep_ext.inference.exit_policy import ExitPolicy
 
 
@@ -125,3 +125,66 @@ def simulate(
     if target is not None:
         correct = (predictions == target.to(device)) & ~answers.isnan().any(dim=1)
     return Simulation(answers.to(exit_logits.dtype), taken, confidences, predictions, counts, correct, mean_cost)
+
+
+def near_threshold(exit_logits: Tensor, policy: ExitPolicy, tolerance: float = 1e-5) -> Tensor:
+    """Which samples pass within ``tolerance`` of a decision that could fall otherwise?
+
+    The low bits of a network's logits depend on the shape of the batch, so executor and simulator agree exactly on
+    cached logits, and on a live network except for these samples. ``int(near_threshold(...).sum())`` counts them.
+
+    A sample is near where, at an enabled exit on its way (the exit it takes included), the confidence, entropy or
+    margin lies within the tolerance of that exit's threshold. Under patience and votes, which count classes, it is near
+    where the two largest probabilities lie so close, at any exit on its way.
+
+    Args:
+        exit_logits: (E, N, K) floating.
+        policy: of E exits, with a criterion by name.
+        tolerance: in the criterion's unit (probability, nats; for patience and votes: probability).
+
+    Returns:
+        (N,) bool.
+
+    Raises:
+        ValueError: a user's own criterion, whose distance to a threshold is not known; otherwise as :func:`simulate`.
+    """
+    if not isinstance(policy.criterion, str):
+        raise ValueError(
+            f"near_threshold: criterion must be a name, got {criterion_name(policy.criterion)}: how near its rule "
+            "comes to another decision cannot be known"
+        )
+    taken = simulate(exit_logits, policy).exit
+    exits, samples, classes = exit_logits.shape
+    device = exit_logits.device
+    acc = torch.float64 if exit_logits.dtype == torch.float64 else torch.float32
+    running = torch.zeros(samples, classes, dtype=acc, device=device)
+    indices, state = torch.arange(samples, device=device), initial_state("confidence", samples, classes, device)
+    near = torch.zeros(samples, dtype=torch.bool, device=device)
+    column = {"confidence": 0, "entropy": 1, "margin": 2}.get(policy.criterion)
+    weight_sum: float | Tensor = 0.0
+    with torch.no_grad():
+        for e in range(exits - 1):
+            step = gate_step(
+                "confidence",
+                policy.criterion_on,
+                running.new_zeros(samples, 0),
+                running,
+                weight_sum,
+                indices,
+                state,
+                exit_logits[e],
+                exit_index=e,
+                weight=policy.output_weights[e],
+                threshold=0.0,
+                temperature=policy.temperatures[e],
+                enabled=False,
+            )
+            running, weight_sum = step.running, step.weight_sum
+            if column is None:
+                close = step.stats[:, 2] <= tolerance
+            elif policy.enabled[e]:
+                close = (step.stats[:, column].double() - policy.thresholds[e]).abs() <= tolerance
+            else:
+                continue
+            near |= close & (taken >= e)
+    return near

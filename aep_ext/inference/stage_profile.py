@@ -1,40 +1,31 @@
 """What a gated net's parts cost on this machine, and what follows: carry fewer rows on, or all of them.
 
-The costs are those of the machine, the thread count and the dtype they were measured with; files do not hold them.
+The times are those of the machine, the thread count and the dtype they were measured with; files do not hold them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aep_ext.inference._old_criteria import Policy
-from aep_ext.inference.executor import start, step, survivors
-from aep_ext.inference.settings import GateSettings
-from aep_ext.inference.stages import Run, take
+from aep_ext.inference.executor import Executor, Rows
+from aep_ext.inference.stages import StageRun
 
-
-def _interpolated(sizes: Sequence[int], values: Sequence[float], n: float) -> float:
-    """Linear between the sizes; below the first its value, beyond the last in proportion to n."""
-    if n >= sizes[-1]:
-        return values[-1] * n / sizes[-1]
-    if n <= sizes[0]:
-        return values[0] if n else 0.0
-    right = bisect_left(sizes, n)
-    share = (n - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
-    return values[right - 1] + share * (values[right] - values[right - 1])
+_SECONDS = 0.1  # that whole calls of one batch size are timed for
+_CHUNKS = 16
 
 
 @dataclass(frozen=True)
-class StageCosts:
+class StageProfile:
     """Milliseconds by number of rows.
 
     Attributes:
@@ -51,27 +42,38 @@ class StageCosts:
 
     def __post_init__(self) -> None:
         if not self.sizes or self.sizes[0] < 1 or any(b <= a for a, b in pairwise(self.sizes)):
-            raise ValueError(f"StageCosts: sizes must be positive and ascending, got {self.sizes}")
+            raise ValueError(f"StageProfile: sizes must be positive and ascending, got {self.sizes}")
         exits = len(self.stages)
         for name, count in (("stages", exits), ("gates", exits), ("copies", exits - 1)):
             table = getattr(self, name)
             if len(table) != count or any(len(row) != len(self.sizes) for row in table):
                 raise ValueError(
-                    f"StageCosts: {name} must have {count} rows of {len(self.sizes)} entries, "
+                    f"StageProfile: {name} must have {count} rows of {len(self.sizes)} entries, "
                     f"got {[len(row) for row in table]}"
                 )
 
     def stage(self, e: int, n: float) -> float:
         """Milliseconds of the stages and the head of exit e on n rows, interpolated."""
-        return _interpolated(self.sizes, self.stages[e], n)
+        return self._at(self.stages[e], n)
 
     def gate(self, e: int, n: float) -> float:
         """Milliseconds of gate e on n rows, interpolated."""
-        return _interpolated(self.sizes, self.gates[e], n)
+        return self._at(self.gates[e], n)
 
     def copy(self, e: int, n: float) -> float:
         """Milliseconds to copy n rows of the features of exit e, interpolated."""
-        return _interpolated(self.sizes, self.copies[e], n)
+        return self._at(self.copies[e], n)
+
+    def _at(self, values: Sequence[float], n: float) -> float:
+        """Linear between the sizes; below the first its value, beyond the last in proportion to n."""
+        sizes = self.sizes
+        if n >= sizes[-1]:
+            return values[-1] * n / sizes[-1]
+        if n <= sizes[0]:
+            return values[0] if n else 0.0
+        right = bisect_left(sizes, n)
+        share = (n - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+        return values[right - 1] + share * (values[right] - values[right - 1])
 
     def rest(self, e: int, n: int) -> float:
         """Milliseconds of all stages and heads after exit e on n rows."""
@@ -100,12 +102,12 @@ class StageCosts:
         """
         shares = [float(c) for c in (counts.tolist() if isinstance(counts, Tensor) else counts)]
         if len(shares) != len(self.stages):
-            raise ValueError(f"StageCosts.predicted: counts must have {len(self.stages)} entries, got {len(shares)}")
+            raise ValueError(f"StageProfile.predicted: counts must have {len(self.stages)} entries, got {len(shares)}")
         if not all(0 <= share < math.inf for share in shares) or sum(shares) == 0:
-            raise ValueError(f"StageCosts.predicted: counts must be finite, none negative, not all 0, got {shares}")
+            raise ValueError(f"StageProfile.predicted: counts must be finite, none negative, not all 0, got {shares}")
         if rows < self.sizes[0]:
             raise ValueError(
-                f"StageCosts.predicted: rows must be at least {self.sizes[0]}, the smallest size measured, got {rows}"
+                f"StageProfile.predicted: rows must be at least {self.sizes[0]}, the smallest size measured, got {rows}"
             )
         total, spent = sum(shares), 0.0
         for e in range(len(self.stages)):
@@ -123,7 +125,7 @@ class StageCosts:
         """Whether ``rows`` rows at exit e are best cut down to ``stay`` now, and not later or never.
 
         Each way is counted to the end with nobody else leaving, so cutting down is never dearer than carrying all on,
-        as far as the costs are right.
+        as far as the times are right.
         """
         now = self.copy(e, stay) + self.rest(e, stay)
         carried = 0.0
@@ -133,71 +135,91 @@ class StageCosts:
                 return False
         return now <= carried
 
-    def pays(self, e: int, leaving: float = 1.0) -> bool:
-        """Whether gate e can save more than it costs, at any measured size, if the fraction ``leaving`` goes."""
-        return any(gate < leaving * self.rest(e, n) for n, gate in zip(self.sizes, self.gates[e], strict=True))
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type in ("cuda", "xpu", "mps"):
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
 
 
-class _Clock:
-    """The shortest of several times of each part: an interruption only ever adds time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.begin = device, 0.0
-        self.best: dict[Any, float] = {}
-
-    def start(self) -> None:
-        self._wait()
-        self.begin = time.perf_counter()
-
-    def stop(self, part: Any) -> None:
-        self._wait()
-        milliseconds = (time.perf_counter() - self.begin) * 1e3
-        self.best[part] = min(self.best.get(part, math.inf), milliseconds)
-
-    def _wait(self) -> None:
-        if self.device.type in ("cuda", "xpu", "mps"):
-            getattr(torch, self.device.type).synchronize()
-
-
-def measure_costs(
-    begin: Callable[[], Run],
-    policy: Policy,
-    settings: GateSettings,
-    example: Tensor,
-    sizes: Sequence[int],
-    repeats: int,
-) -> StageCosts:
+def measure_stages(
+    begin: Callable[[], StageRun], executor: Executor, example: Tensor, sizes: Sequence[int], repeats: int
+) -> StageProfile:
     """Times every part on the first n rows of ``example`` for each n of ``sizes``, ascending.
 
-    In whole walks from the first exit to the last, so that every part meets the caches as the one before left them.
+    In whole passes from the first exit to the last, so that every part meets the caches as the one before left them.
+    The shortest of several times counts: an interruption only ever adds.
     """
-    exits, clock = len(settings.live), _Clock(example.device)
-    nobody = replace(settings, live=(False,) * exits)  # a step that leaves every row in its place
-    run = begin()
-    try:
+    exits, device = executor.last + 1, example.device
+    best: dict[Any, float] = {}
+
+    def timed(part: Any, call: Callable[..., Any], *arguments: Any) -> Any:
+        start = _now(device)
+        result = call(*arguments)
+        best[part] = min(best.get(part, math.inf), (_now(device) - start) * 1e3)
+        return result
+
+    def decide(e: int, rows: Rows, logits: Tensor) -> int:
+        return executor.step(e, rows, logits).count.item()
+
+    with contextlib.closing(begin()) as run:
         for n in sizes:
+            everybody = torch.arange(n, device=device)
             for _ in range(repeats + 1):
                 features, rows = example[:n].clone(), None  # a stage may write on its input
                 for e in range(exits):
-                    clock.start()
-                    features, logits = run(e, features)
-                    clock.stop(("stages", e, n))
-                    rows = start(policy, logits, torch.arange(n, device=logits.device)) if rows is None else rows
-                    clock.start()
-                    step(policy, settings, e, rows, logits).count.item()
-                    clock.stop(("gates", e, n))
-                    rows = survivors(step(policy, nobody, e, rows, logits), n)
+                    features, logits = timed(("stages", e, n), run, e, features)
+                    rows = executor.start(logits, everybody.to(logits.device)) if rows is None else rows
+                    timed(("gates", e, n), decide, e, rows, logits)
+                    # Everybody goes on.
+                    running = rows.running + logits.to(rows.running.dtype) * executor.policy.output_weights[e]
+                    rows = rows._replace(running=running)
                     if e < exits - 1:
-                        held = run.tensor(features)
-                        clock.start()
-                        take(held, rows.indices)
-                        clock.stop(("copies", e, n))
-    finally:
-        run.close()
-    return StageCosts(
+                        features = timed(("copies", e, n), run.take, features, everybody)
+    return StageProfile(
         tuple(sizes),
         *(
-            tuple(tuple(clock.best[name, e, n] for n in sizes) for e in range(count))
+            tuple(tuple(best[name, e, n] for n in sizes) for e in range(count))
             for name, count in (("stages", exits), ("gates", exits), ("copies", exits - 1))
         ),
     )
+
+
+def faster_without(
+    gated: Callable[[Tensor], object],
+    ungated: Callable[[Tensor], object],
+    example: Tensor,
+    sizes: Sequence[int],
+    repeats: int,
+) -> frozenset[int]:
+    """The batch sizes at which the network is faster without its gates, on batches cut from ``example``.
+
+    What the parts' times do not show is what lies between them. The two take turns on the same batches, at least once,
+    and up to ``repeats`` times on up to 16 batches of a size for at most a tenth of a second; for each batch the
+    shortest time counts.
+
+    Args:
+        gated, ungated: the whole network with its gates and with them off.
+        example: (N, ...).
+        sizes: within 1..N.
+        repeats: at least 1.
+    """
+    found = set()
+    for n in sizes:
+        batches = [example[k * n : (k + 1) * n] for k in range(min(len(example) // n, _CHUNKS))]
+        best = [[math.inf, math.inf] for _ in batches]
+        begin, visited = time.perf_counter(), 0
+        for turn in range(repeats):
+            for number, batch in enumerate(batches):
+                if visited and time.perf_counter() - begin > _SECONDS:
+                    break
+                for which in (0, 1) if (turn + number) % 2 else (1, 0):
+                    start = _now(example.device)
+                    (ungated, gated)[which](batch)
+                    best[number][which] = min(best[number][which], _now(example.device) - start)
+                visited += 1
+        without, with_gates = (sum(times[which] for times in best if times[0] < math.inf) for which in (0, 1))
+        if with_gates > without:
+            found.add(n)
+    return frozenset(found)

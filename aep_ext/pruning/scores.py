@@ -221,6 +221,19 @@ class SubsetScores:
                 front.append((values, score))
         return [score for _, score in front]
 
+    @classmethod
+    def pooled(cls, scores: Sequence[SubsetScores]) -> SubsetScores:
+        """The scores of several seeds of one network as if they were one: counts added, ``correct`` left out.
+
+        Raises:
+            ValueError: none given, or of different networks.
+        """
+        if not scores or len({(one.exit_ids, one.macs, one.parameters) for one in scores}) != 1:
+            raise ValueError(f"SubsetScores.pooled: scores must be of one network, got {len(scores)} that differ")
+        counts = torch.stack([one.counts for one in scores]).sum(0)
+        first = scores[0]
+        return cls(counts, sum(one.n for one in scores), first.exit_ids, first.parameters, first.macs)
+
     def cheapest_first(self) -> list[SubsetScore]:
         """All subsets by fewest multiply-adds, then fewest parameters, then most right answers."""
 

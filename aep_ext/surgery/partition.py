@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from aep_ext._utils import eval_mode
 from aep_ext.surgery import measure as measuring
-from aep_ext.surgery.measure import Measured, in_eval_without_grad, input_channels, pattern, shadow
+from aep_ext.surgery.measure import Measured, input_channels, pattern, shadow
 from aep_ext.surgery.tracing import CannotTrace, TracedModel, chain_graph, is_plain_sequential, trace
 
 __all__ = ["Partition", "Unit", "alive_after", "partition"]
@@ -151,11 +152,10 @@ def _fitting(model: nn.Module, image: Tensor) -> Tensor:
 
 def _probe(model: nn.Module, image: Tensor) -> None:
     """Whether the model takes this image: without data if it can, else for real."""
-    try:
-        with in_eval_without_grad(shadow(model)) as ghost:
-            ghost(image.to("meta"))
-    except Exception:  # a model may be no match for the meta device and still be sound
-        with in_eval_without_grad(model):
+    with eval_mode(model), torch.no_grad():
+        try:
+            shadow(model)(image.to("meta"))
+        except Exception:  # a model may be no match for the meta device and still be sound
             model(image)
 
 

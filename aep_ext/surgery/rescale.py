@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from aep_ext.surgery.measure import in_eval_without_grad
+from aep_ext._utils import eval_mode
 
 __all__ = ["HeadForm", "copy_head", "replace_classes", "study_head"]
 
@@ -76,7 +76,7 @@ def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadFo
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
     try:
-        with in_eval_without_grad(head):
+        with eval_mode(head), torch.no_grad():
             output = head(x)
     finally:
         for handle in handles:
@@ -98,7 +98,7 @@ def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadFo
     any_size = False
     if larger is not None:
         try:
-            with in_eval_without_grad(head):
+            with eval_mode(head), torch.no_grad():
                 any_size = head(larger).shape == output.shape
         except Exception:  # a head for one size
             any_size = False
@@ -194,7 +194,7 @@ def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, num_classes: int)
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items() if name in form.inputs]
     try:
-        with in_eval_without_grad(new):
+        with eval_mode(new), torch.no_grad():
             shape = tuple(new(x).shape)
     except RuntimeError as error:
         raise ValueError(

@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from synthetic_exits import cache_of
-
 from aep_ext.termination import (
     AccuracyBudget,
     Calibration,
@@ -22,6 +20,7 @@ from aep_ext.termination import (
     near_threshold,
     simulate,
 )
+from synthetic_exits import cache_of
 
 COSTS = [1.0, 2.0, 3.0, 4.0]
 

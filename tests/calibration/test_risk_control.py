@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from synthetic_exits import cache_of
-
-from aep_ext.calibration.budgets import LOSSES
 from aep_ext.calibration.path import losses_at
 from aep_ext.calibration.tails import binomial_cdf
 from aep_ext.termination import (
@@ -22,6 +19,9 @@ from aep_ext.termination import (
     path_losses,
     simulate,
 )
+from synthetic_exits import cache_of
+
+from aep_ext.calibration.budgets import LOSSES
 
 RESAMPLINGS = 1000
 

@@ -6,15 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from synthetic_exits import cache_of, logits_and_labels
-
 from aep_ext.calibration.bound import LagrangianBound
 from aep_ext.calibration.problem import Problem
 from aep_ext.calibration.search import climb, prices
 from aep_ext.calibration.table import GateTable
 from aep_ext.termination import ExitCache, ThresholdSearch, simulate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_exits import cache_of, logits_and_labels
 
 POLICIES = ["confidence", "entropy", "margin", "patience", "vote"]
 

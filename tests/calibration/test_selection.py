@@ -9,9 +9,10 @@ from synthetic_exits import logits_and_labels
 
 pytest.importorskip("lightning", reason="the training needs lightning")
 
+from aep_ext.termination import ExitCache, as_policy, simulate
+
 from aep_ext.ensemble import fit_output_weights
 from aep_ext.pruning import mask_of_exits
-from aep_ext.termination import ExitCache, as_policy, simulate
 from aep_ext.training.gating.choice import (
     Choice,
     _entry,

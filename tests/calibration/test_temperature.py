@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from aep_ext.termination import fit_temperature, fit_temperatures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_exits import cache_of, logits_and_labels
-
-from aep_ext.termination import fit_temperature, fit_temperatures
 
 
 def likelihood(logits, target, temperature):

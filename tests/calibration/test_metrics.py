@@ -5,10 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from synthetic_exits import cache_of, logits_and_labels
-
 from aep_ext.termination import (
     exit_metrics,
     expected_calibration_error,
@@ -17,6 +13,9 @@ from aep_ext.termination import (
     fit_temperatures,
     probability_metrics,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_exits import cache_of, logits_and_labels
 
 # Few distinct values, bin edges of 5 and 15 bins among them: ties are the rule.
 confidences = st.lists(

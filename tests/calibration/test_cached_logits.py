@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from aep_ext.termination import DataIdentity, ExitCache, exit_costs
 from synthetic_exits import cache_of, logits_and_labels
 
 from aep_ext import ops
 from aep_ext.surgery import networks
-from aep_ext.termination import DataIdentity, ExitCache, exit_costs
 
 
 @pytest.fixture(scope="module")
