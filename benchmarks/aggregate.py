@@ -1,6 +1,6 @@
 """From pytest-benchmark's JSON to a result file that is small enough to commit: one line for each case.
 
-    python benchmarks/condense.py RAW.json RESULT.json
+    python benchmarks/aggregate.py RAW.json RESULT.json
 
     {"format": 1,
      "machine": {...},
@@ -8,11 +8,11 @@
          "operator": "ensemble_stats", "case": {"size": "4x64x100", ...}, "marks": ["goal"], "threads": 1, "rounds": 51,
          "median_us": {"fused": 9.1, "eager": 61.0, ...}, "ratio": {...}, "paired_ratio": {...}, "iqr": {...},
          "more": {"gb_per_s": ..., "peak_over_logits": ..., ...}}},
-     "skipped": {"test_gate[cpu-8-out]": "why"}}
+     "skipped": {"test_trunk[resnet50-64px-batch1-inductor]": "why"}}
 
-Every ratio is a rival's time over the fused operator's; ``paired_ratio`` is the median over rounds of the ratio within
-a round, ``iqr`` the distance between the quartiles of the same; ``ratio``, of the medians, stands where no paired one
-does.
+Every ratio is a baseline's time over the fused operator's; ``paired_ratio`` is the median over rounds of the ratio
+within a round, ``iqr`` the distance between the quartiles of the same; ``ratio``, of the medians, stands where no
+paired one does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def condense_case(extra_info: dict[str, Any]) -> dict[str, Any]:
+def aggregate_case(extra_info: dict[str, Any]) -> dict[str, Any]:
     """One case from its ``extra_info``."""
     case: dict[str, Any] = {"median_us": {}, "ratio": {}, "paired_ratio": {}, "iqr": {}, "more": {}}
     for key, value in extra_info.items():
@@ -51,27 +51,17 @@ def condense_case(extra_info: dict[str, Any]) -> dict[str, Any]:
             case[key] = value
         elif key.endswith("_median_us"):
             case["median_us"][key.removesuffix("_median_us")] = _short(value)
-        else:
-            for prefix, group in _PREFIXES:
-                if key.startswith(prefix):
-                    case[group][key.removeprefix(prefix)] = _short(value)
-                    break
-            else:
-                if key not in _DROPPED:
-                    case["more"][key] = _short(value)
+        elif found := next((entry for entry in _PREFIXES if key.startswith(entry[0])), None):
+            case[found[1]][key.removeprefix(found[0])] = _short(value)
+        elif key not in _DROPPED:
+            case["more"][key] = _short(value)
     # Beside a paired ratio the ratio of the medians says nothing more.
     case["ratio"] = {name: value for name, value in case["ratio"].items() if name not in case["paired_ratio"]}
     return case
 
 
-def condense_machine(machine_info: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the machine, without its name."""
-    machine = {key: machine_info.get(key) for key in ("system", "machine", "python_version")}
-    return machine | machine_info.get("aep_ext", {})
-
-
-def condense(raw: dict[str, Any]) -> dict[str, Any]:
-    """The result of one run of pytest-benchmark.
+def aggregate(raw: dict[str, Any]) -> dict[str, Any]:
+    """The result of one run of pytest-benchmark, without the machine's name.
 
     Raises:
         ResultError: two cases have the same name.
@@ -79,9 +69,11 @@ def condense(raw: dict[str, Any]) -> dict[str, Any]:
     cases: dict[str, Any] = {}
     for benchmark in raw["benchmarks"]:
         if benchmark["name"] in cases:
-            raise ResultError(f"condense: two cases are called {benchmark['name']}")
-        cases[benchmark["name"]] = condense_case(benchmark["extra_info"])
-    return {"format": FORMAT, "machine": condense_machine(raw["machine_info"]), "cases": cases, "skipped": {}}
+            raise ResultError(f"aggregate: two cases are called {benchmark['name']}")
+        cases[benchmark["name"]] = aggregate_case(benchmark["extra_info"])
+    info = raw["machine_info"]
+    machine = {key: info.get(key) for key in ("system", "machine", "python_version")} | info.get("aep_ext", {})
+    return {"format": FORMAT, "machine": machine, "cases": cases, "skipped": {}}
 
 
 def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
@@ -109,18 +101,6 @@ def machine_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
-def dumps(result: dict[str, Any]) -> str:
-    """As JSON with one line for each case, so that a changed case is a changed line."""
-
-    def lines(entries: dict[str, Any]) -> str:
-        return ",\n".join(f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries))
-
-    return (
-        f'{{"format": {result["format"]},\n"machine": {json.dumps(result["machine"])},\n'
-        f'"cases": {{\n{lines(result["cases"])}\n}},\n"skipped": {{\n{lines(result["skipped"])}\n}}}}\n'
-    )
-
-
 def load(path: str | Path) -> dict[str, Any]:
     """Reads a result file.
 
@@ -134,25 +114,33 @@ def load(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ResultError(f"{path} is not JSON: {error}") from error
     if not isinstance(result, dict) or result.get("format") != FORMAT or "cases" not in result:
-        raise ResultError(f"{path} is no benchmark result of format {FORMAT} (see benchmarks/condense.py)")
+        raise ResultError(f"{path} is no benchmark result of format {FORMAT} (see benchmarks/aggregate.py)")
     return result
 
 
 def save(path: str | Path, result: dict[str, Any]) -> None:
-    """Writes a result file: it is there whole or not at all."""
-    write_text(path, dumps(result))
+    """Writes a result file, whole or not at all, with one line for each case: a changed case is a changed line."""
+
+    def lines(entries: dict[str, Any]) -> str:
+        return ",\n".join(f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries))
+
+    write_text(
+        path,
+        f'{{"format": {result["format"]},\n"machine": {json.dumps(result["machine"])},\n'
+        f'"cases": {{\n{lines(result["cases"])}\n}},\n"skipped": {{\n{lines(result["skipped"])}\n}}}}\n',
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 2:
-        print("usage: condense.py RAW.json RESULT.json", file=sys.stderr)
+        print("usage: aggregate.py RAW.json RESULT.json", file=sys.stderr)
         return 2
     try:
-        save(arguments[1], condense(json.loads(Path(arguments[0]).read_text(encoding="utf-8"))))
+        save(arguments[1], aggregate(json.loads(Path(arguments[0]).read_text(encoding="utf-8"))))
     except (OSError, ValueError, KeyError, ResultError) as error:
-        print(f"condense: {error}", file=sys.stderr)
+        print(f"aggregate: {error}", file=sys.stderr)
         return 1
     return 0
 

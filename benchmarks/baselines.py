@@ -1,4 +1,4 @@
-"""What users have without the fused operators, each in the form they write and in the best form of eager torch.
+"""Baselines: what users have without the fused operators, in the form they write and in the best form of eager torch.
 
 Naive: exit by exit, module by module. Best eager: everything in as few operators as torch allows. Statistics are taken
 in at least float32, as the fused operators take them.
@@ -180,7 +180,7 @@ def gate_eager(
     return features.index_select(0, stay), total.index_select(0, stay), indices[order], stats[order]
 
 
-def graded(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+def with_gradient(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
     """``loss(logits, ...)`` with its gradient in the logits."""
 
     def step(logits: Tensor, *rest: object) -> tuple[Tensor, Tensor]:

@@ -53,16 +53,21 @@ def finished(path: Path, stage: str, source: str, *, retry: bool = False) -> dic
     return {part: e["status"] for part, e in entries.items() if e["source"] == source and e["status"] in kept}
 
 
-def fail_the_begun(path: Path, stage: str, source: str, why: str) -> list[str]:
-    """Marks parts that were begun and never ended as failed: their process ended under them. Returns their names."""
+def fail_begun(path: Path, stage: str, source: str, why: str) -> None:
+    """Marks parts that were begun and never ended as failed: their process ended under them."""
+    data = read(path)
+    for entry in data["stages"].get(stage, {}).values():
+        if entry["source"] == source and entry["note"] == BEGUN:
+            entry |= {"status": "failed", "note": why}
+    write(path, data)
+
+
+def forget(path: Path, stage: str, *, only_failed: bool) -> None:
+    """Drops what is known of a stage, or of its failed parts, so that they run again."""
     data = read(path)
     entries = data["stages"].get(stage, {})
-    found = [part for part, e in entries.items() if e["source"] == source and e["note"] == BEGUN]
-    for part in found:
-        entries[part] |= {"status": "failed", "note": why}
-    if found:
-        write(path, data)
-    return found
+    data["stages"][stage] = {part: e for part, e in entries.items() if only_failed and e["status"] != "failed"}
+    write(path, data)
 
 
 def source_hash(root: Path, folders: Iterable[str], *more: str) -> str:

@@ -1,12 +1,12 @@
 """Runs the benchmarks in pieces and keeps what is done: stopped at any moment, it goes on where it was.
 
-    python benchmarks/matrix.py --output FILE.json                  the full matrix (hours)
-    python benchmarks/matrix.py --output FILE.json -m "quick or goal" -- --inductor auto
-    python benchmarks/matrix.py --output FILE.json -k "stats and not bfloat16" -- --case-seconds 2
+    python benchmarks/sweep.py --output FILE.json                  all cases (hours)
+    python benchmarks/sweep.py --output FILE.json -m "quick or goal" -- --inductor auto
+    python benchmarks/sweep.py --output FILE.json -k "stats and not bfloat16" -- --case-seconds 2
 
 Each piece is a pytest process of its own over a few cases of one file; its results are merged into FILE.json
-(benchmarks/condense.py says what is in it) before the next one begins. Cases that are in the file are not run again;
-cases that were skipped or failed are. What follows ``--`` goes to pytest (torch.compile is a rival everywhere unless
+(benchmarks/aggregate.py says what is in it) before the next one begins. Cases that are in the file are not run again;
+cases that were skipped or failed are. What follows ``--`` goes to pytest (torch.compile is a baseline everywhere unless
 ``--inductor`` says otherwise). Exit status: 0 all cases are in the file or were skipped for a reason, 1 some failed,
 2 a bad argument.
 """
@@ -24,17 +24,17 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # run as a script
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.condense import ResultError, condense, load, merge, save  # noqa: E402
+from benchmarks.aggregate import ResultError, aggregate, load, merge, save  # noqa: E402
 
-FOLDER = "benchmarks"
 ALWAYS = ("--full", "--inductor=always")
+Piece = tuple[dict[str, Any] | None, dict[str, str], list[str]]
+"""The results of some cases (None if none ran), the skipped ones' reasons, the failed ones' names."""
 
 
 def case_name(node: str) -> str:
@@ -78,7 +78,7 @@ def _run(command: Sequence[str], **options: Any) -> int:
 
 
 def collect(folder: str, expression: str, marks: str, extra: Sequence[str]) -> list[str]:
-    """The cases' node ids, CPU ones; pytest chooses them.
+    """The cases' node ids; pytest chooses them.
 
     Raises:
         ResultError: pytest found none, or could not look.
@@ -93,12 +93,11 @@ def collect(folder: str, expression: str, marks: str, extra: Sequence[str]) -> l
     return nodes
 
 
-def run_piece(nodes: Sequence[str], extra: Sequence[str]) -> tuple[dict[str, Any] | None, dict[str, str], list[str]]:
-    """Runs some cases: their condensed result (None if none ran), the skipped ones' reasons, the failed ones' names."""
+def run_piece(nodes: Sequence[str], extra: Sequence[str]) -> Piece:
+    """Runs some cases in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        raw, junit = Path(folder) / "raw.json", Path(folder) / "junit.xml"
+        raw, junit, log = (Path(folder) / name for name in ("raw.json", "junit.xml", "log"))
         options = [*ALWAYS, "--benchmark-only", f"--benchmark-json={raw}", f"--junitxml={junit}", *extra]
-        log = Path(folder) / "log"
         with log.open("wb") as file:
             status = _run(_pytest([*nodes, *options]), stdout=file, stderr=subprocess.STDOUT)
         if status != 0:
@@ -107,7 +106,7 @@ def run_piece(nodes: Sequence[str], extra: Sequence[str]) -> tuple[dict[str, Any
             return None, {}, [case_name(node) for node in nodes]
         skipped, failed = outcomes(junit)
         text = raw.read_text(encoding="utf-8") if raw.is_file() else ""
-        result = condense(json.loads(text)) if text.strip() else None
+        result = aggregate(json.loads(text)) if text.strip() else None
     for name in failed:  # a comparison after the timing may fail
         if result is not None:
             result["cases"].pop(name, None)
@@ -115,17 +114,13 @@ def run_piece(nodes: Sequence[str], extra: Sequence[str]) -> tuple[dict[str, Any
 
 
 def run_all(
-    output: Path,
-    nodes: Sequence[str],
-    size: int,
-    runner: Callable[[Sequence[str]], tuple[dict[str, Any] | None, dict[str, str], list[str]]],
-    say: Callable[[str], None] = print,
+    output: Path, nodes: Sequence[str], size: int, runner: Callable[[Sequence[str]], Piece], say: Callable[[str], None]
 ) -> int:
     """Runs what is not in ``output`` yet, piece by piece; the number of failed cases."""
     result = load(output) if output.is_file() else None
     done = set(result["cases"]) if result else set()
     waiting = [node for node in nodes if case_name(node) not in done]
-    say(f"matrix: {len(nodes)} cases, {len(nodes) - len(waiting)} done before")
+    say(f"sweep: {len(nodes)} cases, {len(nodes) - len(waiting)} done before")
     failures, finished, start = 0, 0, time.monotonic()
     for piece in pieces(waiting, size):
         new, skipped, failed = runner(piece)
@@ -140,12 +135,8 @@ def run_all(
         finished += len(piece)
         left = (time.monotonic() - start) / finished * (len(waiting) - finished)
         trouble = f", {len(skipped)} skipped" * bool(skipped) + f", FAILED: {' '.join(failed)}" * bool(failed)
-        say(f"matrix: {len(nodes) - len(waiting) + finished} of {len(nodes)}, about {left / 60:.0f} min left{trouble}")
+        say(f"sweep: {len(nodes) - len(waiting) + finished} of {len(nodes)}, about {left / 60:.0f} min left{trouble}")
     return failures
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -155,21 +146,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-k", dest="expression", default="", help="as pytest's -k")
     parser.add_argument("-m", dest="marks", default="not gpu", help="as pytest's -m (default: not gpu)")
     parser.add_argument("--piece", type=int, default=10, help="cases in one process (default 10)")
-    parser.add_argument("--folder", default=FOLDER, help="file or folder with the benchmarks")
+    parser.add_argument("--folder", default="benchmarks", help="file or folder with the benchmarks")
     parser.add_argument("pytest", nargs="*", help="after --: more arguments for pytest")
     arguments = parser.parse_args(argv)
     if arguments.piece < 1:
         parser.error(f"--piece must be at least 1, got {arguments.piece}")
-    marks = arguments.marks if "gpu" in arguments.marks else f"({arguments.marks}) and not gpu"
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
+        marks = f"({arguments.marks}) and not gpu"
         nodes = collect(arguments.folder, arguments.expression, marks, arguments.pytest)
-        failures = run_all(
-            arguments.output, nodes, arguments.piece, lambda piece: run_piece(piece, arguments.pytest),
-            lambda text: print(text, flush=True),
-        )  # fmt: skip
+
+        def runner(piece: Sequence[str]) -> Piece:
+            return run_piece(piece, arguments.pytest)
+
+        failures = run_all(arguments.output, nodes, arguments.piece, runner, lambda text: print(text, flush=True))
     except ResultError as error:
-        print(f"matrix: {error}", file=sys.stderr)
+        print(f"sweep: {error}", file=sys.stderr)
         return 2
     return int(failures > 0)
 
