@@ -256,11 +256,14 @@ def calibrate(
     policy, own_costs = selection.fit(best.exits), selection.costs_of(best.exits)
     part = logits.select_exits(best.exits)
     table = ExitTable.of(part, policy)
-    front = search_thresholds(table.select(chosen_on), own_costs)
-    tested = table.select(tested_on)
+    seen, tested = table.select(chosen_on), table.select(tested_on)
+    front = search_thresholds(seen, own_costs)
     guarantee = notice = ""
     if isinstance(wanted, RiskBudget):
-        thresholds, enabled, guarantee = _tested_step(wanted, front, tested, own_costs, right[tested_on], seed)
+        path = front
+        if wanted.loss == "degradation":  # where the reference is wrong nothing is lost
+            path = search_thresholds(replace(seen, correct=seen.correct | ~right[chosen_on]), own_costs)
+        thresholds, enabled, guarantee = _tested_step(wanted, path, tested, own_costs, right[tested_on], seed)
         feasible = bool(guarantee)
     else:
         feasible = best.qualifies

@@ -168,6 +168,22 @@ def test_the_whole_way_keeps_the_promise(method):
         assert np.mean(risks) <= 0.04 + 3 * np.std(risks, ddof=1) / math.sqrt(runs)
 
 
+def test_a_path_made_for_a_loss_begins_without_it():
+    """A small risk of degradation can be kept, where a path of accuracy alone begins with too many exchanged answers."""
+    logits = cached_logits(4, 6000, seed=15)
+    reference = logits.logits[-1].argmax(1) == logits.target
+    found = calibrate(
+        logits,
+        costs=COSTS,
+        budget=RiskBudget(0.004, 0.1, "degradation"),
+        reference=reference,
+        exits=range(4),
+        output_weights=[0.001, 0.001, 0.001, 1.0],
+        folds=2,
+    )
+    assert found.feasible and found.mean_cost < 4.0
+
+
 def test_a_promise_that_cannot_be_made_is_not_made():
     found = calibrate(cached_logits(2, 60), costs=[1.0, 2.0], budget=RiskBudget(0.001, 0.05), folds=2)
     assert not found.feasible and found.guarantee == "" and found.n == 30
