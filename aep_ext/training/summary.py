@@ -13,12 +13,11 @@ from torch import Tensor
 
 from aep_ext._version import __version__
 from aep_ext.inference import ExitPolicy, simulate
-from aep_ext.pruning import SubsetScores, exits_of_mask, score_logits
+from aep_ext.pruning import SubsetScores, exits_of_mask, non_inferiority_test, score_logits, smallest_non_inferior
 from aep_ext.training.config import CALIBRATION_FIELDS, RUNTIME_FIELDS, RunConfig
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.evaluate import right_answers
 from aep_ext.training.folder import BASELINE, RunFolder
-from aep_ext.training.verdict import paired_verdict, smallest_within_margin
 
 Latencies = Mapping[tuple[str, str], Mapping[str, float]]
 """Of one seed: for each model's name and kind of network its mean, median, p95 and ratio to the baseline's."""
@@ -66,7 +65,7 @@ def _smallest(
         for split in ("val", "test")
     )
     reference = [right_answers(arrays["val_logits"][0], arrays["val_labels"]) for arrays in baselines]
-    found = smallest_within_margin(val, torch.stack(reference), margin)
+    found = smallest_non_inferior(val, torch.stack(reference), margin)
     if found is None:
         return None
     score, _ = found
@@ -82,7 +81,7 @@ def _smallest(
     ]
     answers = torch.stack([one.correct[score.mask - 1] for one in test])
     baseline = torch.stack([arrays["test_correct_full"] for arrays in baselines])
-    return {**_model(rows), "non_inferiority": paired_verdict(answers, baseline, margin)}
+    return {**_model(rows), "non_inferiority": non_inferiority_test(answers, baseline, margin).to_dict()}
 
 
 def _subsets(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,7 +121,7 @@ def _gated(
     costs = zip(rows, baselines, strict=True)
     return {
         **_model(rows),
-        "non_inferiority": paired_verdict(torch.stack(answers), reference, margin),
+        "non_inferiority": non_inferiority_test(torch.stack(answers), reference, margin).to_dict(),
         "saving": spread([1 - row["macs"] / baseline["full"]["macs"] for row, baseline in costs]),
         "feasible": sum(row["feasible"] for row in rows),
     }
@@ -151,7 +150,7 @@ def summarise(folder: RunFolder, seeds: list[dict[str, Any]], margin: float) -> 
         }
         for kind in ("full", "pruned"):
             right = torch.stack([arrays[f"test_correct_{kind}"] for arrays in predictions])
-            compared = paired_verdict(right, reference, margin)
+            compared = non_inferiority_test(right, reference, margin).to_dict()
             methods[name][kind] = {**_model([part[kind] for part in parts]), "non_inferiority": compared}
         if parts[0]["gated"]:
             methods[name]["gated"] = _gated(parts, predictions, baselines, reference, margin)
