@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from aep_ext.calibration.budgets import AccuracyBudget, Budget, CostBudget, RiskBudget
 from aep_ext.calibration.cached_logits import CachedLogits
-from aep_ext.calibration.calibrate import Calibration, CurvePoint, PolicyMetrics, calibrate
+from aep_ext.calibration.calibrate import Calibration, calibrate
 from aep_ext.calibration.metrics import ExitMetrics, exit_metrics, expected_calibration_error, failure_auroc
 from aep_ext.calibration.risk_control import conformal_risk_control, learn_then_test
 from aep_ext.calibration.selection import Candidate
@@ -19,9 +19,7 @@ __all__ = [
     "Calibration",
     "Candidate",
     "CostBudget",
-    "CurvePoint",
     "ExitMetrics",
-    "PolicyMetrics",
     "RiskBudget",
     "calibrate",
     "conformal_risk_control",

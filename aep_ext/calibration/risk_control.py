@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 
 def learn_then_test(losses: ArrayLike, epsilon: float, delta: float, *, seed: int = 0) -> int:
@@ -36,6 +35,8 @@ def learn_then_test(losses: ArrayLike, epsilon: float, delta: float, *, seed: in
     Raises:
         ValueError: losses or numbers are out of their range.
     """
+    from scipy.stats import binom  # here, since it takes half a second to import
+
     x = _losses("learn_then_test", losses, -1)
     if not 0 < epsilon < 1 or not 0 < delta < 1:
         raise ValueError(f"learn_then_test: epsilon and delta must be within (0, 1), got {epsilon} and {delta}")
@@ -44,7 +45,7 @@ def learn_then_test(losses: ArrayLike, epsilon: float, delta: float, *, seed: in
     order = np.random.default_rng(seed).permutation(n)
     for step, row in enumerate(x):
         if binary:
-            p = stats.binom.cdf(row.sum(), n, epsilon)
+            p = binom.cdf(row.sum(), n, epsilon)
         else:  # from [-1, 1] to [0, 1]
             p = betting_p_value((row[order] + 1.0) / 2, (epsilon + 1) / 2)
         if p > delta:

@@ -2,7 +2,7 @@
 
 The thresholds that *seem* to keep a budget on the data they were searched on are partly good by luck and lose more
 elsewhere. So, for every subset of the exits, output weights, temperatures and thresholds are fitted on all folds but
-one for a row of tightened budgets, and judged on the fold that was left out. The subset and the tightened budget are
+one for a row of tightened budgets, and evaluated on the fold that was left out. The subset and the tightened budget are
 chosen by these figures, and only then everything is fitted on all of the data. (M. Stone, "Cross-validatory choice and
 assessment of statistical predictions", 1974.)
 
@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -61,10 +60,6 @@ class Candidate:
     interval: tuple[float, float]
     mean_cost: float
     qualifies: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return {**asdict(self), "exits": list(self.exits), "interval": list(self.interval)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +160,7 @@ class Selection:
             seen = np.setdiff1d(order, fold) if self.folds > 1 else order
             shuffled = np.random.default_rng(self.seed).permutation(seen)
             table = self.table(exits, *self.fit(exits, shuffled[:_FIT_ROWS]))
-            front = search_thresholds(table.select(seen), costs, seed=self.seed)
+            front = search_thresholds(table.select(seen), costs)
             left_out = table.select(fold)
             points = [self.point(front, target, self.reference[seen]) for target in targets]
             for point in set(points):
@@ -185,7 +180,7 @@ class Selection:
         keys = {}
         for subset in subsets:
             table = self.table(subset, *self.fit(subset, rows)).select(rows)
-            front = search_thresholds(table, self.costs_of(subset), seed=self.seed)
+            front = search_thresholds(table, self.costs_of(subset))
             point = self.point(front, self.limit, reference)
             lost, cost = int(reference.sum()) - int(front.correct[point]), float(front.cost[point])
             if isinstance(self.budget, CostBudget):

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from aep_ext import __version__
 from aep_ext._io import write_atomically, write_bytes
 from aep_ext._utils import require
+from aep_ext._version import __version__
 from aep_ext.inference.exit_policy import ExitPolicy
 from aep_ext.inference.gated_net import GatedNet
 from aep_ext.pruning.extract import subset_view

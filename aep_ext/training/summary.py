@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aep_ext import __version__
+from aep_ext._version import __version__
 from aep_ext.inference import ExitPolicy, simulate
 from aep_ext.pruning import SubsetScores, exits_of_mask, score_logits
 from aep_ext.training.config import CALIBRATION_FIELDS, RUNTIME_FIELDS, RunConfig

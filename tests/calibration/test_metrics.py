@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from synthetic_exits import ascending, cached_logits, logits_and_labels
 
 from aep_ext.calibration import exit_metrics, expected_calibration_error, failure_auroc, fit_temperatures
 from aep_ext.calibration.metrics import probability_metrics
+from aep_ext.inference import ExitPolicy
 
 # Few distinct values, bin edges of 5 and 15 bins among them: ties are the rule.
 pairs_of = st.lists(
@@ -92,22 +94,23 @@ def test_rows_without_probabilities_are_left_out():
 
 
 def test_a_temperature_lowers_nll_and_keeps_accuracy():
-    logits, weights = cached_logits(3, 4000), ascending(3)
-    before = exit_metrics(logits, weights)
-    after = exit_metrics(logits, weights, fit_temperatures(logits, weights))
-    for old, new in zip(before, after, strict=True):
+    cached, weights = cached_logits(3, 4000), ascending(3)
+    logits, target = cached.logits, cached.target
+    policy = ExitPolicy(output_weights=weights, temperatures=fit_temperatures(cached, weights))
+    before = exit_metrics(logits, target, replace(policy, temperatures=1.0))
+    for old, new in zip(before, exit_metrics(logits, target, policy), strict=True):
         assert new.nll <= old.nll and new.accuracy == old.accuracy
-    prefix = (logits.logits[0] * weights[0] + logits.logits[1] * weights[1]) / sum(weights[:2])
-    assert before[1].nll == pytest.approx(probability_metrics(prefix, logits.target).nll, rel=1e-5)
-    own = exit_metrics(logits, weights, criterion_on="exit")[2]
-    assert own == probability_metrics(logits.logits[2], logits.target)
+    prefix = (logits[0] * weights[0] + logits[1] * weights[1]) / sum(weights[:2])
+    assert before[1].nll == pytest.approx(probability_metrics(prefix, target).nll, rel=1e-5)
+    own = exit_metrics(logits, target, ExitPolicy(output_weights=weights, criterion_on="exit", temperatures=2.0))
+    assert own[2] == probability_metrics(logits[2], target, 2.0)
 
 
 def test_arguments():
-    logits = cached_logits(3, 5)
-    with pytest.raises(ValueError, match="exit_metrics: temperatures must have 3 entries, got 2"):
-        exit_metrics(logits, ascending(3), [1.0, 1.0])
-    with pytest.raises(ValueError, match="output_weights must have 3 entries, got 2"):
-        exit_metrics(logits, ascending(2))
-    with pytest.raises(ValueError, match="exit_metrics: logits must hold at least one sample, got none"):
-        exit_metrics(logits.select([]), ascending(3))
+    policy, target = ExitPolicy(output_weights=[1.0, 1.0]), torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"exit_logits must have shape \[2, N, K\] with N at least 1, got \[3, 5, 2\]"):
+        exit_metrics(torch.zeros(3, 5, 2), target, policy)
+    with pytest.raises(ValueError, match=r"with N at least 1, got \[2, 0, 2\]"):
+        exit_metrics(torch.zeros(2, 0, 2), target[:0], policy)
+    with pytest.raises(ValueError, match="exit_metrics: target must be within 0..1, got 7..7"):
+        exit_metrics(torch.zeros(2, 5, 2), target + 7, policy)

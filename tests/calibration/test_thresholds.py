@@ -55,7 +55,7 @@ def test_the_table_decides_as_the_simulator(seed, exits, samples, criterion, cri
     weights, temperatures = (np.float32(rng.uniform(0.3, 2, exits)).tolist() for _ in range(2))
     costs = np.cumsum(rng.uniform(0.1, 2, exits)).tolist()
     table = ExitTable.of(logits, weights, temperatures, criterion, criterion_on)
-    front = search_thresholds(table, costs, seed=seed)
+    front = search_thresholds(table, costs)
     for point in {0, len(front) // 2, len(front) - 1}:
         thresholds, enabled = front.thresholds[point].tolist(), front.enabled[point].tolist()
         policy = ExitPolicy(
@@ -161,14 +161,14 @@ def test_joint_is_better_than_greedy():
             if table.answers(thresholds, enabled)[1].sum() < needed:
                 thresholds[e] = before
                 break
-    greedy = costs[table.exits_taken(thresholds, enabled)].mean()
+    greedy = costs[table.answers(thresholds, enabled)[0]].mean()
     front = search_thresholds(table, costs)
     assert front.cost[front.cheapest(needed)] < greedy
 
 
 def test_the_same_arguments_give_the_same_front():
     table = table_of(cached_logits(4, 600), "entropy")
-    first, second = (search_thresholds(table, [1.0, 2.0, 3.0, 4.0], seed=3) for _ in range(2))
+    first, second = (search_thresholds(table, [1.0, 2.0, 3.0, 4.0]) for _ in range(2))
     assert np.array_equal(first.thresholds, second.thresholds) and np.array_equal(first.cost, second.cost)
 
 
