@@ -1,18 +1,18 @@
 """The documentation's settings: `sphinx-build -W docs build/docs`."""
 
 import os
-import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("AEP_FORCE_REFERENCE", "1")  # the reference has the docstrings; no native module is needed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("AEP_FORCE_REFERENCE", "1")  # the docstrings are Python's; no native module is needed
+
+import aep_ext  # noqa: E402
 
 project = "aep_ext"
 author = "aep_ext developers"
 copyright = author
-release = re.search(r'__version__ = "(.*)"', (ROOT / "aep_ext" / "__init__.py").read_text(encoding="utf-8"))[1]
+release = aep_ext.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
