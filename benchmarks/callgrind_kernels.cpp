@@ -121,7 +121,6 @@ void gate(const char* name, int64_t K, int64_t feature_bytes, double threshold) 
   p.feature_row_bytes = p.feature_stride_bytes = p.feature_out_stride_bytes = feature_bytes;
   p.weight_sum = {nullptr, 0.3}, p.weight = {nullptr, 0.7}, p.temperature = {nullptr, 1};
   p.threshold = {nullptr, threshold}, p.policy = GatePolicy::confidence, p.on = GateOn::ensemble, p.enabled = true;
-  p.clear_behind = true;
   count(name, [&] {
     cpu::gate_judge(p, 0, 1);
     cpu::gate_partition(p);

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from aep_ext.ops import reference_loss
 from aep_ext.ops._checks import accumulate_dtype
 from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
 
@@ -107,21 +106,29 @@ def joint_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-    memory: str = "recompute",
 ) -> JointLoss:
     """Cross entropy of every exit and their weighted sum. A label out of range gives a NaN loss and no gradient."""
-    if memory != "recompute":
-        arguments = (exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
-        return JointLoss(*reference_loss.held(*arguments, in_place=memory == "in_place"))
-    dtype = accumulate_dtype(exit_logits.dtype)
-    rows = reference_loss.rows_of(target, exit_logits.shape[-1], class_weight, ignore_index, dtype)
-    log_p = reference_loss.log_probabilities(exit_logits, rows, dtype)
-    losses = reference_loss.row_losses(log_p, rows, class_weight, label_smoothing)
+    dtype, classes = accumulate_dtype(exit_logits.dtype), exit_logits.shape[-1]
+    used, known = target != ignore_index, (target >= 0) & (target < classes)
+    label = torch.where(known, target, 0)
+    own_weight = torch.ones_like(label, dtype=dtype) if class_weight is None else class_weight.to(dtype)[label]
+    # Rows that give no gradient are cleared first: NaN * 0 in the softmax's backward would be NaN.
+    log_p = torch.log_softmax(exit_logits.to(dtype).masked_fill(~(used & known)[:, None], 0.0), -1)
+    losses = -log_p.gather(-1, label.expand(log_p.shape[:-1]).unsqueeze(-1)).squeeze(-1) * own_weight
+    if label_smoothing > 0:
+        smooth = -(log_p if class_weight is None else log_p * class_weight.to(dtype)).sum(-1)
+        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * smooth
+    exit_losses = losses.masked_fill(used & ~known, float("nan")).masked_fill(~used, 0.0)
+    if reduction != "none":
+        exit_losses = exit_losses.sum(-1)
     if reduction == "mean":
-        exit_losses = losses.sum(-1) / reference_loss.divisor(rows)
-    else:
-        exit_losses = losses.sum(-1) if reduction == "sum" else losses
-    return JointLoss(reference_loss.joint(exit_losses, exit_weights.to(dtype)), exit_losses)
+        # As F.cross_entropy: NaN without any weight, even where smoothing leaves a loss.
+        total = own_weight.masked_fill(~used, 0.0).sum()
+        exit_losses = exit_losses / total.masked_fill(total == 0, float("nan"))
+    loss = None
+    for own, weight in zip(exit_losses.unbind(), exit_weights.to(dtype).unbind(), strict=True):
+        loss = own * weight if loss is None else loss + own * weight
+    return JointLoss(loss, exit_losses)
 
 
 def linear_joint_cross_entropy(

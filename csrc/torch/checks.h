@@ -1,5 +1,5 @@
-// Checks of the operators' arguments, in the words of aep_ext/ops/_checks.py: "aep::<operator>: <rule>, got <value>".
-// They run in the backend kernels, where sizes are known; fake tensors are checked by the Python twin.
+// Checks of the operators' arguments, with messages of the form "aep::<operator>: <rule>, got <value>". They run in the
+// backend kernels, where sizes are known.
 #pragma once
 
 #include <ATen/core/List.h>

@@ -24,7 +24,7 @@ Bytes bytes_of(const char* name, const Tensor& tensor) {
   return {name, begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
 }
 
-// check_apart() for tensors that are known to be rows: it runs at every exit of one image.
+// No result shares memory with another or with the logits. It runs at every exit of one image.
 void check_rows_apart(const std::array<Bytes, 4>& rows) {
   for (size_t i = 0; i + 1 < rows.size(); ++i) {
     for (size_t j = i + 1; j < rows.size(); ++j) {
@@ -38,7 +38,8 @@ void check_rows_apart(const std::array<Bytes, 4>& rows) {
 
 GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves,
                              const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                             double temperature, std::string_view policy, std::string_view on, bool enabled, bool last) {
+                             double temperature, std::string_view policy, std::string_view on, bool enabled,
+                             bool last) {
   check_gate_one(running, stats, leaves, exit_logits, policy, on);
   const at::Device device = exit_logits.device();
   check_scalar(kOp, "weight_sum", std::nullopt, weight_sum, device, false);
@@ -71,8 +72,9 @@ namespace {
 void gate_one_autograd(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
                        double weight_sum, double weight, double threshold, double temperature, std::string_view policy,
                        std::string_view on, bool enabled, bool last) {
-  static auto op = find_operator<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
-                                      double, double, std::string_view, std::string_view, bool, bool)>("aep::gate_one_");
+  static auto op =
+      find_operator<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double, double,
+                         std::string_view, std::string_view, bool, bool)>("aep::gate_one_");
   no_tangents(kOp, {&running, &stats, &exit_logits});
   TORCH_CHECK_VALUE(!needs_graph({&running, &stats, &exit_logits}), "aep::", kOp,
                     ": arguments must not require a gradient, got requires_grad=True");

@@ -11,7 +11,6 @@ struct Case {
   GateOn on;
   double threshold;
   bool enabled;
-  bool clear_behind = true;
   bool last = false;
 };
 
@@ -58,7 +57,6 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
   p.weight = {&weight_buffer, 0}, p.weight_sum = {nullptr, weight_sum}, p.temperature = {nullptr, temperature},
   p.threshold = {nullptr, threshold};
   p.policy = c.policy, p.on = c.on, p.enabled = c.enabled, p.last = c.last;
-  p.clear_behind = c.clear_behind;
   t.gate_judge(p, n / 2, n);
   t.gate_judge(p, 0, n / 2);
   const int64_t count = backend::gate_partition(p);
@@ -150,8 +148,7 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
             name_of(d), long(from), q, got, stats[at][static_cast<size_t>(q)]);
     }
     for (int64_t i = 0; i < feature_bytes; ++i) {
-      const unsigned char want = to < count ? features.as<unsigned char>()[from * (feature_bytes + 5) + i]
-                                           : c.clear_behind ? 0 : 0xa5;
+      const unsigned char want = to < count ? features.as<unsigned char>()[from * (feature_bytes + 5) + i] : 0;
       CHECK(features_out.as<unsigned char>()[to * feature_bytes + i] == want);
     }
   }
@@ -167,8 +164,7 @@ int main() {
       {GatePolicy::vote, GateOn::ensemble, 3, true},          {GatePolicy::vote, GateOn::exit, 2, true},
       {GatePolicy::confidence, GateOn::ensemble, 0.0, false}, {GatePolicy::vote, GateOn::ensemble, 1, false},
       {GatePolicy::confidence, GateOn::ensemble, 0.0, true},  {GatePolicy::entropy, GateOn::exit, INFINITY, true},
-      {GatePolicy::confidence, GateOn::ensemble, 0.6, true, false},
-      {GatePolicy::vote, GateOn::ensemble, 9, false, true, true}};
+      {GatePolicy::vote, GateOn::ensemble, 9, false, true}};
   for (const KernelTable* t : tables()) {
     for (DType d : kAllTypes) {
       for (const Case& c : cases) {

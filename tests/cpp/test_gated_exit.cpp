@@ -46,7 +46,6 @@ void step(Row& row, DType d, const Case& c, Values& logits, int64_t at, int64_t 
   p.running_dtype = acc, p.n = 1, p.K = K, p.S = S, p.running_stride_n = K, p.logits_stride_n = K;
   p.weight = {nullptr, weight}, p.weight_sum = {nullptr, weight_sum}, p.temperature = {nullptr, temperature};
   p.threshold = {nullptr, c.threshold}, p.policy = c.policy, p.on = c.on, p.enabled = enabled, p.last = e == exits - 1;
-  p.clear_behind = true;
   cpu::kScalarTable.gate_judge(p, 0, 1);
   cpu::gate_partition(p);
   cpu::kScalarTable.gate_scatter(p, 0, 1);

@@ -126,28 +126,6 @@ def test_opcheck(name, grad, device, native):
         torch.library.opcheck(operator, args, test_utils=checks)
 
 
-def out_samples(name: str, device: str) -> Iterator[tuple[tuple, dict[str, Tensor | None]]]:
-    """Arguments and out tensors of ``aep::name.out``."""
-    for args in samples(name, device, False):
-        results = getattr(torch.ops.aep, name).default(*args)
-        if name in ("ensemble", "subset_correct"):
-            yield args, {"out": torch.zeros_like(results)}
-        elif name == "ensemble_stats":
-            out = dict(zip(("logits", "stats", "argmax"), map(torch.zeros_like, results), strict=True))
-            yield args, out
-            yield args, out | {"logits": None}
-        else:
-            names = [f"{field}_out" for field in ops.GateResult._fields]
-            yield args, dict(zip(names, map(torch.zeros_like, results), strict=True))
-
-
-@pytest.mark.parametrize("name", ["ensemble", "ensemble_stats", "subset_correct", "gate"])
-def test_opcheck_of_out(name, device, native):
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    for args, out in out_samples(name, device):
-        torch.library.opcheck(getattr(torch.ops.aep, name).out, args, out, test_utils=checks)
-
-
 @pytest.mark.parametrize("name", [name for name in OPERATORS if "backward" in name])
 def test_backward_operators_say_that_they_have_no_derivative(name, device, native):
     operator = getattr(torch.ops.aep, name).default

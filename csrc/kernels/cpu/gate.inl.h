@@ -145,7 +145,7 @@ void gate_scatter_as(const GateParams& p, int64_t begin, int64_t end) {
     char* out = static_cast<char*>(p.features_out) + to * p.feature_out_stride_bytes;
     if (!row.leaves) {
       memcpy(out, static_cast<const char*>(p.features) + n * p.feature_stride_bytes, bytes);
-    } else if (p.clear_behind) {
+    } else {
       memset(out, 0, bytes);  // leavers are placed behind the stayers: these are the rows that must be zero
     }
   }

@@ -173,8 +173,7 @@ __device__ void move_row(const GateParams& p, int64_t n, int64_t chunk, const Ga
       for (int i = 0; i < 3; ++i) p.stats_out[to * 3 + i] = row.stats[i];
     }
   }
-  // Leavers are placed behind the stayers: theirs are the rows that are zero, or left alone.
-  if (row.leaves && !p.clear_behind) return;
+  // Leavers are placed behind the stayers: theirs are the rows that are zero.
   // The widest unit that all rows are aligned to.
   const uint64_t alignment =
       reinterpret_cast<uint64_t>(p.features) | reinterpret_cast<uint64_t>(p.features_out) |
