@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from aep_ext import ops
-from aep_ext.ensemble.exit_weights import ExitWeights
-
-if TYPE_CHECKING:
-    from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.surgery.exit_weights import ExitWeights
+from aep_ext.surgery.multi_exit import MultiExitNet
 
 
 class JointCrossEntropy(nn.Module):

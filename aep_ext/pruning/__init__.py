@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from aep_ext.pruning.cost import Latency, SubsetCosts, count_macs, count_parameters, measure_latency, subset_costs
+from aep_ext.pruning.cost import (
+    Latency,
+    SubsetCosts,
+    count_macs,
+    count_parameters,
+    exit_costs,
+    measure_latency,
+    subset_costs,
+)
 from aep_ext.pruning.extract import prune, single_exit
-from aep_ext.pruning.non_inferiority import NonInferiority, non_inferior, smallest_non_inferior
+from aep_ext.pruning.non_inferiority import NonInferiority, non_inferiority_test, smallest_non_inferior
 from aep_ext.pruning.score import score_logits, score_subsets, subset_correctness
 from aep_ext.pruning.scores import SubsetScore, SubsetScores
 from aep_ext.pruning.subsets import exits_of_mask, mask_of_exits
@@ -17,10 +25,11 @@ __all__ = [
     "SubsetScores",
     "count_macs",
     "count_parameters",
+    "exit_costs",
     "exits_of_mask",
     "mask_of_exits",
     "measure_latency",
-    "non_inferior",
+    "non_inferiority_test",
     "prune",
     "score_logits",
     "score_subsets",

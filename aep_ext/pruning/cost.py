@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from aep_ext._utils import eval_mode
 from aep_ext.pruning.subsets import MAX_EXITS, exits_of_mask
+from aep_ext.surgery.measure import MacCounter
 from aep_ext.surgery.multi_exit import MultiExitNet
 
 
@@ -27,13 +28,9 @@ def count_parameters(module: nn.Module, *, trainable_only: bool = True) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
 
 
-def _first_parameter(module: nn.Module) -> Tensor | None:
-    return next((p for p in module.parameters()), None)
-
-
 def example_input(function: str, module: nn.Module, example: Tensor | Sequence[int]) -> Tensor:
     """``example`` as a batch of one on the module's device; a (C, H, W) shape becomes zeros in its dtype."""
-    anchor = _first_parameter(module)
+    anchor = next(module.parameters(), None)
     if not isinstance(example, Tensor):
         shape = tuple(int(size) for size in example)
         if len(shape) != 3 or min(shape) < 1:
@@ -44,23 +41,6 @@ def example_input(function: str, module: nn.Module, example: Tensor | Sequence[i
         raise ValueError(f"{function}: example must hold at least one sample, got shape {list(example.shape)}")
     one = example.detach()[:1]
     return one if anchor is None else one.to(anchor.device)
-
-
-@contextmanager
-def _counting() -> Iterator[FlopCounterMode]:
-    # no_grad, not inference_mode: what is seen by the counter is then the same on every torch since 2.1.
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        yield counter
-
-
-def _macs(counter: FlopCounterMode) -> int:
-    """Half the floating-point operations of convolutions and matrix products; elementwise operators are left out."""
-    total = 0
-    for operator, flops in counter.get_flop_counts().get("Global", {}).items():
-        name = str(operator)
-        if not name.startswith("aep") or "linear_head" in name:
-            total += flops
-    return total // 2
 
 
 def count_macs(module: nn.Module, example: Tensor | Sequence[int]) -> int:
@@ -74,9 +54,10 @@ def count_macs(module: nn.Module, example: Tensor | Sequence[int]) -> int:
         example: an input (N, C, H, W), of which the first sample is used, or a shape (C, H, W).
     """
     inputs = example_input("count_macs", module, example)
-    with eval_mode(module), _counting() as counter:
+    # no_grad, not inference_mode: what the counter sees is then the same on every torch.
+    with eval_mode(module), torch.no_grad(), MacCounter() as counter:
         module(inputs)
-    return _macs(counter)
+    return counter.macs
 
 
 @dataclass(frozen=True)
@@ -93,14 +74,6 @@ class Latency:
     def to_dict(self) -> dict[str, float | int]:
         """As plain numbers, for JSON."""
         return asdict(self)
-
-
-def _percentile(ordered: Sequence[float], percent: float) -> float:
-    """Linear interpolation between the closest ranks, as numpy's default."""
-    position = (len(ordered) - 1) * percent / 100
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
 
 def _cuda_times(module: nn.Module, inputs: Tensor, repeats: int) -> list[float]:
@@ -157,15 +130,8 @@ def measure_latency(
         for _ in range(warmup):
             module(inputs)
         times = (_cuda_times if inputs.is_cuda else _host_times)(module, inputs, repeats)
-    times.sort()
-    return Latency(
-        median=statistics.median(times),
-        p5=_percentile(times, 5),
-        p95=_percentile(times, 95),
-        p99=_percentile(times, 99),
-        mean=statistics.fmean(times),
-        repeats=repeats,
-    )
+    median, p5, p95, p99 = np.percentile(times, (50, 5, 95, 99)).tolist()
+    return Latency(median, p5, p95, p99, mean=statistics.fmean(times), repeats=repeats)
 
 
 @dataclass(frozen=True)
@@ -181,24 +147,21 @@ class SubsetCosts:
     macs: tuple[int, ...]
 
 
-def _parameter_groups(net: MultiExitNet) -> Iterable[tuple[int, int, int]]:
-    """(first stage that holds it or a number past the end, mask of the exits that hold it, elements), summed up."""
-    first: dict[int, int] = {}
-    holders: dict[int, int] = {}
-    sizes: dict[int, int] = {}
+def _parameter_groups(net: MultiExitNet) -> Counter[tuple[int, int]]:
+    """Trainable numbers by the first stage that holds them (or a number past the end) and the mask of such exits."""
+    first: dict[nn.Parameter, int] = {}
+    holders: Counter[nn.Parameter] = Counter()
     for stage, module in enumerate(net.stages):
         for parameter in module.parameters():
-            first.setdefault(id(parameter), stage)
-            sizes[id(parameter)] = parameter.numel() if parameter.requires_grad else 0
-    for position, module in enumerate(net.exits):
-        for parameter in module.parameters():
-            holders[id(parameter)] = holders.get(id(parameter), 0) | 1 << position
-            sizes[id(parameter)] = parameter.numel() if parameter.requires_grad else 0
-    groups: dict[tuple[int, int], int] = {}
-    for key, size in sizes.items():
-        group = first.get(key, len(net.stages)), holders.get(key, 0)
-        groups[group] = groups.get(group, 0) + size
-    return [(stage, mask, size) for (stage, mask), size in groups.items()]
+            first.setdefault(parameter, stage)
+    for position, head in enumerate(net.exits):
+        for parameter in head.parameters():
+            first.setdefault(parameter, len(net.stages))
+            holders[parameter] |= 1 << position
+    groups: Counter[tuple[int, int]] = Counter()
+    for parameter, stage in first.items():
+        groups[stage, holders[parameter]] += parameter.numel() if parameter.requires_grad else 0
+    return groups
 
 
 def subset_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> SubsetCosts:
@@ -213,21 +176,34 @@ def subset_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> SubsetCo
     features = example_input("subset_costs", net, example)
     exit_macs = [0] * net.num_exits
     prefix_macs = []  # of the backbone up to and with each stage
-    with eval_mode(net):
+    with eval_mode(net), torch.no_grad():
         for stage, module in enumerate(net.stages):
-            with _counting() as counter:
+            with MacCounter() as counter:
                 features = module(features)
-            prefix_macs.append(_macs(counter) + (prefix_macs[-1] if prefix_macs else 0))
-            for position, head in enumerate(net.exits):
-                if net.exit_stages[position] == stage:
-                    with _counting() as counter:
-                        head(features)
-                    exit_macs[position] = _macs(counter)
-    groups = _parameter_groups(net)
-    parameters, macs = [], []
+            prefix_macs.append(counter.macs + sum(prefix_macs[-1:]))
+            if stage in net.exit_stages:
+                position = net.exit_stages.index(stage)
+                with MacCounter() as counter:
+                    net.exits[position](features)
+                exit_macs[position] = counter.macs
+    groups, parameters, macs = _parameter_groups(net), [], []
     for mask in range(1, 1 << net.num_exits):
         exits = exits_of_mask(mask)
         last = max(net.exit_stages[e] for e in exits)
-        parameters.append(sum(size for stage, holders, size in groups if stage <= last or holders & mask))
+        parameters.append(sum(n for (stage, holders), n in groups.items() if stage <= last or holders & mask))
         macs.append(prefix_macs[last] + sum(exit_macs[e] for e in exits))
     return SubsetCosts(tuple(parameters), tuple(macs))
+
+
+def exit_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> tuple[int, ...]:
+    """Multiply-adds of a sample that is answered at each exit: E numbers, ascending.
+
+    Those of the backbone up to that exit, and of the heads of this exit and of all before it: the running ensemble is
+    over all of them.
+
+    Args:
+        net: a full or pruned network of at most 16 exits.
+        example: an input (N, C, H, W), of which the first sample is used, or a shape (C, H, W).
+    """
+    macs = subset_costs(net, example).macs
+    return tuple(macs[(1 << e + 1) - 2] for e in range(net.num_exits))

@@ -51,34 +51,26 @@ def subset_view(net: MultiExitNet, exits: tuple[int, ...], *, share: bool) -> Mu
 
 
 def prune(
-    net: MultiExitNet, exits: Iterable[int] | SubsetScore | SubsetScores | str, *, scores: SubsetScores | None = None
+    net: MultiExitNet, exits: Iterable[int] | SubsetScore | SubsetScores, *, normalize: bool = True
 ) -> MultiExitNet:
     """Take the sub-network of some exits out of ``net``: the backbone up to the last of them, and their heads.
 
-    The result is a new, physically smaller :class:`~aep_ext.MultiExitNet` on copies of the kept parts; ``net`` is
-    left as it is. Its output is ``sum_{e in exits} b_e * O_e`` with the weights it had, not renormalised, also when
-    one exit is left, so it equals the masked ensemble of ``net`` exactly. ``exit_ids`` keeps the original numbers,
-    so the result can be pruned again.
+    The result is a new, physically smaller :class:`~aep_ext.MultiExitNet` on copies of the kept parts; ``net`` is left
+    as it is. Its output weights are those of the kept exits, divided by their sum: with one exit left it answers with
+    that exit's own logits, bit for bit. ``exit_ids`` keeps the original numbers, so the result can be pruned again.
 
     Args:
         net: the network.
-        exits: indices of the exits to keep, from 0, in ``net`` as it stands; or a choice made from scores: a
-            :class:`SubsetScore`, a :class:`SubsetScores` (its best is kept), or "best" with ``scores``.
-        scores: what "best" refers to.
+        exits: indices of the exits to keep, from 0, in ``net`` as it stands; or a :class:`SubsetScore`; or a
+            :class:`SubsetScores`, of which the best is kept.
+        normalize: False keeps the output weights as they are. The output is then ``sum_{e in exits} b_e * O_e``, as
+            published (arXiv 2301.12168), and equals the ensemble of these exits in ``net`` exactly.
 
     Raises:
         TypeError: ``net`` is no MultiExitNet, or ``exits`` no indices.
         ValueError: no exit, one twice, one out of range, or scores of another network.
     """
     _check_net("prune", net)
-    if isinstance(exits, str):
-        if exits != "best":
-            raise ValueError(f"prune: exits must be indices, scores or 'best', got {exits!r}")
-        if scores is None:
-            raise ValueError("prune: exits 'best' needs scores=, the result of score_subsets")
-        exits = scores
-    elif scores is not None:
-        raise ValueError("prune: scores= goes with exits 'best' only")
     if isinstance(exits, SubsetScores):
         exits = exits.best()
     if isinstance(exits, SubsetScore):
@@ -89,7 +81,10 @@ def prune(
                 f"got a choice of original exits {exits.exit_ids} at indices {exits.exits}"
             )
         exits = exits.exits
-    return subset_view(net, checked_exits("prune", exits, net.num_exits), share=False)
+    result = subset_view(net, checked_exits("prune", exits, net.num_exits), share=False)
+    if normalize:
+        result.output_weights = result.output_weights / result.output_weights.sum()
+    return result
 
 
 def single_exit(net: MultiExitNet) -> MultiExitNet:
@@ -98,7 +93,6 @@ def single_exit(net: MultiExitNet) -> MultiExitNet:
     A copy, as with :func:`prune`: train it on its own for the baseline.
     """
     _check_net("single_exit", net)
-    result = subset_view(net, (net.num_exits - 1,), share=False)
-    result.output_weights = torch.ones_like(result.output_weights)
+    result = prune(net, (net.num_exits - 1,))
     result.loss_weights = torch.ones_like(result.loss_weights)
     return result

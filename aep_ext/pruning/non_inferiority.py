@@ -1,18 +1,15 @@
-"""Is a smaller network not worse? Paired non-inferiority of two classifiers on the same samples."""
+"""Is a smaller network not worse? Paired non-inferiority test of two classifiers on the same samples."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from aep_ext.pruning.scores import SubsetScore, SubsetScores
+from aep_ext.pruning.scores import SubsetScore, SubsetScores
 
 
 @dataclass(frozen=True)
@@ -24,9 +21,9 @@ class NonInferiority:
         low, high: the two-sided interval at ``confidence``.
         margin: how much worse a may be.
         confidence: of the interval.
-        n: samples.
-        only_a, only_b: samples that a alone, b alone gets right.
-        method: "newcombe" or "wald".
+        seeds: trained networks of each kind.
+        samples: images that each was asked.
+        only_a, only_b: pairs (seed, image) that a alone, b alone gets right.
     """
 
     difference: float
@@ -34,10 +31,10 @@ class NonInferiority:
     high: float
     margin: float
     confidence: float
-    n: int
+    seeds: int
+    samples: int
     only_a: int
     only_b: int
-    method: str
 
     @property
     def non_inferior(self) -> bool:
@@ -47,39 +44,22 @@ class NonInferiority:
     def __bool__(self) -> bool:
         return self.non_inferior
 
-    def to_dict(self) -> dict[str, float | int | bool | str]:
-        """As plain values, for JSON."""
-        return {
-            "difference": self.difference,
-            "low": self.low,
-            "high": self.high,
-            "margin": self.margin,
-            "confidence": self.confidence,
-            "n": self.n,
-            "only_a": self.only_a,
-            "only_b": self.only_b,
-            "method": self.method,
-            "non_inferior": self.non_inferior,
-        }
+    def to_dict(self) -> dict[str, float | int | bool]:
+        """As plain values, for JSON; with ``non_inferior``."""
+        return {**asdict(self), "non_inferior": self.non_inferior}
 
 
-def _wilson(successes: int, n: int, z: float) -> tuple[float, float]:
-    """Wilson's score interval of a proportion."""
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+def _newcombe(both: int, only_a: int, only_b: int, neither: int, confidence: float) -> tuple[float, float]:
+    """Newcombe's method 10: Wilson's limits of both proportions, combined with their correlation."""
+    from scipy.stats import binomtest  # here, since it takes half a second to import
 
-
-def _newcombe(both: int, only_a: int, only_b: int, neither: int, z: float) -> tuple[float, float]:
     n = both + only_a + only_b + neither
     p1, p2 = (both + only_a) / n, (both + only_b) / n
-    low1, high1 = _wilson(both + only_a, n, z)
-    low2, high2 = _wilson(both + only_b, n, z)
+    low1, high1 = binomtest(both + only_a, n).proportion_ci(confidence, method="wilson")
+    low2, high2 = binomtest(both + only_b, n).proportion_ci(confidence, method="wilson")
     product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     covariance = both * neither - only_a * only_b
-    if covariance > 0:  # the continuity correction of his method 10
+    if covariance > 0:  # his continuity correction
         covariance = max(covariance - n / 2, 0)
     phi = covariance / math.sqrt(product) if product else 0.0
     difference = (only_a - only_b) / n
@@ -90,41 +70,39 @@ def _newcombe(both: int, only_a: int, only_b: int, neither: int, z: float) -> tu
     return (max(-1.0, difference - spread(p1 - low1, high2 - p2)), min(1.0, difference + spread(high1 - p1, p2 - low2)))
 
 
-def _wald(only_a: int, only_b: int, n: int, z: float) -> tuple[float, float]:
-    difference = (only_a - only_b) / n
-    variance = (only_a + only_b) / n - difference * difference
-    half = z * math.sqrt(max(variance, 0.0) / n)
-    return max(-1.0, difference - half), min(1.0, difference + half)
+def _over_images(a: Tensor, b: Tensor, confidence: float) -> tuple[float, float]:
+    """Normal interval of the images' mean differences over the seeds, which share their images; (S, N) each."""
+    from scipy.stats import norm
+
+    differences = (a.double() - b.double()).mean(0)
+    error = float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    low, high = float(differences.mean()) + error * norm.ppf([0.5 - confidence / 2, 0.5 + confidence / 2])
+    return max(-1.0, float(low)), min(1.0, float(high))
 
 
 def _as_correct(values: Tensor | Sequence[bool], name: str) -> Tensor:
     tensor = torch.as_tensor(values).detach().cpu()
-    if tensor.dim() != 1 or tensor.dtype != torch.bool:
+    if tensor.dim() not in (1, 2) or tensor.dtype != torch.bool:
         raise ValueError(
-            f"non_inferior: {name} must be a bool tensor with one dimension, "
+            f"non_inferiority_test: {name} must be a bool tensor of shape [N] or [S, N], "
             f"got {tensor.dtype} of shape {list(tensor.shape)}"
         )
     return tensor
 
 
-def non_inferior(
-    correct_a: Tensor | Sequence[bool],
-    correct_b: Tensor | Sequence[bool],
-    margin: float,
-    confidence: float = 0.95,
-    *,
-    method: str = "newcombe",
+def non_inferiority_test(
+    correct_a: Tensor | Sequence[bool], correct_b: Tensor | Sequence[bool], margin: float, confidence: float = 0.95
 ) -> NonInferiority:
-    """Is classifier a not worse than b by ``margin`` or more? Judged by a paired interval on the same samples.
+    """Test whether classifier a is not worse than b by ``margin`` or more, by a paired interval on the same samples.
 
     a is non-inferior where the lower end of the two-sided interval of accuracy(a) - accuracy(b) lies above
-    ``-margin``. "newcombe" is method 10 of R. G. Newcombe, "Improved confidence intervals for the difference
-    between binomial proportions based on paired data", Statistics in Medicine 17 (1998) 2635-2650: Wilson's score
-    limits of both proportions, combined with their correlation. "wald" is the textbook interval
-    ``d +- z * sqrt((p10 + p01 - d^2) / n)``, too short where few samples differ.
+    ``-margin``. The interval is method 10 of R. G. Newcombe, "Improved confidence intervals for the difference between
+    binomial proportions based on paired data", Statistics in Medicine 17 (1998) 2635-2650. Over S seeds it is taken
+    over all S * N pairs, and so is a normal interval over the N images' mean differences, which knows that the seeds
+    share their images; the wider end of each counts. Neither covers the choice of the data set's split.
 
     Args:
-        correct_a: (N,) bool, whether a is right on each sample.
+        correct_a: (N,) bool, whether a is right on each sample; or (S, N), for the networks of S seeds.
         correct_b: the same for b.
         margin: positive, a fraction of 1 (0.01 is one point).
         confidence: within (0, 1).
@@ -135,47 +113,64 @@ def non_inferior(
     a, b = _as_correct(correct_a, "correct_a"), _as_correct(correct_b, "correct_b")
     if a.shape != b.shape or a.numel() == 0:
         raise ValueError(
-            "non_inferior: correct_a and correct_b must have the same length, at least 1, "
-            f"got {a.numel()} and {b.numel()}"
+            "non_inferiority_test: correct_a and correct_b must have the same shape and at least one sample, "
+            f"got {list(a.shape)} and {list(b.shape)}"
         )
     if not (math.isfinite(margin) and margin > 0):
-        raise ValueError(f"non_inferior: margin must be positive, got {margin}")
+        raise ValueError(f"non_inferiority_test: margin must be positive, got {margin}")
     if not 0 < confidence < 1:
-        raise ValueError(f"non_inferior: confidence must be within (0, 1), got {confidence}")
-    if method not in ("newcombe", "wald"):
-        raise ValueError(f"non_inferior: method must be 'newcombe' or 'wald', got {method!r}")
-    n = a.numel()
+        raise ValueError(f"non_inferiority_test: confidence must be within (0, 1), got {confidence}")
+    pairs = a.numel()
     both, only_a, only_b = int((a & b).sum()), int((a & ~b).sum()), int((~a & b).sum())
-    z = statistics.NormalDist().inv_cdf(0.5 + confidence / 2)
-    if method == "newcombe":
-        low, high = _newcombe(both, only_a, only_b, n - both - only_a - only_b, z)
-    else:
-        low, high = _wald(only_a, only_b, n, z)
-    return NonInferiority((only_a - only_b) / n, low, high, float(margin), float(confidence), n, only_a, only_b, method)
+    low, high = _newcombe(both, only_a, only_b, pairs - both - only_a - only_b, confidence)
+    if a.dim() == 2:
+        lower, higher = _over_images(a, b, confidence)
+        low, high = min(low, lower), max(high, higher)
+    return NonInferiority(
+        difference=(only_a - only_b) / pairs,
+        low=low,
+        high=high,
+        margin=float(margin),
+        confidence=float(confidence),
+        seeds=a.shape[0] if a.dim() == 2 else 1,
+        samples=a.shape[-1],
+        only_a=only_a,
+        only_b=only_b,
+    )
 
 
 def smallest_non_inferior(
-    scores: SubsetScores, reference: Tensor | Sequence[bool], margin: float, confidence: float = 0.95
+    scores: SubsetScores | Sequence[SubsetScores],
+    reference: Tensor | Sequence[bool],
+    margin: float,
+    confidence: float = 0.95,
 ) -> tuple[SubsetScore, NonInferiority] | None:
-    """The cheapest subset that is not worse than a reference by ``margin``, and the interval that says so.
+    """The cheapest subset that is not worse than a reference by ``margin``, and the test that says so.
 
     Cheapest: fewest multiply-adds, then fewest parameters, then most right answers. The interval is not corrected
     for the choice among the subsets: choose on one set of samples and confirm on another.
 
     Args:
-        scores: of ``score_subsets(..., keep_correct=True)`` or ``score_logits(..., keep_correct=True)``.
-        reference: (N,) bool, whether the reference is right on the same samples in the same order.
+        scores: of ``score_subsets(..., keep_correct=True)`` or ``score_logits(..., keep_correct=True)``; or those of
+            S seeds of one network, on the same samples.
+        reference: (N,) bool, or (S, N) for S seeds: whether the reference is right on the same samples in the same
+            order.
 
     Returns:
-        None where no subset qualifies.
+        The subset's score (over all seeds) and the test, or None where no subset qualifies.
 
     Raises:
-        ValueError: the scores were taken without ``keep_correct``.
+        ValueError: the scores were taken without ``keep_correct``, or of different networks.
     """
-    if scores.correct is None:
+    seeds = [scores] if isinstance(scores, SubsetScores) else list(scores)
+    kept = [one.correct for one in seeds if one.correct is not None]
+    if len(kept) < len(seeds):
         raise ValueError("smallest_non_inferior: scores must hold the answers per sample (keep_correct=True), got none")
-    for score in scores.cheapest_first():
-        verdict = non_inferior(scores.correct[score.mask - 1], reference, margin, confidence)
-        if verdict:
-            return score, verdict
+    for score in SubsetScores.pooled(seeds).cheapest_first():
+        correct = torch.stack([one[score.mask - 1] for one in kept])
+        result = non_inferiority_test(
+            correct[0] if isinstance(scores, SubsetScores) else correct, reference, margin, confidence
+        )
+        if result:
+            return score, result
     return None

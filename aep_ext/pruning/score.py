@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from aep_ext import ops
-from aep_ext.pruning.cost import Latency, SubsetCosts, eval_mode, measure_latency, subset_costs
+from aep_ext._utils import eval_mode
+from aep_ext.pruning.cost import Latency, SubsetCosts, measure_latency, subset_costs
 from aep_ext.pruning.extract import subset_view
 from aep_ext.pruning.scores import SubsetScores
 from aep_ext.pruning.subsets import MAX_EXITS, exits_of_mask

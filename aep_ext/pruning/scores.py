@@ -129,11 +129,6 @@ class SubsetScores:
         return range(1, len(self) + 1)
 
     @property
-    def subsets(self) -> list[tuple[int, ...]]:
-        """The exits of every mask, in the order of the rows."""
-        return [exits_of_mask(mask) for mask in self.masks]
-
-    @property
     def top1(self) -> Tensor:
         """Top-1 accuracy of every subset as fractions of 1, float64."""
         return self.counts[:, 0].double() / self.n
@@ -220,6 +215,19 @@ class SubsetScores:
             if not any(all(b >= v for b, v in zip(beating, values, strict=True)) for beating, _ in front):
                 front.append((values, score))
         return [score for _, score in front]
+
+    @classmethod
+    def pooled(cls, scores: Sequence[SubsetScores]) -> SubsetScores:
+        """The scores of several seeds of one network as if they were one: counts added, ``correct`` left out.
+
+        Raises:
+            ValueError: none given, or of different networks.
+        """
+        if not scores or len({(one.exit_ids, one.macs, one.parameters) for one in scores}) != 1:
+            raise ValueError(f"SubsetScores.pooled: scores must be of one network, got {len(scores)} that differ")
+        counts = torch.stack([one.counts for one in scores]).sum(0)
+        first = scores[0]
+        return cls(counts, sum(one.n for one in scores), first.exit_ids, first.parameters, first.macs)
 
     def cheapest_first(self) -> list[SubsetScore]:
         """All subsets by fewest multiply-adds, then fewest parameters, then most right answers."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, fx, nn
 
 from aep_ext.surgery.cuts import choose_by_cost, cut_name, named_cuts, to_open_for
+from aep_ext.surgery.exit_weights import ExitWeights
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.surgery.partition import Partition, partition
 from aep_ext.surgery.rescale import copy_head, replace_classes, study_head
@@ -23,7 +23,7 @@ def anticipate(
     *,
     exits: int | None = None,
     cuts: Sequence[str] | None = None,
-    exit_weights: Any = None,
+    exit_weights: ExitWeights | str | None = None,
     num_classes: int | None = None,
     example: Tensor | Sequence[int] | None = None,
     fused: bool = True,
@@ -99,7 +99,7 @@ def anticipate(
         fused=fused,
     )
     if exit_weights is not None:
-        net.set_exit_weights(_exit_weights(exit_weights, len(heads)))
+        net.set_exit_weights(exit_weights)
     net.to(found.example.device)
     net.train(model.training)
     _restore_modes(model, net)
@@ -129,14 +129,6 @@ def _heads(
     if classes != form.num_classes:
         replace_classes(head, form, classes)
     return [*early, head]
-
-
-def _exit_weights(given: Any, count: int) -> Any:
-    if not isinstance(given, str):
-        return given
-    from aep_ext.ensemble import ExitWeights
-
-    return ExitWeights.named(given, count)
 
 
 def _restore_modes(model: nn.Module, net: MultiExitNet) -> None:

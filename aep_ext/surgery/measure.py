@@ -11,7 +11,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["Measured", "in_eval_without_grad", "input_channels", "measure", "pattern", "shadow"]
+from aep_ext._utils import eval_mode
+
+__all__ = ["MacCounter", "Measured", "input_channels", "measure", "pattern", "shadow"]
+
+
+class MacCounter(FlopCounterMode):
+    """Counts the multiply-adds of convolutions and matrix products that run in its block: half of torch's operations.
+
+    Bias, normalisation, activations, pooling and weighted sums count nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds so far."""
+        return self.get_total_flops() // 2
 
 
 @dataclass
@@ -23,17 +40,17 @@ class Measured:
 
 
 class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, counter: FlopCounterMode) -> None:
+    def __init__(self, module: fx.GraphModule, counter: MacCounter) -> None:
         super().__init__(module)
         self.counter = counter
         self.measured = Measured()
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
+        before = self.counter.macs
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.measured.shapes[n] = tuple(result.shape)
-        self.measured.macs[n] = (self.counter.get_total_flops() - before) // 2
+        self.measured.macs[n] = self.counter.macs - before
         return result
 
 
@@ -55,27 +72,9 @@ def shadow(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)  # the memo stands in for the tensors, so that none is copied
 
 
-class in_eval_without_grad:  # noqa: N801 - reads as a phrase in a with statement
-    """Eval mode and no gradients inside the block; every submodule's own mode afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> nn.Module:
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.grad = torch.no_grad()
-        self.grad.__enter__()
-        return self.model.eval()
-
-    def __exit__(self, *error: Any) -> None:
-        self.grad.__exit__(*error)
-        for module, training in self.modes:
-            module.training = training
-
-
 def measure(model: nn.Module, graph: fx.Graph, example: Tensor) -> Measured:
     """Runs ``graph`` over ``model`` in eval mode on ``example``."""
-    with in_eval_without_grad(model), FlopCounterMode(display=False) as counter:
+    with eval_mode(model), torch.no_grad(), MacCounter() as counter:
         recorder = _Recorder(fx.GraphModule(model, graph), counter)
         # Modules of the GraphModule are the model's own, except the container itself.
         recorder.module.eval()

@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from aep_ext import ops
+from aep_ext._utils import per_exit
+from aep_ext.surgery.exit_weights import ExitWeights
 from aep_ext.surgery.heads import FusedPlan, fused_plan
 
 __all__ = ["MultiExitNet"]
@@ -19,10 +22,9 @@ __all__ = ["MultiExitNet"]
 class MultiExitNet(nn.Module):
     """Stages run one after another; after stage ``exit_stages[e]`` exit ``e`` turns the feature map into logits.
 
-    In training mode ``net(x)`` gives the exit logits (E, N, K). In eval mode it gives the ensemble's logits (N, K):
-    ``sum_e output_weights[e] * exit_logits[e]``, raw outputs, never renormalised (arXiv 2301.12168, section 3).
-    ``net.exit_logits(x)`` gives (E, N, K) in either mode. ``x`` is (N, channels, H, W); all results have the dtype that
-    the heads produce.
+    In training mode ``net(x)`` gives the exit logits (E, N, K). In eval mode it gives the ensemble's logits (N, K),
+    ``sum_e output_weights[e] * exit_logits[e]`` over raw outputs (arXiv 2301.12168, section 3). ``net.exit_logits(x)``
+    gives (E, N, K) in either mode. ``x`` is (N, channels, H, W); all results have the dtype that the heads produce.
 
     Args:
         stages: the backbone, in order. The input block may be a stage of its own.
@@ -30,8 +32,8 @@ class MultiExitNet(nn.Module):
         exit_stages: for each exit the index of the stage after which it sits, strictly ascending, the last one the last
             stage. Default: one exit after every stage.
         exit_ids: the numbers these exits had in the full network, strictly ascending. Default 0..E-1.
-        output_weights: E numbers, the weights of the ensemble. Default 1/E each.
-        loss_weights: E numbers, the weights of the joint loss. Default 1/E each.
+        output_weights: E positive, finite numbers, the weights of the ensemble; they need not sum to 1. Default 1/E.
+        loss_weights: the same for the joint loss. Default 1/E.
         num_classes: K.
         origin: JSON-able description of how to rebuild the full network. Its entry "exits" is the full network's number
             of exits (set here if absent); "head_keys", pairs of key prefixes (in the exit, in the original), serves
@@ -91,8 +93,9 @@ class MultiExitNet(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
         self._fused_plans: tuple[FusedPlan | None, ...] = tuple(fused_plan(head) for head in exits)
-        self.register_buffer("output_weights", _weights("output_weights", output_weights, count))
-        self.register_buffer("loss_weights", _weights("loss_weights", loss_weights, count))
+        for name, weights in (("output_weights", output_weights), ("loss_weights", loss_weights)):
+            given = 1 / count if weights is None else weights
+            self.register_buffer(name, torch.tensor(_checked_weights("MultiExitNet", name, given, count)))
 
     @property
     def num_exits(self) -> int:
@@ -161,13 +164,20 @@ class MultiExitNet(nn.Module):
             linears.append(linear)
         return linears
 
-    def set_exit_weights(self, weights: Any) -> None:
-        """Copies ``weights.output`` and ``weights.loss`` (E numbers each, e.g. of ExitWeights) into the buffers."""
-        output = _weights("weights.output", weights.output, self.num_exits)
-        loss = _weights("weights.loss", weights.loss, self.num_exits)
+    def set_exit_weights(self, weights: ExitWeights | str) -> None:
+        """Copies the loss and output weights of an :class:`~aep_ext.ExitWeights`, or of the family of that name
+        ("uniform", "ascending", "descending", "mixed"), into the buffers.
+
+        Raises:
+            ValueError: no such family, or weights for another number of exits.
+        """
+        function = "MultiExitNet.set_exit_weights"
+        given = ExitWeights.named(weights, self.num_exits) if isinstance(weights, str) else weights
+        output = _checked_weights(function, "output", given.output, self.num_exits)
+        loss = _checked_weights(function, "loss", given.loss, self.num_exits)
         with torch.no_grad():
-            self.output_weights.copy_(output)
-            self.loss_weights.copy_(loss)
+            self.output_weights.copy_(torch.tensor(output))
+            self.loss_weights.copy_(torch.tensor(loss))
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the stages: one of the two usual optimizer groups."""
@@ -213,6 +223,13 @@ class MultiExitNet(nn.Module):
                 setattr(self, name, before.to(after.device) if after.device.type != "meta" else before.to("meta"))
         return self
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("output_weights", "loss_weights"):
+            values = state_dict.get(prefix + name)
+            if values is not None and not values.is_meta:
+                _checked_weights("MultiExitNet.load_state_dict", name, values, self.num_exits)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return (
             f"exits={self.num_exits} after stages {self.exit_stages}, exit_ids={self.exit_ids}, "
@@ -229,12 +246,9 @@ def _ascending(name: str, values: Sequence[int], count: int) -> tuple[int, ...]:
     return numbers
 
 
-def _weights(name: str, values: Sequence[float] | Tensor | None, count: int) -> Tensor:
-    if values is None:
-        return torch.full((count,), 1.0 / count, dtype=torch.float32)
-    tensor = torch.as_tensor(values).detach().clone().to(torch.float32)
-    if tensor.shape != (count,):
-        raise ValueError(f"MultiExitNet: {name} must have shape [{count}], got {list(tensor.shape)}")
-    if not (tensor.device.type == "meta" or bool(torch.isfinite(tensor).all())):
-        raise ValueError(f"MultiExitNet: {name} must be finite, got {tensor.tolist()}")
-    return tensor
+def _checked_weights(
+    function: str, name: str, values: float | Sequence[float] | Tensor, count: int
+) -> tuple[float, ...]:
+    """``count`` numbers that are positive and finite as float32 too, which the buffers are."""
+    numbers = per_exit(function, name, values, count, positive=True)
+    return per_exit(function, name, np.asarray(numbers, dtype=np.float32), count, positive=True)

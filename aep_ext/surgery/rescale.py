@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from aep_ext.surgery.measure import in_eval_without_grad
+from aep_ext._utils import eval_mode
 
 __all__ = ["HeadForm", "copy_head", "replace_classes", "study_head"]
 
@@ -18,6 +19,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.PReLU, *_NORMS)
 
 
+@dataclass(frozen=True)
 class HeadForm:
     """What the original head does to its feature map.
 
@@ -26,21 +28,14 @@ class HeadForm:
         classifier: the layer that makes the classes: the last one with weights.
         any_size: whether it takes feature maps of any height and width.
         map_shape: (N, C, H, W) of its own feature map.
+        num_classes: K.
     """
 
-    def __init__(
-        self,
-        inputs: dict[str, tuple[int, ...]],
-        classifier: str,
-        any_size: bool,
-        map_shape: tuple[int, ...],
-        num_classes: int,
-    ) -> None:
-        self.inputs = inputs
-        self.classifier = classifier
-        self.any_size = any_size
-        self.map_shape = map_shape
-        self.num_classes = num_classes
+    inputs: dict[str, tuple[int, ...]]
+    classifier: str
+    any_size: bool
+    map_shape: tuple[int, ...]
+    num_classes: int
 
 
 def _layers(head: nn.Module) -> dict[str, nn.Module]:
@@ -76,7 +71,7 @@ def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadFo
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
     try:
-        with in_eval_without_grad(head):
+        with eval_mode(head), torch.no_grad():
             output = head(x)
     finally:
         for handle in handles:
@@ -98,7 +93,7 @@ def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadFo
     any_size = False
     if larger is not None:
         try:
-            with in_eval_without_grad(head):
+            with eval_mode(head), torch.no_grad():
                 any_size = head(larger).shape == output.shape
         except Exception:  # a head for one size
             any_size = False
@@ -194,7 +189,7 @@ def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, num_classes: int)
 
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items() if name in form.inputs]
     try:
-        with in_eval_without_grad(new):
+        with eval_mode(new), torch.no_grad():
             shape = tuple(new(x).shape)
     except RuntimeError as error:
         raise ValueError(

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from aep_ext._utils import eval_mode
+
 __all__ = ["CannotTrace", "TracedModel", "chain_graph", "trace"]
 
 
@@ -108,13 +110,9 @@ def trace(model: nn.Module, opened: set[str]) -> TracedModel:
         CannotTrace: torch.fx cannot follow the forward.
         ValueError: the forward takes another path in training mode.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with eval_mode(model):
         in_training = _trace_once(model.train(), opened)
         traced = _trace_once(model.eval(), opened)
-    finally:
-        for module, training in modes:
-            module.training = training
     _unify_modes(model, traced, in_training)
     _localise_batch_sizes(traced.graph)
     return traced
@@ -220,24 +218,20 @@ def chain_graph(model: nn.Module, example: Tensor, opened: set[str]) -> TracedMo
     units = dict(_units(model, "", opened))
     trial = copy.deepcopy(model).train()  # training mode changes BatchNorm's statistics
     _, _, in_training = _run_recorded(trial, dict(_units(trial, "", opened)), example)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        expected, calls, in_eval = _run_recorded(model.eval(), units, example)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model):
+        expected, calls, in_eval = _run_recorded(model, units, example)
     if in_training != in_eval:
         raise CannotTrace("its modules run in another order in training mode")
     graph = fx.Graph()
     node, x = graph.placeholder("x"), example
     traced = TracedModel(graph)
-    with torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         for path, wanted in calls:
             if tuple(x.shape) != wanted and tuple(x.flatten(1).shape) == wanted:
                 node, x = graph.call_function(torch.flatten, (node, 1)), x.flatten(1)
             if tuple(x.shape) != wanted:
                 raise CannotTrace(f"{path!r} is given a tensor that the module before it did not return")
-            node, x = graph.call_module(path, (node,)), _in_eval(units[path], x)
+            node, x = graph.call_module(path, (node,)), units[path](x)
             traced.outputs.setdefault(path, []).append(node)
         if x.shape != expected.shape and x.flatten(1).shape == expected.shape:
             node, x = graph.call_function(torch.flatten, (node, 1)), x.flatten(1)
@@ -249,15 +243,6 @@ def chain_graph(model: nn.Module, example: Tensor, opened: set[str]) -> TracedMo
         for container in (".".join(parts[:n]) for n in range(1, len(parts))):
             traced.outputs[container] = traced.outputs[path][-1:]  # the last call inside it is its result
     return traced
-
-
-def _in_eval(module: nn.Module, x: Tensor) -> Tensor:
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        return module.eval()(x)
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 def _units(module: nn.Module, path: str, opened: set[str]) -> Iterator[tuple[str, nn.Module]]:

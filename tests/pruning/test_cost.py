@@ -7,8 +7,15 @@ import torch
 from torch import nn
 
 from aep_ext import MultiExitNet, prune
-from aep_ext.pruning import Latency, count_macs, count_parameters, exits_of_mask, measure_latency, subset_costs
-from aep_ext.pruning.cost import _percentile
+from aep_ext.pruning import (
+    Latency,
+    count_macs,
+    count_parameters,
+    exit_costs,
+    exits_of_mask,
+    measure_latency,
+    subset_costs,
+)
 from aep_ext.surgery.heads import PooledLinearHead
 
 
@@ -58,6 +65,11 @@ def test_subset_costs_are_those_of_the_extracted_network(net):
         assert costs.macs[mask - 1] == count_macs(pruned, (3, 16, 16))
 
 
+def test_exit_costs_are_those_of_the_prefixes(net):
+    costs = exit_costs(net, (3, 16, 16))
+    assert costs == tuple(count_macs(prune(net, range(e + 1)), (3, 16, 16)) for e in range(4))
+
+
 def test_subset_costs_count_shared_parameters_once():
     stages = [nn.Conv2d(c, 6, 3, padding=1) for c in (3, 6, 6, 6)]
     heads = [PooledLinearHead(6, 6) for _ in range(3)]
@@ -73,8 +85,6 @@ def test_subset_costs_count_shared_parameters_once():
 
 
 def test_latency_percentiles():
-    assert [_percentile([1.0, 2.0, 3.0, 5.0], p) for p in (0, 50, 100)] == [1.0, 2.5, 5.0]
-    assert _percentile([4.0], 99) == 4.0
     latency = measure_latency(nn.Conv2d(3, 4, 3), (3, 8, 8), warmup=1, repeats=20, batch_size=2)
     assert 0 < latency.p5 <= latency.median <= latency.p95 <= latency.p99 and latency.repeats == 20
     assert Latency(**latency.to_dict()) == latency

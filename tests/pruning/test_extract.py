@@ -13,24 +13,53 @@ from aep_ext.pruning import count_parameters, exits_of_mask, single_exit
 SUBSETS = [exits_of_mask(mask) for mask in range(1, 16)]
 
 
-def masked(net: MultiExitNet, x: torch.Tensor, exits: tuple[int, ...]) -> torch.Tensor:
+def published(net: MultiExitNet, x: torch.Tensor, exits: tuple[int, ...]) -> torch.Tensor:
     """The ensemble of some exits, in the full network."""
     index = list(exits)
     return ops.ensemble(net.exit_logits(x)[index], net.output_weights[index])
 
 
+def normalized(net: MultiExitNet, x: torch.Tensor, exits: tuple[int, ...]) -> torch.Tensor:
+    """The same with the weights divided by their sum."""
+    weights = net.output_weights[list(exits)]
+    return ops.ensemble(net.exit_logits(x)[list(exits)], weights / weights.sum())
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @torch.no_grad()
-def test_logits_equal_the_masked_ensemble_bit_for_bit(net, fused):
+def test_a_net_with_one_exit_answers_with_its_logits_bit_for_bit(net, fused):
     net.fused = fused
+    net.eval()
+    x = torch.randn(9, 3, 16, 16)
+    for exit_index in range(4):
+        pruned = prune(net, (exit_index,))
+        assert pruned.output_weights.tolist() == [1.0]
+        assert torch.equal(pruned(x), net.exit_logits(x)[exit_index])
+
+
+@torch.no_grad()
+def test_kept_weights_are_divided_by_their_sum(net):
     net.eval()
     x = torch.randn(9, 3, 16, 16)
     for exits in SUBSETS:
         pruned = prune(net, exits)
-        assert torch.equal(pruned(x), masked(net, x, exits))
+        assert pruned.output_weights.sum().item() == pytest.approx(1, abs=1e-6)
+        assert torch.equal(pruned(x), normalized(net, x, exits))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@torch.no_grad()
+def test_not_normalized_logits_equal_the_published_ensemble_bit_for_bit(net, fused):
+    net.fused = fused
+    net.eval()
+    x = torch.randn(9, 3, 16, 16)
+    for exits in SUBSETS:
+        pruned = prune(net, exits, normalize=False)
+        assert torch.equal(pruned.output_weights, net.output_weights[list(exits)])
+        assert torch.equal(pruned(x), published(net, x, exits))
         assert torch.equal(pruned.exit_logits(x), net.exit_logits(x)[list(exits)])
     zero_weights = torch.tensor([0.0, 1, 0, 1]) * net.output_weights
-    assert torch.equal(prune(net, (1, 3))(x), ops.ensemble(net.exit_logits(x), zero_weights))
+    assert torch.equal(prune(net, (1, 3), normalize=False)(x), ops.ensemble(net.exit_logits(x), zero_weights))
 
 
 @torch.no_grad()
@@ -45,7 +74,7 @@ def test_pruning_twice_keeps_the_original_numbers(net):
                 twice = prune(once, kept)
                 original = tuple(exits[e] for e in kept)
                 assert twice.exit_ids == original
-                assert torch.equal(twice(x), masked(net, x, original))
+                torch.testing.assert_close(twice(x), normalized(net, x, original))
                 assert len(twice.stages) == original[-1] + 1
 
 
@@ -67,7 +96,6 @@ def test_weights_modes_and_origin_are_kept(net):
     net.stages[0].eval()
     net.stages[1].requires_grad_(False)
     pruned = prune(net, (1, 2))
-    assert torch.equal(pruned.output_weights, net.output_weights[1:3])
     assert torch.equal(pruned.loss_weights, net.loss_weights[1:3])
     assert pruned.training and not pruned.stages[0].training and pruned.stages[1].training
     assert not any(p.requires_grad for p in pruned.stages[1].parameters())
@@ -87,7 +115,7 @@ def test_the_single_exit_network(net):
 def test_a_choice_made_from_the_scores(net, batches):
     scores = score_subsets(net, batches)
     best = scores.best()
-    for pruned in (prune(net, scores), prune(net, best), prune(net, "best", scores=scores), prune(net, best.exits)):
+    for pruned in (prune(net, scores), prune(net, best), prune(net, best.exits)):
         assert pruned.exit_ids == best.exit_ids
     once = prune(net, (1, 3))
     again = score_subsets(once, batches)
@@ -109,8 +137,7 @@ def test_a_choice_made_from_the_scores(net, batches):
         ((1.0,), TypeError, "prune: exits must be integers, got 1.0"),
         ((True,), TypeError, "prune: exits must be integers, got True"),
         (3, TypeError, "prune: exits must be an iterable of exit indices, got 3"),
-        ("last", ValueError, "prune: exits must be indices, scores or 'best', got 'last'"),
-        ("best", ValueError, "prune: exits 'best' needs scores="),
+        ("best", TypeError, "prune: exits must be an iterable of exit indices, got 'best'"),
     ],
 )
 def test_bad_exits_are_refused(net, exits, kind, message):
@@ -118,11 +145,9 @@ def test_bad_exits_are_refused(net, exits, kind, message):
         prune(net, exits)
 
 
-def test_other_networks_are_refused(net, batches):
+def test_other_networks_are_refused():
     with pytest.raises(TypeError, match="prune: net must be a MultiExitNet, got Linear"):
         prune(nn.Linear(2, 2), (0,))
-    with pytest.raises(ValueError, match="scores= goes with exits 'best' only"):
-        prune(net, (0,), scores=score_subsets(net, batches))
 
 
 class _Twice(nn.Module):
@@ -152,7 +177,7 @@ def test_mixed_heads_shared_parameters_and_skipped_stages():
     for mask in range(1, 8):
         exits = exits_of_mask(mask)
         pruned = prune(net, exits)
-        assert torch.equal(pruned(x), masked(net, x, exits))
+        assert torch.equal(pruned(x), normalized(net, x, exits))
         assert len(pruned.stages) == (1, 3, 4)[exits[-1]]
     both = prune(net, (0, 2))
     assert both.exits[0].linear.weight is both.exits[1].linear.weight
@@ -167,7 +192,7 @@ def test_other_dtypes_and_channels_last(net, dtype):
     for exits in ((0,), (1, 2), (0, 3)):
         pruned = prune(net, exits)
         assert pruned.output_weights.dtype == net.output_weights.dtype
-        assert torch.equal(pruned(x), masked(net, x, exits))
+        assert torch.equal(pruned(x), normalized(net, x, exits))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -181,6 +206,6 @@ def test_anticipated_networks(fused):
     x = torch.randn(4, 3, 16, 16)
     for mask in range(1, 8):
         exits = exits_of_mask(mask)
-        assert torch.equal(prune(net, exits)(x), masked(net, x, exits))
+        assert torch.equal(prune(net, exits)(x), normalized(net, x, exits))
     if not fused:
         assert torch.equal(single_exit(net)(x), model(x))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from aep_ext import ops
+from aep_ext.surgery.exit_weights import ExitWeights
 from aep_ext.surgery.heads import PooledLinearHead
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.surgery.networks import build, resnet_small
@@ -104,15 +104,13 @@ def test_a_shared_parameter_is_in_one_group() -> None:
 
 def test_weights_are_buffers_and_stay_float32() -> None:
     net = small()
-    net.set_exit_weights(
-        SimpleNamespace(output=[0.1, 0.2, 0.7], loss=torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
-    )
+    net.set_exit_weights(ExitWeights(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), [0.1, 0.2, 0.7]))
     assert {"output_weights", "loss_weights"} <= set(net.state_dict())
     for dtype in (torch.bfloat16, torch.float64):
         net.to(dtype)
         assert net.output_weights.dtype == net.loss_weights.dtype == torch.float32
         assert torch.equal(net.output_weights, torch.tensor([0.1, 0.2, 0.7]))
-        assert net.exits[0].weight.dtype == dtype and net.exits[0].bias.dtype == dtype
+        assert net.exits[0].linear.weight.dtype == net.exits[0].linear.bias.dtype == dtype
     assert net.to("meta").output_weights.is_meta
 
 
@@ -135,8 +133,15 @@ def test_original_state_dict_and_what_is_lost_by_pruning() -> None:
         ({"exit_stages": (0, 1)}, r"exit_stages must have 3 entries, got 2"),
         ({"exit_stages": (0, 2, 1)}, r"strictly ascending, got \(0, 2, 1\)"),
         ({"exit_ids": (-1, 0, 1)}, r"non-negative"),
-        ({"output_weights": [1.0]}, r"output_weights must have shape \[3\], got \[1\]"),
-        ({"loss_weights": [1.0, float("nan"), 0.0]}, r"loss_weights must be finite"),
+        ({"output_weights": [1.0]}, r"output_weights must have 3 entries, got 1"),
+        ({"output_weights": [1.0, 0.0, 1.0]}, r"output_weights must be positive and finite, got 0.0 at position 1"),
+        ({"output_weights": torch.tensor([1, -2, 1])}, r"output_weights must be positive and finite, got -2.0 at"),
+        ({"output_weights": [1e-60, 1.0, 1.0]}, r"output_weights must be positive and finite, got 0.0 at position 0"),
+        ({"output_weights": [1.0, 1.0, float("inf")]}, r"output_weights must be positive and finite, got inf at"),
+        (
+            {"loss_weights": [1.0, float("nan"), 1.0]},
+            r"loss_weights must be positive and finite, got nan at",
+        ),
     ],
 )
 def test_arguments_are_checked(arguments: dict[str, object], message: str) -> None:
@@ -154,8 +159,36 @@ def test_stages_and_exits_must_fit() -> None:
         MultiExitNet([stage, stage], [head], exit_stages=[0], num_classes=5)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         MultiExitNet([stage], [head], num_classes=0)
-    with pytest.raises(ValueError, match=r"weights.output must have shape \[3\], got \[2\]"):
-        small().set_exit_weights(SimpleNamespace(output=[1, 2], loss=[1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (ExitWeights.mixed(2), "MultiExitNet.set_exit_weights: output must have 3 entries, got 2"),
+        (ExitWeights([1, 1, 1], [1, 1, 1e-60]), "output must be positive and finite, got 0.0 at position 2"),
+        ("best", "ExitWeights.named: name must be one of uniform, ascending, descending, mixed"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(weights: object, message: str) -> None:
+    net = small(output_weights=[0.2, 0.3, 0.5])
+    with pytest.raises(ValueError, match=message):
+        net.set_exit_weights(weights)
+    assert torch.equal(net.output_weights, torch.tensor([0.2, 0.3, 0.5]))
+    net.set_exit_weights("mixed")
+    assert torch.equal(net.output_weights, ExitWeights.mixed(3).output_tensor())
+    assert torch.equal(net.loss_weights, ExitWeights.mixed(3).loss_tensor())
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_state_dict_with_bad_weights_is_refused_before_anything_is_loaded(bad: float) -> None:
+    net, state = small(), small().state_dict()
+    before = copy.deepcopy(net.state_dict())
+    state["output_weights"][1] = bad
+    with pytest.raises(ValueError, match=r"load_state_dict: output_weights must be positive and finite, got .* 1$"):
+        net.load_state_dict(state)
+    with pytest.raises(ValueError, match="load_state_dict: output_weights must be positive"):
+        nn.ModuleDict({"net": net}).load_state_dict({f"net.{key}": value for key, value in state.items()})
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
 def test_deepcopy_pickle_and_state_dict(images: Tensor) -> None:
