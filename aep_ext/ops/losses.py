@@ -76,13 +76,15 @@ def joint_cross_entropy(
         _checks.choice(op, "memory", memory, MEMORY_MODES)
         if reduction == "none":
             raise ValueError(f"aep::{op}: memory='{memory}' needs reduction 'mean' or 'sum', got 'none'")
-        if memory == "in_place" and torch.compiler.is_compiling():
+        if not (isinstance(exit_logits, Tensor) and torch.is_grad_enabled() and exit_logits.requires_grad):
+            memory = "recompute"  # no gradient to form
+        elif memory == "in_place" and torch.compiler.is_compiling():
             raise RuntimeError(
                 f"aep::{op}: memory must be 'recompute' or 'in_forward' under torch.compile, got 'in_place'"
             )
     arguments = (exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
     if use_native(exit_logits, target, exit_weights, exit_logits if class_weight is None else class_weight):
-        if memory == "recompute" or not (torch.is_grad_enabled() and exit_logits.requires_grad):
+        if memory == "recompute":
             loss, exit_losses, _ = _native.joint_cross_entropy(*arguments)
         elif memory == "in_forward":
             loss, exit_losses, _ = _native.joint_cross_entropy_with_grad(*arguments)
