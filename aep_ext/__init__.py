@@ -5,7 +5,9 @@ The face of the package. Each name's home is the room it is imported from:
 - ``anticipate``, ``MultiExitNet``: :mod:`aep_ext.surgery`
 - ``ExitWeights``, ``JointCrossEntropy``: :mod:`aep_ext.ensemble`
 - ``score_subsets``, ``prune``: :mod:`aep_ext.pruning`
-- ``terminate``: :mod:`aep_ext.termination`
+- ``ExitPolicy``, ``GatedNet``, ``compile``: :mod:`aep_ext.inference`
+- ``terminate``: :mod:`aep_ext.calibration`
+- ``save``, ``load``: :mod:`aep_ext.export`
 - ``build_info``: what was built, what runs, what is missing and why
 
 Importing raises ImportError if the native module was built for another torch, unless ``AEP_FORCE_REFERENCE=1``; without
@@ -14,22 +16,28 @@ a native module everything works on the pure-torch reference, with one warning.
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
-
 from aep_ext._build_info import build_info
+from aep_ext._version import __version__
+from aep_ext.calibration import terminate
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy
+from aep_ext.export import load, save
+from aep_ext.inference import ExitPolicy, GatedNet, compile
 from aep_ext.pruning import prune, score_subsets
 from aep_ext.surgery import MultiExitNet, anticipate
-from aep_ext.termination import terminate
 
 __all__ = [
+    "ExitPolicy",
     "ExitWeights",
+    "GatedNet",
     "JointCrossEntropy",
     "MultiExitNet",
     "__version__",
     "anticipate",
     "build_info",
+    "compile",
+    "load",
     "prune",
+    "save",
     "score_subsets",
     "terminate",
 ]

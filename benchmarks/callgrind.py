@@ -2,23 +2,20 @@
 
     python -m benchmarks.callgrind                    counts and prints
     python -m benchmarks.callgrind --output FILE      writes FILE (JSON) too
-    python -m benchmarks.callgrind --only kernels     without torch; `--only calls`: the Python calls alone
 
-Two counts. *kernels*: the C++ kernels, called by benchmarks/callgrind_kernels.cpp without torch, on every instruction
-set that is built and that valgrind can emulate: it knows no AVX-512, so AVX2 is the best it shows of an x86 processor.
-*calls*: whole Python calls of the operators against what eager torch needs for the same result, in one process, with
-the counters that torch has for `torch.utils.benchmark.Timer.collect_callgrind` (which starts a process for every
-contestant). Results are compared before anything is counted.
+Whole Python calls of the operators against what eager torch needs for the same result, in one process, with the
+counters that torch has for `torch.utils.benchmark.Timer.collect_callgrind` (which starts a process for every
+function). Results are compared before anything is counted.
 
 An instruction count is no time: caches, memory and the width of the processor do not enter. Two runs agree within 1 %.
-It needs valgrind on the PATH, a C++ compiler for the kernels and a torch with counters (Linux) for the calls.
+It needs valgrind on the PATH and a torch with counters (Linux). Valgrind emulates no AVX-512: kernels and torch run
+with AVX2 at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import platform
 import re
@@ -30,32 +27,60 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if not __package__:  # run as a file: `benchmarks` and `build_support` are found from the root
-    sys.path[0] = str(ROOT)
+import torch
 
-ISAS = ("scalar", "avx2", "neon")
-NO_AVX512 = "valgrind emulates no AVX-512: kernels and torch run with AVX2 at most"
+from aep_ext import __version__, _load
+from aep_ext._io import write_json
+from benchmarks.cases import Case
+from benchmarks.paired_timing import Comparison, assert_same
+from benchmarks.test_ensemble import ensemble_stats
+from benchmarks.test_gate import gate
+from benchmarks.test_head import multi_exit_linear_head
+from benchmarks.test_loss import joint_cross_entropy
+
+ROOT = Path(__file__).resolve().parents[1]
+ISAS = ("scalar", "avx2", "neon")  # that valgrind can emulate
 # Valgrind counts every byte of a `rep movsb`, with which the C library copies much, as an instruction of its own:
 # copies by vectors are counted instead.
 _TUNABLES = ":".join(f"glibc.cpu.x86_rep_{name}_threshold=1073741824" for name in ("movsb", "stosb"))
-_INSIDE = "--inside"
 
 
 class CountError(Exception):
     """Nothing can be counted here; the message is one line."""
 
 
-def tool(name: str) -> str:
-    """The path of a program.
+def comparisons() -> dict[str, Comparison]:
+    """The cases whose calls are counted."""
+    return {
+        "ensemble_stats-4-1-10": ensemble_stats(Case((4, 1, 10)), "cpu"),
+        "gate-1-512-8-8": gate(Case((1,)), "cpu"),
+        "multi_exit_linear_head-1-64px": multi_exit_linear_head(Case((1, 64)), "cpu"),
+        "joint_cross_entropy-4-64-10-with-backward": joint_cross_entropy(Case((4, 64, 10)), "cpu"),
+    }
 
-    Raises:
-        CountError: it is not installed.
-    """
-    path = shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
-    if path is None:
-        raise CountError(f"callgrind: {name} is not installed")
-    return path
+
+def count_here(calls: int) -> None:
+    """What runs under valgrind: compares, then counts function by function. Prints what was counted, in order."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    functions: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {"empty fused": (lambda: None, ())}
+    for case, comparison in comparisons().items():
+        arguments = comparison.make()
+        expected = comparison.fused(*arguments)
+        for name, function in {"fused": comparison.fused, **comparison.baselines}.items():
+            assert_same(name, function(*arguments), expected, comparison)
+            functions[f"{case} {name}"] = function, arguments
+    gc.disable()
+    print(torch.backends.cpu.get_cpu_capability())
+    for name, (function, arguments) in functions.items():
+        for _ in range(5):
+            function(*arguments)
+        gc.collect()
+        torch._C._valgrind_toggle()
+        for _ in range(calls):
+            function(*arguments)
+        torch._C._valgrind_toggle_and_dump_stats()
+        print(name)
 
 
 def _run(command: list[str], **environment: str) -> str:
@@ -66,145 +91,32 @@ def _run(command: list[str], **environment: str) -> str:
     return run.stdout
 
 
-def build_driver(folder: Path) -> Path:
-    """Compiles benchmarks/callgrind_kernels.cpp and the kernels, optimised, in ``folder``.
+def count(calls: int) -> dict[str, Any]:
+    """Instructions of one call, for each case and function, with the ratio of the best eager baseline to the operator
+    (above 1: the operator needs fewer), and the vector instructions that torch used.
 
     Raises:
-        CountError: a tool is missing, or it does not compile.
+        CountError: valgrind is missing, this torch has no counters, there is no native module, or the process failed.
     """
-    cmake, ninja = tool("cmake"), tool("ninja")
-    options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DAEP_BUILD_TESTS=ON", "-DCMAKE_BUILD_TYPE=Release"]
-    _run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *options])
-    _run([cmake, "--build", str(folder), "--parallel", "2", "--target", "callgrind_kernels"])
-    return folder / "callgrind_kernels"
-
-
-def _under_valgrind(options: list[str], command: list[str], **environment: str) -> tuple[str, list[int]]:
-    """What ``command`` printed, and the instructions in each of the dumps that it asked for, in order.
-
-    Raises:
-        CountError: it failed.
-    """
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": _TUNABLES} | environment
-    with tempfile.TemporaryDirectory(prefix="aep-callgrind-") as folder:
-        base = Path(folder, "out")
-        flags = ["--tool=callgrind", f"--callgrind-out-file={base}", *options]
-        printed = _run([tool("valgrind"), *flags, *command], **settings)
-        dumps = sorted(base.parent.glob("out.*"), key=lambda file: int(file.suffix[1:]))
-        totals = [re.search(r"^totals: (\d+)", dump.read_text(encoding="utf-8"), re.MULTILINE) for dump in dumps]
-    return printed, [int(total[1]) for total in totals if total]
-
-
-def count_kernels(driver: Path, isa: str, calls: int = 100) -> dict[str, float]:
-    """Instructions of one call of every case of the driver on one instruction set; ``empty`` is the loop around them.
-
-    Raises:
-        CountError: the set is not built, or not to be had under valgrind.
-    """
-    marks = ["--zero-before=aep_count_begin", "--dump-before=aep_count_end"]
-    printed, totals = _under_valgrind(marks, [str(driver), str(calls)], AEP_ISA=isa)
-    names = printed.splitlines()[1:]
-    if len(names) != len(totals):
-        raise CountError(f"callgrind: {len(names)} cases but {len(totals)} counts")
-    return {name: round(total / calls, 1) for name, total in zip(names, totals, strict=True)}
-
-
-def contestants() -> dict[str, dict[str, Callable[[], object]]]:
-    """For every case the operator (``fused``) and its eager rivals, ready to be called."""
-    import torch
-
-    from aep_ext import ops
-    from benchmarks import rivals
-
-    torch.manual_seed(0)
-    logits, weights = torch.randn(4, 1, 10), torch.arange(1.0, 5.0) / 10
-    stats = {
-        "fused": lambda: tuple(ops.ensemble_stats(logits, weights)),
-        "naive": lambda: rivals.stats_naive(logits, weights),
-        "eager": lambda: rivals.stats_eager(logits, weights),
-    }
-
-    features, running, own = torch.randn(1, 512, 8, 8), torch.randn(1, 10), torch.randn(1, 10)
-    indices, state = torch.arange(1), torch.zeros(1, 0, dtype=torch.int64)
-
-    def gate() -> tuple[object, ...]:
-        r = ops.gate(features, running, 0.3, indices, state, own, weight=0.7, threshold=2.0)
-        count = int(r.count)
-        return r.features[:count], r.running[:count], r.indices, r.stats
-
-    gates = {
-        "fused": gate,
-        "naive": lambda: rivals.gate_naive(features, running, indices, own, 0.7, 2.0),
-        "eager": lambda: rivals.gate_eager(features, running, indices, own, 0.7, 2.0),
-    }
-
-    maps = [torch.randn(1, c, s, s) for c, s in ((256, 16), (512, 8), (1024, 4), (2048, 2))]  # ResNet-50, 64 px
-    matrices, biases = [torch.randn(10, x.shape[1]) / x.shape[1] ** 0.5 for x in maps], [torch.randn(10) for _ in maps]
-    modules = [rivals.ExitHead(w, b) for w, b in zip(matrices, biases, strict=True)]
-    heads = {
-        "fused": lambda: ops.multi_exit_linear_head(maps, matrices, biases),
-        "naive": lambda: rivals.head_naive(maps, modules),
-        "mean": lambda: rivals.head_mean(maps, matrices, biases),
-    }
-
-    many, target = torch.randn(4, 64, 10, requires_grad=True), torch.randint(10, (64,))
-    step = rivals.graded(lambda x: ops.joint_cross_entropy(x, target, weights).loss)
-    summed = rivals.graded(lambda x: rivals.loss_summed(x, target, weights.tolist()))
-    flat = rivals.graded(lambda x: rivals.loss_flat(x, target, weights))
-    losses = {"fused": lambda: step(many), "summed": lambda: summed(many), "flat": lambda: flat(many)}
-
-    return {
-        "ensemble_stats-4-1-10": stats,
-        "gate-1-512-8-8": gates,
-        "multi_exit_linear_head-1-64px": heads,
-        "joint_cross_entropy-4-64-10-with-backward": losses,
-    }
-
-
-def _inside(calls: int) -> None:
-    """What runs under valgrind: compares, then counts contestant by contestant. Prints what was counted, in order."""
-    import torch
-
-    torch.set_num_threads(1)
-    cases = contestants()
-    for members in cases.values():
-        for name in members:
-            torch.testing.assert_close(members["fused"](), members[name](), rtol=1e-4, atol=1e-5)
-    gc.disable()
-    print(torch.backends.cpu.get_cpu_capability())
-    for case, members in ({"empty": {"fused": lambda: None}} | cases).items():
-        for name, call in members.items():
-            for _ in range(5):
-                call()
-            gc.collect()
-            torch._C._valgrind_toggle()
-            for _ in range(calls):
-                call()
-            torch._C._valgrind_toggle_and_dump_stats()
-            print(case, name)
-
-
-def count_calls(calls: int = 100) -> dict[str, Any]:
-    """Instructions of one Python call, for each case and contestant, with the ratio of the best eager rival to the
-    operator (above 1: the operator needs fewer), and the vector instructions that torch used.
-
-    Raises:
-        CountError: this torch has no counters, there is no native module, or the process failed.
-    """
-    import torch
-
-    from aep_ext import _load
-
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
+        raise CountError("callgrind: valgrind is not installed")
     if not getattr(torch._C, "_valgrind_supported_platform", lambda: False)():
         raise CountError("callgrind: this torch has no valgrind counters (only its Linux builds have)")
     if _load.extension is None:
         raise CountError(f"callgrind: there is no native module to count: {_load.reason}")
-    best = [isa for isa in _load.extension.isa_supported().split(",") if isa in ISAS][-1]
-    command = [sys.executable, "-m", "benchmarks.callgrind", _INSIDE, str(calls)]
-    printed, totals = _under_valgrind(["--collect-atstart=no"], command, AEP_ISA=best)
-    capability, *names = printed.splitlines()
+    isa = [isa for isa in _load.extension.isa_supported().split(",") if isa in ISAS][-1]
+    settings = {"AEP_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": _TUNABLES}
+    with tempfile.TemporaryDirectory(prefix="aep-callgrind-") as folder:
+        base = Path(folder, "out")
+        flags = ["--tool=callgrind", f"--callgrind-out-file={base}", "--collect-atstart=no"]
+        script = [sys.executable, "-m", "benchmarks.callgrind", "--here", "--calls", str(calls)]
+        capability, *names = _run([valgrind, *flags, *script], **settings).splitlines()
+        dumps = sorted(base.parent.glob("out.*"), key=lambda file: int(file.suffix[1:]))
+        found = [re.search(r"^totals: (\d+)", dump.read_text(encoding="utf-8"), re.MULTILINE) for dump in dumps]
+    totals = [int(total[1]) for total in found if total]
     if len(names) != len(totals):
-        raise CountError(f"callgrind: {len(names)} contestants but {len(totals)} counts")
+        raise CountError(f"callgrind: {len(names)} functions but {len(totals)} counts")
     counts: dict[str, dict[str, float]] = {}
     for line, total in zip(names, totals, strict=True):
         case, name = line.split()
@@ -212,85 +124,34 @@ def count_calls(calls: int = 100) -> dict[str, Any]:
     empty = counts.pop("empty")["fused"]
     cases: dict[str, Any] = {}
     for case, members in counts.items():
-        ratio = {name: round(count / members["fused"], 3) for name, count in members.items() if name != "fused"}
+        ratio = {name: round(value / members["fused"], 3) for name, value in members.items() if name != "fused"}
         cases[case] = {"count": members, "ratio": ratio, "ratio_best_eager": min(ratio.values())}
-    return {"isa": best, "torch_capability": capability, "empty": empty, "cases": cases}
-
-
-def machine() -> dict[str, str]:
-    """What the counts depend on, beside the code."""
-    from importlib import metadata
-
-    found = {"machine": platform.machine(), "libc": " ".join(platform.libc_ver()), "python": platform.python_version()}
-    found["valgrind"] = _run([tool("valgrind"), "--version"]).strip()
-    for name in ("torch", "aep_ext"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def show(result: dict[str, Any]) -> str:
-    """The counts as text."""
-    lines = []
-    kernels = result.get("kernels", {})
-    if kernels:
-        lines.append(f"{'instructions of one kernel call':44}" + "".join(f"{isa:>12}" for isa in kernels))
-        for case in next(iter(kernels.values())):
-            lines.append(f"{case:44}" + "".join(f"{counts[case]:12,.0f}" for counts in kernels.values()))
-    if "calls" in result:
-        lines.append(f"{'instructions of one Python call':44}{'fused':>12}{'best eager':>12}{'ratio':>8}")
-        for case, values in result["calls"]["cases"].items():
-            own = values["count"]["fused"]
-            best = min(count for name, count in values["count"].items() if name != "fused")
-            lines.append(f"{case:44}{own:12,.0f}{best:12,.0f}{best / own:8.2f}")
-    return "\n".join([*lines, *result["notes"]])
-
-
-def count(calls: int, only: str | None, folder: Path) -> dict[str, Any]:
-    """The whole result.
-
-    Raises:
-        CountError: nothing can be counted here.
-    """
-    result: dict[str, Any] = {"format": 1, "calls_counted": calls, "machine": machine(), "notes": [NO_AVX512]}
-    if only != "calls":
-        driver = build_driver(folder)
-        facts = json.loads((folder / "aep_facts.json").read_text(encoding="utf-8"))
-        result["machine"]["compiler"] = facts["compiler"]
-        result["kernels"] = {"scalar": count_kernels(driver, "scalar", calls)}
-        for isa in (isa for isa in ISAS[1:] if isa in facts["isa_built"]):
-            try:
-                result["kernels"][isa] = count_kernels(driver, isa, calls)
-            except CountError as error:
-                result["notes"].append(str(error))
-    if only != "kernels":
-        result["calls"] = count_calls(calls)
-    return result
+    machine = {"machine": platform.machine(), "libc": " ".join(platform.libc_ver()), "torch": torch.__version__}
+    machine |= {"valgrind": _run([valgrind, "--version"]).strip(), "aep_ext": __version__}
+    calls_found = {"isa": isa, "torch_capability": capability, "empty": empty, "cases": cases}
+    return {"format": 1, "calls_counted": calls, "machine": machine, "calls": calls_found}
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; the exit status."""
     parser = argparse.ArgumentParser(prog="callgrind", description="Instructions per call, counted by valgrind.")
     parser.add_argument("--output", type=Path, help="the JSON file to write")
-    parser.add_argument("--only", choices=("kernels", "calls"), help="one of the two counts")
-    parser.add_argument("--calls", type=int, default=100, help="calls to count for each contestant (default 100)")
-    parser.add_argument("--build", type=Path, default=ROOT / "build" / "callgrind", help="where the kernels are built")
-    parser.add_argument(_INSIDE, type=int, metavar="CALLS", help=argparse.SUPPRESS)
+    parser.add_argument("--calls", type=int, default=100, help="calls to count for each function (default 100)")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.inside:
-        _inside(arguments.inside)
+    if arguments.here:
+        count_here(arguments.calls)
         return 0
     try:
-        result = count(arguments.calls, arguments.only, arguments.build.resolve())
+        result = count(arguments.calls)
     except CountError as error:
         print(error, file=sys.stderr)
         return 1
-    print(show(result))
+    print(f"{'instructions of one call':44}{'fused':>12}{'best eager':>12}{'ratio':>8}")
+    for case, values in result["calls"]["cases"].items():
+        own = values["count"]["fused"]
+        print(f"{case:44}{own:12,.0f}{values['ratio_best_eager'] * own:12,.0f}{values['ratio_best_eager']:8.2f}")
     if arguments.output:
-        from aep_ext._io import write_json
-
         write_json(arguments.output, result)
     return 0
 

@@ -1,4 +1,4 @@
-"""The cases: size x dtype x layout x threads x variant, which of them are quick, which are goals, and their inputs."""
+"""The cases of the benchmarks, which of them are quick, which are goals, and their inputs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +17,16 @@ DTYPES = ("float32", "bfloat16", "float64")
 MARKS = {
     "quick": "the small selection of benchmarks that everyone can run",
     "goal": "a case that benchmarks/goals.toml judges",
-    "matrix": "a benchmark that runs with --full only",
+    "full": "a benchmark that runs with --full only",
 }
 ALL_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Input sets rotate through at least this much, which is past a core's own caches.
-_ROTATE_BYTES, _LARGE_BYTES, _MOST_SETS = 16 << 20, 128 << 20, 8
+_ROTATE_BYTES, _LARGE_BYTES, _MAX_SETS = 16 << 20, 128 << 20, 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the matrix. ``threads``: 1, or 0 for all cores."""
+    """One case of an operator. ``threads``: 1, or 0 for all cores."""
 
     size: tuple[int, ...]
     variant: str = "plain"
@@ -35,7 +36,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """The size, then everything that is not the ordinary choice: ``4x64x100-bfloat16-strided-allthreads``."""
+        """The size, then everything that is not the default: ``4x64x100-bfloat16-strided-allthreads``."""
         parts = ["x".join(str(n) for n in self.size)]
         parts += [] if self.variant == "plain" else [self.variant]
         parts += [] if self.dtype == "float32" else [self.dtype]
@@ -49,7 +50,7 @@ class Case:
 
     @property
     def tolerance(self) -> dict[str, float]:
-        """``rtol`` and ``atol`` against the reference: rivals in bfloat16 also add up in bfloat16."""
+        """``rtol`` and ``atol`` against the reference: baselines in bfloat16 also add up in bfloat16."""
         if self.dtype == "bfloat16":
             return {"rtol": 3e-2, "atol": 6e-2}
         return {"rtol": 1e-4, "atol": 1e-5}
@@ -64,11 +65,14 @@ def cases(
     dtypes: Sequence[str] = DTYPES,
     layouts: Sequence[str] = ("contiguous", "strided"),
     huge: Iterable[Sequence[int]] = (),
-) -> list[object]:
-    """Parameters for ``pytest.mark.parametrize("case", ...)``: the full matrix of ``sizes``.
+) -> list[Any]:
+    """Parameters for ``pytest.mark.parametrize("case", ...)``: all combinations, with ids ``cpu-4x64x100``.
 
-    ``goal`` and ``quick`` name cases by their id. What is neither is marked ``matrix`` and runs on request only.
+    ``goal`` and ``quick`` name cases by :attr:`Case.id`. What is neither is marked ``full`` and runs on request only.
     ``huge`` sizes come in float32 and bfloat16 and contiguous only: gigabytes, and nothing new to learn.
+
+    Raises:
+        ValueError: ``goal`` or ``quick`` names a case that does not exist.
     """
     goal, quick = set(goal), set(quick)
     rows = [Case(tuple(size), *rest) for size, *rest in product(sizes, variants, dtypes, layouts, (1, 0))]
@@ -80,41 +84,51 @@ def cases(
     for row in rows:
         marks = [pytest.mark.goal] if row.id in goal else []
         marks += [pytest.mark.quick] if row.id in quick else []
-        parameters.append(pytest.param(row, marks=marks or [pytest.mark.matrix], id=row.id))
+        parameters.append(pytest.param(row, marks=marks or [pytest.mark.full], id=f"cpu-{row.id}"))
     return parameters
 
 
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples and lists."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [found for entry in value for found in tensors(entry)] if isinstance(value, (tuple, list)) else []
+
+
+def bytes_of(value: Any) -> int:
+    """Of all tensors in nested tuples and lists."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(value))
+
+
 def input_sets(bytes_each: int) -> int:
-    """How many input sets rotate: several, unless one alone is larger than any cache."""
+    """How many input sets rotate on a CPU: several, unless one alone is larger than any cache."""
     if bytes_each >= _LARGE_BYTES:
         return 1
-    return max(2, min(_MOST_SETS, math.ceil(_ROTATE_BYTES / max(1, bytes_each))))
+    return max(2, min(_MAX_SETS, math.ceil(_ROTATE_BYTES / max(1, bytes_each))))
 
 
-def logits_sets(case: Case, device: str, *, lifted: bool = True) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(logits (E, N, K), weights (E,), labels (N,)): as a trained network gives them, or at chance (``lifted=False``).
+def make_logits(case: Case, device: str, *, trained: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (E, N, K), weights (E,) of the same dtype and labels (N,) of a case whose size is (E, N, K).
 
-    The weights have the dtype of the logits, so that no contestant has to convert them.
+    ``trained``: the label's logit is raised by 3 in every exit, as a trained network would; else chance.
     """
     exits, rows, classes = case.size
-    sets = []
-    for _ in range(input_sets(exits * rows * classes * case.torch_dtype.itemsize)):
-        if case.layout == "strided":  # as torch.stack(..., dim=1) gives it
-            logits = torch.randn(rows, exits, classes).transpose(0, 1)
-        else:
-            logits = torch.randn(exits, rows, classes)
-        target = torch.randint(classes, (rows,))
-        if lifted:
-            logits[:, torch.arange(rows), target] += 3.0
-        weights = torch.arange(1.0, exits + 1) / sum(range(1, exits + 1))
-        sets.append((*(t.to(device, case.torch_dtype) for t in (logits, weights)), target.to(device)))
-    return sets
+    if case.layout == "strided":  # as torch.stack(..., dim=1) gives it
+        logits = torch.randn(rows, exits, classes, device=device).transpose(0, 1)
+    else:
+        logits = torch.randn(exits, rows, classes, device=device)
+    target = torch.randint(classes, (rows,), device=device)
+    if trained:
+        logits[:, torch.arange(rows, device=device), target] += 3.0
+    weights = torch.arange(1.0, exits + 1, device=device) / sum(range(1, exits + 1))
+    return logits.to(case.torch_dtype), weights.to(case.torch_dtype), target
 
 
 def feature_map(rows: int, channels: int, height: int, case: Case, device: str) -> Tensor:
     """(rows, channels, height, height) in the case's dtype and layout."""
-    shape = (rows, channels, height, height)
     if case.layout == "strided":  # a crop: neither rows nor columns follow one another
-        return torch.randn(rows, channels, height + 1, height + 1).to(device, case.torch_dtype)[:, :, 1:, 1:]
+        full = torch.randn(rows, channels, height + 1, height + 1, device=device)
+        return full.to(case.torch_dtype)[:, :, 1:, 1:]
     form = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
-    return torch.randn(shape).to(device, case.torch_dtype).contiguous(memory_format=form)
+    x = torch.randn(rows, channels, height, height, device=device)
+    return x.to(case.torch_dtype).contiguous(memory_format=form)

@@ -1,16 +1,15 @@
-"""Paired benchmarks: contestants alternate inside one benchmark, so that the machine's moods meet all of them alike.
+"""Benchmarks of the operators, networks and engines on a CPU, each against baselines that are timed in turn with it.
 
     pytest benchmarks --benchmark-only -m quick        a look, under five minutes
     pytest benchmarks --benchmark-only -m goal         the cases that benchmarks/goals.toml judges
     pytest benchmarks --benchmark-only                 both
-    pytest benchmarks --benchmark-only --full          the whole matrix: hours; benchmarks/matrix.py does it in pieces
+    pytest benchmarks --benchmark-only --full          all cases: hours; benchmarks/sweep.py does it in resumable pieces
     pytest benchmarks --benchmark-only --benchmark-json=result.json
     pytest benchmarks --benchmark-disable -m quick     compares the results and times nothing
 
 The time that pytest-benchmark shows is the fused operator's, per round of ``extra_info["calls_per_round"]`` calls. The
-rivals' medians per call and their ratio to the fused one (above 1: the fused one is faster) are in ``extra_info``.
-On a GPU (``-m gpu``) a round ends when the device has finished all of its calls, so what is timed is a stream of
-calls and not the latency of one.
+baselines' medians per call and their ratio to the fused one (above 1: the fused one is faster) are in ``extra_info``.
+The benchmarks of a GPU are in benchmarks/gpu.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ import pytest
 import torch
 
 import aep_ext
-from benchmarks import bandwidth as memory_bandwidth
+from benchmarks import memory
 from benchmarks.cases import ALL_THREADS, MARKS, Case
-from benchmarks.racing import Race
+from benchmarks.paired_timing import PairedTiming
 
 _ALLOCATOR = (
     "LD_PRELOAD", "MALLOC_CONF", "MALLOC_ARENA_MAX", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES",
@@ -36,13 +35,13 @@ _ALLOCATOR = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=1, help="torch threads of cases that do not say (default 1)")
-    parser.addoption("--full", action="store_true", help="the whole matrix (hours), not only quick and goal cases")
+    parser.addoption("--full", action="store_true", help="all cases (hours), not only the quick ones and the goals'")
     parser.addoption("--case-seconds", type=float, default=1.0, help="time for the rounds of one case (default 1)")
     parser.addoption(
         "--inductor",
         choices=("auto", "always", "never"),
         default="auto",
-        help="torch.compile as a rival; auto: on the CPU, except in cases that are quick and no goal (that is slow)",
+        help="torch.compile as a baseline; auto: except in cases that are quick and no goal (that is slow)",
     )
 
 
@@ -52,29 +51,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the matrix unless asked for; skips what is marked `gpu` where there is no CUDA device."""
-    chosen, left_out = [], []
-    for item in items:
-        case = _case(item)
-        on_gpu = "gpu" in item.keywords
-        unwanted = "matrix" in item.keywords and not config.getoption("--full")
-        unwanted |= on_gpu and case is not None and case.threads != 1  # a GPU has no CPU threads to vary
-        (left_out if unwanted else chosen).append(item)
-        if on_gpu and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    """Leaves out what is marked ``full`` unless asked for; skips what is marked ``gpu`` where there is no GPU."""
+    left_out = [item for item in items if "full" in item.keywords and not config.getoption("--full")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = chosen
+        items[:] = [item for item in items if item not in left_out]
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 def _case(item: pytest.Item) -> Case | None:
     case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
     return case if isinstance(case, Case) else None
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def _processor() -> str:
@@ -120,20 +110,21 @@ def bandwidth() -> Callable[[Callable[[], float]], dict[str, float]]:
     def of_these_threads(clock: Callable[[], float]) -> dict[str, float]:
         key = (torch.get_num_threads(), clock.__name__)
         if key not in known:
-            known[key] = memory_bandwidth.measure(clock)
+            known[key] = memory.bandwidth(clock)
         return known[key]
 
     return of_these_threads
 
 
 @pytest.fixture
-def race(request: pytest.FixtureRequest, benchmark: Any, bandwidth: Callable[..., dict[str, float]]) -> Race:
-    """``race(fused, rivals)``: compares the results, then times all in turn. See :class:`benchmarks.racing.Race`."""
+def paired_timing(
+    request: pytest.FixtureRequest, benchmark: Any, bandwidth: Callable[..., dict[str, float]]
+) -> PairedTiming:
+    """``paired_timing(comparison)``: see :class:`benchmarks.paired_timing.PairedTiming`."""
     option, marks = request.config.getoption, request.node.keywords
     inductor = option("--inductor")
     if inductor == "auto":
-        wanted = ("goal" in marks or "quick" not in marks) and "gpu" not in marks
-        inductor = "always" if wanted else "never"
+        inductor = "always" if "goal" in marks or "quick" not in marks else "never"
     operator = request.function.__name__.removeprefix("test_")
     benchmark.group = operator
     benchmark.extra_info["operator"] = operator
@@ -145,4 +136,4 @@ def race(request: pytest.FixtureRequest, benchmark: Any, bandwidth: Callable[...
             "dtype": case.dtype,
             "layout": case.layout,
         }
-    return Race(benchmark, option("--case-seconds"), inductor == "always", bandwidth)
+    return PairedTiming(benchmark, option("--case-seconds"), inductor == "always", bandwidth)

@@ -12,7 +12,7 @@
 # --wheels: a folder of wheels with peers that are not installed here (liger_kernel, say), used for this call alone.
 # Exit status: 0 all that was asked for passed (or was left out, for a reason that is recorded), 1 something failed, 2 a bad
 # argument, 3 there is no GPU here, 4 the time was up before the end.
-# benchmarks/gpu/goals.py prints the goals beside such a result.
+# python3 -m benchmarks.goals FILE prints the goals beside such a result.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1

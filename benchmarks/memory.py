@@ -1,12 +1,34 @@
-"""Bytes that torch's CPU allocator hands out while a function runs, above what was there before."""
+"""Memory as a limit: the bandwidth of this machine, and the bytes that torch's CPU allocator hands out."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+BYTES = 256 << 20  # far beyond any cache
+REPEATS = 7
+
+
+def bandwidth(clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+    """GB/s with torch's current threads: ``read`` (one stream, summed) and ``copy`` (bytes read plus bytes written)."""
+
+    def best(function: Callable[[], object]) -> float:
+        function()  # touches the pages and starts the threads
+        seconds = []
+        for _ in range(REPEATS):
+            start = clock()
+            function()
+            seconds.append(clock() - start)
+        return min(seconds)
+
+    source = torch.ones(BYTES // 4)
+    target = torch.zeros_like(source)
+    read = min(best(source.sum), best(source.amax))  # which of the two computes less than it reads differs
+    return {"read": BYTES / read * 1e-9, "copy": 2 * BYTES / best(lambda: target.copy_(source)) * 1e-9}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The joint loss of linear exits, forward and backward, without their logits.
 
-Liger-Kernel has such a loss for one layer, on GPUs only: no rival here.
+Liger-Kernel has such a loss for one layer, on GPUs only: no baseline on a CPU.
 """
 
 from __future__ import annotations
@@ -14,72 +14,83 @@ from torch import Tensor
 
 from aep_ext import ops
 from aep_ext.ops import reference
-from benchmarks.cases import Case, cases, input_sets
+from benchmarks import baselines
+from benchmarks.cases import Case, cases
 from benchmarks.memory import peak
+from benchmarks.paired_timing import Comparison, Function
 
 CHANNELS = 128
+RESNET50_CHANNELS = (256, 512, 1024, 2048)  # variant "wide"
 HUGE = (4, 1024, 21841)
-Loss = Callable[..., Tensor]
 
 
-def _inputs(case: Case, device: str) -> list[tuple[Tensor, ...]]:
-    """Sets of (target, pooled features, weights, biases): flat, all but the target with a gradient."""
+def losses(case: Case, device: str) -> dict[str, Function]:
+    """By name: ``loss(target, *pooled features, *weights, *biases)``."""
+    exits = case.size[0]
+    values = [(e + 1) / sum(range(1, exits + 1)) for e in range(exits)]
+    as_tensor = torch.tensor(values, device=device)
+
+    def parts(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        return [tensors[:exits], tensors[exits : 2 * exits], tensors[2 * exits :]]
+
+    def logits(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        return [F.linear(x, w, b) for x, w, b in zip(*parts(tensors), strict=True)]
+
+    return {
+        "fused": lambda y, *t: ops.linear_joint_cross_entropy(*parts(t), y, as_tensor).loss,
+        "reference": lambda y, *t: reference.linear_joint_cross_entropy(*parts(t), y, as_tensor).loss,
+        "summed": lambda y, *t: baselines.loss_summed(logits(t), y, values),
+        "flat": lambda y, *t: baselines.loss_flat(torch.stack(logits(t)), y, as_tensor.to(t[0].dtype)),
+        "of_logits": lambda y, *t: ops.joint_cross_entropy(torch.stack(logits(t)), y, as_tensor).loss,
+    }
+
+
+def linear_joint_cross_entropy(case: Case, device: str) -> Comparison:
+    """Gradients of features, weights and biases of E linear exits for N rows and K classes."""
     exits, rows, classes = case.size
-    sets = []
-    for _ in range(input_sets(exits * classes * CHANNELS * case.torch_dtype.itemsize)):
-        shapes = [(rows, CHANNELS)] * exits + [(classes, CHANNELS)] * exits + [(classes,)] * exits
-        floats = [torch.randn(shape).div(CHANNELS**0.25) for shape in shapes]
-        leaves = [t.to(device, case.torch_dtype).requires_grad_() for t in floats]
-        sets.append((torch.randint(classes, (rows,)).to(device), *leaves))
-    return sets
+    channels = RESNET50_CHANNELS[:exits] if case.variant == "wide" else (CHANNELS,) * exits
+    of = losses(case, device)
+    shapes = [*((rows, c) for c in channels), *((classes, c) for c in channels), *[(classes,)] * exits]
+
+    def make() -> tuple[Tensor, ...]:
+        scales = [*(c**0.25 for c in channels), *(c**0.25 for c in channels), *[1.0] * exits]
+        floats = [torch.randn(shape, device=device).div(s) for shape, s in zip(shapes, scales, strict=True)]
+        leaves = [x.to(case.torch_dtype).requires_grad_() for x in floats]
+        return torch.randint(classes, (rows,), device=device), *leaves
+
+    def liger() -> Function:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        plain, total = LigerFusedLinearCrossEntropyLoss(), sum(range(1, exits + 1))
+
+        def loss(target: Tensor, *t: Tensor) -> Tensor:
+            layers = zip(t[:exits], t[exits : 2 * exits], t[2 * exits :], strict=True)
+            return sum((e + 1) / total * plain(w, x, target, b) for e, (x, w, b) in enumerate(layers))
+
+        return with_gradients(loss)
+
+    return Comparison(
+        fused=with_gradients(of["fused"]),
+        baselines={name: with_gradients(of[name]) for name in ("summed", "flat")},
+        make=make,
+        reference=with_gradients(of["reference"]),
+        compiled=of["flat"],
+        around=with_gradients,
+        liger=liger,
+        # Gradients are of the order of 1 / rows: without the scale, the absolute tolerance would pass anything.
+        comparable=lambda result: (result[0].float(), *(grad.float() * rows for grad in result[1:])),
+        # Every weight is read for the logits and for the features' gradient, and its gradient written.
+        bytes_moved=sum(3 * classes * c + 2 * rows * c for c in channels) * case.torch_dtype.itemsize,
+        **case.tolerance,
+    )
 
 
-def _parts(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    exits = len(tensors) // 3
-    return [tensors[:exits], tensors[exits : 2 * exits], tensors[2 * exits :]]
+def with_gradients(loss: Callable[..., Tensor]) -> Function:
+    """``loss(target, *tensors)`` with its gradients in all tensors."""
 
-
-def _weights(exits: int, like: Tensor) -> Tensor:
-    return torch.arange(1.0, exits + 1, device=like.device).div_(sum(range(1, exits + 1)))
-
-
-def _fused(target: Tensor, *tensors: Tensor) -> Tensor:
-    parts = _parts(tensors)
-    return ops.linear_joint_cross_entropy(*parts, target, _weights(len(parts[0]), target)).loss
-
-
-def _reference(target: Tensor, *tensors: Tensor) -> Tensor:
-    parts = _parts(tensors)
-    return reference.linear_joint_cross_entropy(*parts, target, _weights(len(parts[0]), target)).loss
-
-
-def _of_logits(target: Tensor, *tensors: Tensor) -> Tensor:
-    """The other fused operator, on logits."""
-    layers = zip(*_parts(tensors), strict=True)
-    logits = torch.stack([F.linear(x, w, b) for x, w, b in layers])
-    return ops.joint_cross_entropy(logits, target, _weights(len(logits), target)).loss
-
-
-def _summed(target: Tensor, *tensors: Tensor) -> Tensor:
-    """Linear layer and cross entropy, exit by exit."""
-    layers = list(zip(*_parts(tensors), strict=True))
-    total = sum(range(1, len(layers) + 1))
-    losses = [F.cross_entropy(F.linear(x, w, b), target) for x, w, b in layers]
-    return sum((e + 1) / total * loss for e, loss in enumerate(losses))
-
-
-def _flat(target: Tensor, *tensors: Tensor) -> Tensor:
-    """All logits in one tensor, one cross entropy."""
-    logits = torch.stack([F.linear(x, w, b) for x, w, b in zip(*_parts(tensors), strict=True)])
-    exits, rows, _ = logits.shape
-    losses = F.cross_entropy(logits.flatten(0, 1), target.repeat(exits), reduction="none")
-    return _weights(exits, target).to(losses.dtype) @ losses.view(exits, rows).mean(1)
-
-
-def _graded(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
     def step(target: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         value = loss(target, *tensors)
-        return (value.detach(), *torch.autograd.grad(value, tensors))
+        return value.detach(), *torch.autograd.grad(value, tensors)
 
     return step
 
@@ -93,30 +104,14 @@ def _graded(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
         goal=("4x1024x21841",),
         quick=("4x64x1000", "4x64x1000-bfloat16"),
     ),
-)  # fmt: skip
-def test_linear_joint_cross_entropy(race, device, case):
-    """Heads of 128 channels; gradients of features, weights and biases."""
-    inputs = _inputs(case, device)
-    rows = case.size[1]
-    info = race.benchmark.extra_info
-    if device == "cpu":
-        steps = {name: _graded(loss) for name, loss in _LOSSES.items()}
-        least = {name: peak(lambda step=step: step(*inputs[0])).peak for name, step in steps.items()}
-        fused = least.pop("fused")
-        info["peak_mib"] = fused / 2**20
-        info.update({f"peak_over_{name}": fused / bytes_at_most for name, bytes_at_most in least.items()})
-        info["peak_over_eager"] = fused / min(least["summed"], least["flat"])  # whichever needs less
-    race(
-        _graded(_fused),
-        {"summed": _graded(_summed), "flat": _graded(_flat)},
-        inputs=inputs,
-        reference=_graded(_reference),
-        inductor=_flat,
-        around=_graded,
-        # Gradients are of the order of 1 / rows: without the scale, the absolute tolerance would pass anything.
-        comparable=lambda result: (result[0].float(), *(grad.float() * rows for grad in result[1:])),
-        **case.tolerance,
-    )
-
-
-_LOSSES = {"fused": _fused, "summed": _summed, "flat": _flat, "of_logits": _of_logits}
+)
+def test_linear_joint_cross_entropy(paired_timing, case):
+    """Heads of 128 channels. ``peak_over_eager`` is against whichever baseline needs less memory."""
+    comparison, info = linear_joint_cross_entropy(case, "cpu"), paired_timing.benchmark.extra_info
+    arguments = comparison.make()
+    steps = {name: with_gradients(loss) for name, loss in losses(case, "cpu").items() if name != "reference"}
+    peaks = {name: peak(lambda step=step: step(*arguments)).peak for name, step in steps.items()}
+    info["peak_mib"] = peaks["fused"] / 2**20
+    info.update({f"peak_over_{name}": peaks["fused"] / peaks[name] for name in peaks if name != "fused"})
+    info["peak_over_eager"] = peaks["fused"] / min(peaks["summed"], peaks["flat"])
+    paired_timing(comparison)

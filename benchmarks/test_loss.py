@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from aep_ext import ops
 from aep_ext.ops import reference
-from benchmarks import rivals
-from benchmarks.cases import cases, logits_sets
-from benchmarks.memory import Peak, peak
+from benchmarks import baselines
+from benchmarks.baselines import with_gradient
+from benchmarks.cases import Case, cases, make_logits
+from benchmarks.memory import peak
+from benchmarks.paired_timing import Comparison, Function
 
 HUGE = (4, 1024, 21841)
 SIZES = [(4, 64, 10), (4, 64, 100), (4, 256, 1000), (7, 256, 200)]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+MEMORY = {"plain": "recompute"}  # by variant; the others are named as the mode is
 
 
-class _Made(torch.autograd.Function):
+class _FromHead(torch.autograd.Function):
     """The logits as a network's head would hand them over: no leaf, and no view of one, so they may be overwritten."""
 
     @staticmethod
@@ -31,20 +31,59 @@ class _Made(torch.autograd.Function):
         return grad
 
 
-def _fused(variant: str) -> Loss:
-    if variant == "plain":
-        return lambda logits, target, weights: ops.joint_cross_entropy(logits, target, weights).loss
-    if variant == "in_place":
-        return lambda logits, target, weights: (
-            ops.joint_cross_entropy(_Made.apply(logits), target, weights, memory="in_place").loss
+def fused_loss(variant: str) -> Function:
+    """The operator's loss in the memory mode of a variant."""
+
+    def loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+        logits = _FromHead.apply(logits) if variant == "in_place" else logits
+        return ops.joint_cross_entropy(logits, target, weights, memory=MEMORY.get(variant, variant)).loss
+
+    return loss
+
+
+def joint_cross_entropy(case: Case, device: str) -> Comparison:
+    """Loss and gradient of logits (E, N, K). ``in_place`` overwrites its logits, so it works on copies of its own."""
+    exits, rows, classes = case.size
+    values = [(e + 1) / sum(range(1, exits + 1)) for e in range(exits)]
+    step, copies = with_gradient(fused_loss(case.variant)), {}
+
+    def make() -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, target = make_logits(case, device)
+        return logits.requires_grad_(), target, weights
+
+    def on_a_copy(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        # Overwritten logits (by now gradients) cost what logits cost: the time depends on no value. The first call,
+        # whose result is compared, meets fresh ones.
+        if id(logits) not in copies:
+            copies[id(logits)] = logits.detach().clone().requires_grad_()
+        return step(copies[id(logits)], *rest)
+
+    def liger() -> Function:
+        from liger_kernel.transformers import LigerCrossEntropyLoss
+
+        plain = LigerCrossEntropyLoss()
+        return with_gradient(  # of a clone: Liger's kernel writes the gradient over what it is given
+            lambda logits, target, _: sum(w * plain(x.clone(), target) for w, x in zip(values, logits, strict=True))
         )
-    return lambda logits, target, weights: ops.joint_cross_entropy(logits, target, weights, memory=variant).loss
 
-
-def _peaks(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Peak, Peak]:
-    """Of forward and backward together, and of the forward alone (whose ``held`` the backward needs)."""
-    step = rivals.graded(loss)
-    return peak(lambda: step(*inputs)), peak(lambda: loss(*inputs))
+    size = exits * rows * classes * case.torch_dtype.itemsize
+    return Comparison(
+        fused=on_a_copy if case.variant == "in_place" else step,
+        baselines={
+            "summed": with_gradient(lambda logits, target, _: baselines.loss_summed(logits, target, values)),
+            "flat": with_gradient(baselines.loss_flat),
+        },
+        make=make,
+        reference=with_gradient(lambda *arguments: reference.joint_cross_entropy(*arguments).loss),
+        compiled=baselines.loss_flat,
+        around=with_gradient,
+        liger=liger,
+        # Gradients are of the order of 1 / rows: without the scale, the absolute tolerance would pass anything.
+        comparable=lambda result: (result[0].float(), result[1] * rows),
+        # Read for the loss and the gradient written; the default mode reads the logits a second time for it.
+        bytes_moved=(3 if case.variant == "plain" else 2) * size,
+        **case.tolerance,
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,44 +99,14 @@ def _peaks(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Peak, Pea
         ),
     ),
 )  # fmt: skip
-def test_joint_cross_entropy(race, device, case):
-    """Forward and backward. ``in_place`` overwrites its logits, so it works on copies of its own."""
-    loss = _fused(case.variant)
-    inputs = [(logits.requires_grad_(), target, weights) for logits, weights, target in logits_sets(case, device)]
-    rows, values = case.size[1], inputs[0][2].tolist()
-    size = inputs[0][0].numel() * inputs[0][0].element_size()
-    info = race.benchmark.extra_info
-    if case.size == HUGE and device == "cpu":
-        both, forward = _peaks(loss, inputs[0] if case.variant != "in_place" else _copied(inputs[0]))
-        info["peak_over_logits"], info["held_over_logits"] = both.peak / size, forward.held / size
-        info["peak_over_logits_eager"] = _peaks(rivals.loss_flat, inputs[0])[0].peak / size
-    step = rivals.graded(loss)
-    fused = step
-    if case.variant == "in_place":
-        # Overwritten logits (by now gradients) cost what logits cost: the time depends on no value. For the comparison
-        # before the timing, they must be fresh.
-        copies = {id(arguments[0]): _copied(arguments) for arguments in inputs}
-
-        def fused(logits: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-            return step(*copies[id(logits)])
-
-    race(
-        fused,
-        {
-            "summed": rivals.graded(lambda logits, target, _: rivals.loss_summed(logits, target, values)),
-            "flat": rivals.graded(rivals.loss_flat),
-        },
-        inputs=inputs,
-        reference=rivals.graded(lambda *arguments: reference.joint_cross_entropy(*arguments).loss),
-        inductor=rivals.loss_flat,
-        around=rivals.graded,
-        # Gradients are of the order of 1 / rows: without the scale, the absolute tolerance would pass anything.
-        comparable=lambda result: (result[0].float(), result[1] * rows),
-        bytes_moved=2 * size,
-        **case.tolerance,
-    )
-
-
-def _copied(arguments: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    logits, target, weights = arguments
-    return logits.detach().clone().requires_grad_(), target, weights
+def test_joint_cross_entropy(paired_timing, case):
+    comparison = joint_cross_entropy(case, "cpu")
+    if case.size == HUGE:
+        arguments, info = comparison.make(), paired_timing.benchmark.extra_info
+        size = arguments[0].numel() * arguments[0].element_size()
+        for name, loss in (("", fused_loss(case.variant)), ("_eager", baselines.loss_flat)):
+            step = with_gradient(loss)
+            info[f"peak_over_logits{name}"] = peak(lambda step=step: step(*arguments)).peak / size
+            held = peak(lambda loss=loss: loss(*arguments)).held  # what the backward needs
+            info[f"held_over_logits{name}"] = held / size
+    paired_timing(comparison)

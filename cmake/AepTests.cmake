@@ -48,9 +48,3 @@ foreach(isa IN LISTS aep_isa_built)
   target_compile_options(contract_${isa} PRIVATE ${aep_isa_${isa}_flags})
   target_link_libraries(test_contract PRIVATE contract_${isa})
 endforeach()
-
-# Counted by benchmarks/callgrind.py; here so that a change of the kernels' interface is not forgotten there.
-add_executable(callgrind_kernels "${CMAKE_CURRENT_SOURCE_DIR}/benchmarks/callgrind_kernels.cpp")
-target_include_directories(callgrind_kernels PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
-target_link_libraries(callgrind_kernels PRIVATE aep_kernels)
-add_test(NAME callgrind_kernels COMMAND callgrind_kernels 1)

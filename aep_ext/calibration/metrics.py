@@ -1,76 +1,49 @@
 """How good an exit's probabilities are: ECE, NLL, Brier, and whether they tell right answers from wrong ones.
 
-A lower ECE alone does not make a better exit: a network that always answers with its mean accuracy has ECE 0 and
-cannot be gated at all. What a gate needs is the order of the confidences, which the failure-prediction AUROC measures
-(and which a temperature hardly changes).
+A lower ECE alone does not make a better exit: a network that always answers with its mean accuracy has ECE 0 and cannot
+be gated at all. What a gate needs is the order of the confidences, which the failure-prediction AUROC measures (and
+which a temperature hardly changes).
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from aep_ext.calibration.cached_logits import ExitCache
-from aep_ext.calibration.temperature import check_labelled, judged_logits
-
-_ROWS = 8192
+from aep_ext.calibration.cached_logits import check_labels
+from aep_ext.calibration.temperature import criterion_logits
+from aep_ext.inference.exit_policy import ExitPolicy
 
 
 @dataclass(frozen=True)
 class ExitMetrics:
-    """Quality of one exit's probabilities.
+    """Quality of one exit's probabilities. NaN where a number does not exist.
 
     Attributes:
-        accuracy: fraction right at top-1; a row that holds a NaN is wrong.
-        ece: expected calibration error, equal-width bins, as a fraction of 1.
-        ece_mass: the same with bins of equal counts.
+        accuracy: fraction right at top-1; a row that holds a NaN is wrong. A row without softmax is left out elsewhere.
+        ece: expected calibration error, 15 equal-width bins, as a fraction of 1.
         nll: mean negative log-likelihood in nats.
-        brier: mean over the samples of the squared distance between probabilities and label, within 0..2.
-        auroc: probability that a right answer is more confident than a wrong one, ties counted half; NaN where all
-            answers are right, or all wrong.
-        confidence: mean of the largest probability.
-        n: samples.
-        invalid: rows without probabilities (NaN), left out of everything but the accuracy.
+        brier: mean squared distance between probabilities and label, within 0..2.
+        auroc: see :func:`failure_auroc`.
     """
 
     accuracy: float
     ece: float
-    ece_mass: float
     nll: float
     brier: float
     auroc: float
-    confidence: float
-    n: int
-    invalid: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float | None]:
         """As plain values for JSON; None where a number does not exist."""
-        return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(self).items()
-        }
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
-def expected_calibration_error(
-    confidence: Tensor | NDArray[np.floating],
-    correct: Tensor | NDArray[np.bool_],
-    *,
-    bins: int = 15,
-    scheme: str = "width",
-) -> float:
-    """ECE: over the bins, the distance between mean confidence and accuracy, weighted by the bin's share of samples.
-
-    "width" is Guo et al.'s (2017): ``bins`` intervals ((b-1)/bins, b/bins], 0 itself in the first. "mass": bins of
-    equal counts by rising confidence (A. Nixon et al., "Measuring calibration in deep learning", 2019); samples of
-    equal confidence stand for one another, so the order of the samples does not matter.
+def expected_calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> float:
+    """Over the bins ((b-1)/bins, b/bins], the distance between mean confidence and accuracy, weighted by the bin's
+    share of samples (Guo et al. 2017). 0 itself is in the first bin.
 
     Args:
         confidence: (N,) within 0..1.
@@ -78,34 +51,16 @@ def expected_calibration_error(
 
     Returns:
         A fraction of 1; NaN without samples.
-
-    Raises:
-        ValueError: a shape, the number of bins or the scheme breaks the rules.
     """
-    sure, right = _pair("expected_calibration_error", confidence, correct)
-    if len(sure) and not 0 <= sure.min() <= sure.max() <= 1 + 1e-6:
-        raise ValueError(
-            f"expected_calibration_error: confidence must be within 0..1, got {sure.min():g}..{sure.max():g}"
-        )
-    if bins < 1:
-        raise ValueError(f"expected_calibration_error: bins must be at least 1, got {bins}")
-    if scheme not in ("width", "mass"):
-        raise ValueError(f"expected_calibration_error: scheme must be 'width' or 'mass', got {scheme!r}")
-    if not len(sure):
+    if not len(confidence):
         return math.nan
-    if scheme == "width":
-        index = np.searchsorted(np.arange(1, bins) / bins, sure, side="left")
-        gaps = np.bincount(index, weights=right, minlength=bins) - np.bincount(index, weights=sure, minlength=bins)
-        return float(np.abs(gaps).sum() / len(sure))
-    order = np.argsort(sure, kind="stable")
-    sure, right = sure[order], right[order]
-    _, group, size = np.unique(sure, return_inverse=True, return_counts=True)
-    right = (np.bincount(group, weights=right) / size)[group]
-    parts = np.array_split(right - sure, bins)
-    return float(sum(abs(part.sum()) for part in parts) / len(sure))
+    confidence = confidence.double()
+    edges = torch.arange(1, bins, dtype=torch.float64) / bins
+    gaps = torch.bincount(torch.bucketize(confidence, edges), weights=confidence - correct.double(), minlength=bins)
+    return float(gaps.abs().sum()) / len(confidence)
 
 
-def failure_auroc(confidence: Tensor | NDArray[np.floating], correct: Tensor | NDArray[np.bool_]) -> float:
+def failure_auroc(confidence: Tensor, correct: Tensor) -> float:
     """Probability that a right answer is more confident than a wrong one, ties counted half (Mann and Whitney).
 
     Args:
@@ -115,92 +70,55 @@ def failure_auroc(confidence: Tensor | NDArray[np.floating], correct: Tensor | N
     Returns:
         Within 0..1; NaN where there is no right or no wrong answer.
     """
-    sure, right = _pair("failure_auroc", confidence, correct)
-    positives, negatives = float(right.sum()), float(len(right) - right.sum())
-    if not positives or not negatives:
+    right = int(correct.sum())
+    wrong = len(correct) - right
+    if not right or not wrong:
         return math.nan
-    _, group, size = np.unique(sure, return_inverse=True, return_counts=True)
-    middle_rank = np.cumsum(size) - (size - 1) / 2  # from 1; equal values share the mean of their ranks
-    return float((middle_rank[group][right > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+    _, group, size = torch.unique(confidence, return_inverse=True, return_counts=True)
+    middle_rank = size.cumsum(0) - (size - 1) / 2  # from 1; equal values share the mean of their ranks
+    total = float(middle_rank[group][correct].double().sum())
+    return (total - right * (right + 1) / 2) / (right * wrong)
 
 
-def _pair(function: str, confidence: Any, correct: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    sure = np.asarray(torch.as_tensor(confidence).detach().cpu(), dtype=np.float64)
-    right = np.asarray(torch.as_tensor(correct).detach().cpu())
-    if sure.ndim != 1 or right.shape != sure.shape:
-        raise ValueError(
-            f"{function}: confidence and correct must have the same shape [N], "
-            f"got {list(sure.shape)} and {list(right.shape)}"
-        )
-    if np.isnan(sure).any():
-        raise ValueError(f"{function}: confidence must not be NaN, got NaN at position {int(np.isnan(sure).argmax())}")
-    if not np.isin(right, (0, 1)).all():
-        raise ValueError(f"{function}: correct must be bool (or 0 and 1), got {right.min()}..{right.max()}")
-    return sure, right.astype(np.float64)
-
-
-def probability_metrics(logits: Tensor, target: Tensor, temperature: float = 1.0, *, bins: int = 15) -> ExitMetrics:
-    """The metrics of ``softmax(logits / temperature)``, computed in float64.
+def probability_metrics(logits: Tensor, target: Tensor, temperature: float = 1.0) -> ExitMetrics:
+    """The metrics of ``softmax(logits / temperature)``, in float64.
 
     Args:
-        logits: (N, K) floating.
+        logits: (N, K) floating, N at least 1.
         target: (N,) int64 within 0..K-1.
-        temperature: positive.
-        bins: of both ECEs.
-
-    Raises:
-        ValueError: a shape, a label or the temperature breaks these rules.
     """
-    check_labelled("probability_metrics", logits, target)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"probability_metrics: temperature must be positive and finite, got {temperature}")
-    n = len(target)
-    answer = logits.argmax(dim=1)
-    right = (answer == target) & ~logits.isnan().any(dim=1)
-    sure, losses, squares = [], [], []
-    for rows, labels in zip(logits.split(_ROWS), target.split(_ROWS), strict=True):
-        log_p = torch.log_softmax(rows.double() / temperature, dim=1)
-        p = log_p.exp()
-        own = labels[:, None]
-        sure.append(p.amax(dim=1))
-        losses.append(-log_p.gather(1, own)[:, 0])
-        squares.append(p.square().sum(dim=1) - 2 * p.gather(1, own)[:, 0] + 1)
-    if not n:
-        return ExitMetrics(*[math.nan] * 7, n=0, invalid=0)
-    confidence = torch.cat(sure)
-    valid = ~confidence.isnan()
-    known, hits = confidence[valid], right[valid]
-    if not len(known):
-        return ExitMetrics(0.0, *[math.nan] * 6, n=n, invalid=n)
+    correct = (logits.argmax(dim=1) == target) & ~logits.isnan().any(dim=1)
+    valid = ~(logits - logits.amax(dim=1, keepdim=True)).isnan().any(dim=1)
+    log_p = torch.log_softmax(logits[valid].double() / temperature, dim=1)
+    p, own = log_p.exp(), log_p.gather(1, target[valid][:, None])[:, 0]
+    confidence = p.amax(dim=1)
     return ExitMetrics(
-        accuracy=float(right.sum()) / n,
-        ece=expected_calibration_error(known, hits, bins=bins),
-        ece_mass=expected_calibration_error(known, hits, bins=bins, scheme="mass"),
-        nll=float(torch.cat(losses)[valid].mean()),
-        brier=float(torch.cat(squares)[valid].mean()),
-        auroc=failure_auroc(known, hits),
-        confidence=float(known.mean()),
-        n=n,
-        invalid=n - len(known),
+        accuracy=float(correct.double().mean()),
+        ece=expected_calibration_error(confidence, correct[valid]),
+        nll=float(-own.mean()),
+        brier=float((p.square().sum(dim=1) - 2 * own.exp() + 1).mean()),
+        auroc=failure_auroc(confidence, correct[valid]),
     )
 
 
-def exit_metrics(
-    cache: ExitCache, temperatures: Sequence[float] | Tensor | float = 1.0, *, on: str = "ensemble", bins: int = 15
-) -> tuple[ExitMetrics, ...]:
-    """The metrics of every exit: of its normalised prefix ensemble, or with ``on="exit"`` of its own logits.
+def exit_metrics(exit_logits: Tensor, target: Tensor, policy: ExitPolicy) -> tuple[ExitMetrics, ...]:
+    """The metrics of every exit as the policy sees it: ``softmax(R_e / T_e)``, or ``softmax(O_e / T_e)`` where its
+    criterion is taken on the exit. ``dataclasses.replace(policy, temperatures=1.0)``: before temperatures.
 
     Args:
-        temperatures: E positive numbers, or one for all (1.0: before calibration).
+        exit_logits: (E, N, K) floating, of the policy's exits; N at least 1.
+        target: (N,) int64 within 0..K-1.
 
     Raises:
-        ValueError: the number of temperatures, or as :func:`probability_metrics`.
+        ValueError: a shape does not fit.
     """
-    values = temperatures.tolist() if isinstance(temperatures, Tensor) else temperatures
-    scales = [float(values)] * cache.num_exits if isinstance(values, numbers.Real) else [float(v) for v in values]
-    if len(scales) != cache.num_exits:
-        raise ValueError(f"exit_metrics: temperatures must have {cache.num_exits} entries, got {len(scales)}")
+    if exit_logits.dim() != 3 or exit_logits.shape[0] != policy.num_exits or not exit_logits.shape[1]:
+        raise ValueError(
+            f"exit_metrics: exit_logits must have shape [{policy.num_exits}, N, K] with N at least 1, "
+            f"got {list(exit_logits.shape)}"
+        )
+    check_labels("exit_metrics", target, *exit_logits.shape[1:])
+    parts = criterion_logits(exit_logits, policy.output_weights, policy.criterion_on)
     return tuple(
-        probability_metrics(logits, cache.target, scale, bins=bins)
-        for logits, scale in zip(judged_logits(cache, on), scales, strict=True)
+        probability_metrics(part, target, scale) for part, scale in zip(parts, policy.temperatures, strict=True)
     )

@@ -1,310 +1,259 @@
-"""Thresholds for an accuracy budget, a cost budget, or the whole accuracy-cost curve, joint over all gates."""
+"""Thresholds for all gates together: exact coordinate search on the data's own values, and the Pareto front it finds.
+
+Who reaches a gate depends on all earlier ones, and what leaving is worth on all later ones. With all gates but one
+held, however, the best threshold is found exactly by one running sum over the samples in the order of their scores. The
+search takes such steps, gate after gate, on ``right answers - price * cost`` for a row of prices and from two starts.
+Whatever it sees on the way is a point of accuracy and cost; those that no other beats are the front.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from aep_ext.calibration import search
-from aep_ext.calibration.archive import Archive, Limits
-from aep_ext.calibration.bound import LagrangianBound
-from aep_ext.calibration.budgets import LOSSES
-from aep_ext.calibration.cached_logits import ExitCache
-from aep_ext.calibration.curve import ThresholdCurve, Thresholds, spread
-from aep_ext.calibration.exit_costs import checked_costs
-from aep_ext.calibration.problem import Problem
-from aep_ext.calibration.table import GateTable
-from aep_ext.inference._old_criteria import Policy
+from aep_ext.calibration.cached_logits import CachedLogits
+from aep_ext.inference.criteria import STATELESS, gate_step, initial_state
+from aep_ext.inference.exit_policy import ExitPolicy
 
-_KICKS = 60
-_PRICE_STEP = 1.25
-_PRICE_STEPS = 5
+_PRICES = 16
+_SWEEPS = 30
+_ROUNDS = 3
+_FRONT_POINTS = 24
 
 
-@dataclass(eq=False)
-class ThresholdSearch:
-    """One search on one cache, from which any number of budgets, and the curve, are answered.
+@dataclass(frozen=True, eq=False)
+class ExitTable:
+    """What each exit would decide and answer for N samples if nobody had left before.
 
-    A sample leaves at the first enabled gate whose threshold it reaches, so the gates depend on one another through
-    those that are left. Small problems (one gate; few samples; patience and vote) are solved by trying everything.
-    Else: exact line searches over one gate after another, on ``right - price * cost`` at a row of prices and from many
-    starts, then for the budget itself, also over pairs of gates (:mod:`.search`); and a bound that no thresholds can
-    pass (:mod:`.bound`), so that the gap is known. The same arguments give the same result.
-
-    Args:
-        cache: at least one sample.
-        policy: a built-in policy or its name.
-        costs: (E,) non-decreasing: cost of a sample that is answered at each exit, all of its way included
-            (multiply-adds or milliseconds); see ``exit_costs``.
-        temperatures: (E,), rounded to float32 as a gated network keeps them; 1 by default.
-        on: "ensemble" or "exit", where ``policy`` is a name.
-        loss: what a budget of accuracy counts. "drop": right answers. "degradation" and "disagreement" (see
-            ``losses_at``): answers that are no such loss against the full ensemble; ``correct`` in the results then
-            counts these, and the careful end of the curve loses nothing. A path to control such a risk along begins so.
-        seed: of the random starts.
-        method: "auto"; "exhaustive" or "search" by hand.
-
-    Raises:
-        ValueError: an argument breaks these rules.
+    Attributes:
+        criterion: one of :data:`~aep_ext.inference.criteria.CRITERIA`.
+        scores: (E-1, N) float64, larger leaves sooner (the entropy with its sign changed); NaN never leaves. They are
+            float32 numbers, or counts for patience and vote, so that comparisons are the gate's own.
+        correct: (E, N) bool, whether the answer is right.
+        num_classes: K.
     """
 
-    cache: ExitCache
-    policy: Policy | str
-    costs: Sequence[float] | Tensor
-    temperatures: Sequence[float] | Tensor | None = None
-    on: str | None = None
-    loss: str = "drop"
-    seed: int = 0
-    method: str = "auto"
-    table: GateTable = field(init=False, repr=False)
-    problem: Problem = field(init=False, repr=False)
-    archive: Archive = field(init=False, repr=False)
-    exact: bool = field(init=False)
+    criterion: str
+    scores: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+    num_classes: int
 
-    def __post_init__(self) -> None:
-        exits = self.cache.num_exits
-        if self.method not in ("auto", "exhaustive", "search"):
-            raise ValueError(f"ThresholdSearch: method must be 'auto', 'exhaustive' or 'search', got {self.method!r}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"ThresholdSearch: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not len(self.cache):
-            raise ValueError("ThresholdSearch: cache must hold at least one sample, got none")
-        prices = checked_costs("ThresholdSearch", self.costs, exits)
-        scales = torch.as_tensor(1.0 if self.temperatures is None else self.temperatures, dtype=torch.float32).cpu()
-        if scales.dim() == 0:
-            scales = scales.repeat(exits)
-        if tuple(scales.shape) != (exits,) or not bool(((scales > 0) & scales.isfinite()).all()):
-            raise ValueError(f"ThresholdSearch: temperatures must be {exits} positive numbers, got {scales.tolist()}")
-        self.temperatures = scales
-        cache = self.cache
-        table = GateTable.of(cache.logits, cache.weights, cache.target, self.policy, scales, self.on)
-        self.table = table.against_the_ensemble(self.loss)
-        self.problem = Problem.of(self.table, prices)
-        self.archive = Archive(self.problem)
-        self.exact = self.method == "exhaustive" or (self.method == "auto" and search.is_small(self.problem))
-        self._bound = LagrangianBound(self.problem)
-        self._climbed: dict[float, tuple[Limits, float]] = {}
-        if self.exact:
-            search.search_everything(self.archive)
-        else:
-            self._climbed = search.search_front(self.archive, self.seed)
-        if self.problem.gates == 0:
-            # One exit: nothing to search; the archive holds the one way there is.
-            correct, cost = self.problem.totals(())
-            self.archive.cost[correct] = cost
-
-    @property
-    def full_correct(self) -> int:
-        """Right answers of the full ensemble."""
-        return int(self.table.right[-1].sum())
-
-    def _limits(self, entry: int) -> Limits:
-        return self.archive.limits(entry) if self.problem.gates else ()
-
-    def _numbers(self, limits: Limits) -> tuple[list[float], list[bool]]:
-        pairs = [self.table.threshold(e, limit) for e, limit in enumerate(limits)]
-        return [value for value, _ in pairs], [on for _, on in pairs]
-
-    def _found(self, entry: int, **more: Any) -> Thresholds:
-        limits = self._limits(entry)
-        values, flags = self._numbers(limits)
-        thresholds, enabled = torch.tensor(values, dtype=torch.float32), torch.tensor(flags, dtype=torch.bool)
-        n = len(self.cache)
-        # From the thresholds themselves, by the gate's own comparison.
-        taken = self.table.leaving(thresholds.double().numpy(), enabled.numpy())
-        counts = np.bincount(taken, minlength=self.cache.num_exits)
-        return Thresholds(
-            self.table.policy,
-            thresholds,
-            enabled,
-            self.temperatures,
-            correct=int(self.table.right[taken, np.arange(n)].sum()),
-            n=n,
-            full_correct=self.full_correct,
-            cost=float(counts @ self.problem.costs) / n,
-            full_cost=float(self.problem.costs[-1]),
-            counts=tuple(counts.tolist()),
-            exact=self.exact,
-            seed=self.seed,
-            lines=self.problem.lines,
-            data=self.cache.identity,
-            **more,
-        )
-
-    def for_accuracy(self, drop: float, *, bound_steps: int = 200) -> Thresholds:
-        """The cheapest thresholds that lose at most ``drop`` points of top-1 against the full ensemble.
-
-        Args:
-            drop: points; see ``AccuracyBudget``.
-            bound_steps: of the bound's subgradient method at each price, of which three or more are tried; 0: no bound.
-
-        Raises:
-            ValueError: ``drop`` is out of its range.
-        """
-        if not -100 <= drop <= 100:
-            raise ValueError(f"ThresholdSearch.for_accuracy: drop must be points within -100..100, got {drop}")
-        n = len(self.cache)
-        needed = math.ceil(self.full_correct - drop * n / 100 - 1e-9 * n)
-        entry = (
-            self.archive.cheapest(needed)
-            if self.exact
-            else search.polish(self.archive, at_least=needed, kicks=_KICKS, seed=self.seed)
-        )
-        if entry is None:
-            reached = int(np.flatnonzero(np.isfinite(self.archive.cost))[-1])
-            return self._found(
-                reached,
-                feasible=False,
-                notice=(
-                    f"no thresholds were found that are right on {needed} of {n} samples; {reached} is the best reached"
-                ),
-            )
-        bound = float(self.archive.cost[entry]) / n if self.exact else None
-        if not self.exact and bound_steps > 0:
-            lowest = self.problem.costs[0] * n
-            lowest = max(lowest, self._tightest(entry, bound_steps, lambda price, upper: (needed - upper) / price))
-            bound = min(lowest, float(self.archive.cost[entry])) / n
-        gap = None if bound is None else max(0.0, float(self.archive.cost[entry]) / n - bound)
-        return self._found(entry, bound=bound, gap=gap)
-
-    def for_cost(self, mean: float, *, bound_steps: int = 200) -> Thresholds:
-        """The most accurate thresholds whose mean cost is at most ``mean``.
-
-        Args:
-            mean: in the unit of the costs.
-            bound_steps: as for :meth:`for_accuracy`.
-
-        Raises:
-            ValueError: ``mean`` is not positive and finite.
-        """
-        if not 0 < mean < math.inf:
-            raise ValueError(f"ThresholdSearch.for_cost: mean must be positive and finite, got {mean}")
-        n = len(self.cache)
-        limit = mean * n * (1 + 1e-12)  # sums in another order differ in the last bits
-        entry = (
-            self.archive.best(limit)
-            if self.exact
-            else search.polish(self.archive, at_most=limit, kicks=_KICKS, seed=self.seed)
-        )
-        if entry is None:
-            cheapest = self.archive.cheapest(0)
-            reached = float(self.archive.cost[cheapest]) / n
-            return self._found(
-                cheapest,
-                feasible=False,
-                notice=(
-                    f"no thresholds were found with a mean cost of at most {mean:g}; {reached:g} is the lowest reached"
-                ),
-            )
-        bound = entry / n if self.exact else None
-        if not self.exact and bound_steps > 0:
-            highest = float(self._any_exit_right())
-            highest = min(highest, -self._tightest(entry, bound_steps, lambda price, upper: -upper - price * limit))
-            bound = max(math.floor(highest + 1e-6), entry) / n
-        return self._found(entry, bound=bound, gap=None if bound is None else bound - entry / n)
-
-    def curve(self, *, points: int = 200, bound_steps: int = 0, polish: int = 12) -> ThresholdCurve:
-        """The whole accuracy-cost curve.
-
-        Args:
-            points: at most so many, evenly spread over the cost, both ends kept.
-            bound_steps: of the bound at each of eight prices; 0: no bound.
-            polish: at so many costs along the curve the search is made better first.
-
-        Raises:
-            ValueError: ``points`` is less than 2.
-        """
-        if points < 2:
-            raise ValueError(f"ThresholdSearch.curve: points must be at least 2, got {points}")
-        if not self.exact and polish > 0:
-            front = self.archive.front()
-            for cost in np.linspace(self.archive.cost[front[0]], self.archive.cost[front[-1]], polish):
-                search.polish(self.archive, at_most=float(cost), with_pairs=False, rounds=4)
-        n, front = len(self.cache), self.archive.front()
-        lowest = np.full(len(front), math.nan)
-        if self.exact:
-            lowest = self.archive.cost[front].copy()
-        elif bound_steps > 0:
-            uppers = [
-                (p, self._bound.upper(p, value, limits, bound_steps))
-                for p, (limits, value) in list(self._climbed.items())[::2]
-            ]
-            lowest = np.maximum(self.problem.costs[0] * n, np.max([(front - u) / p for p, u in uppers], axis=0))
-            lowest = np.minimum(lowest, self.archive.cost[front])
-        costs = self.archive.cost[front]
-        kept = spread(costs, points)
-        front, lowest, costs = front[kept], lowest[kept], costs[kept]
-        numbers = [self._numbers(self._limits(int(entry))) for entry in front]
-        gates = self.problem.gates
-        return ThresholdCurve(
-            self.table.policy,
-            self.temperatures,
-            front,
-            costs / n,
-            torch.tensor([values for values, _ in numbers], dtype=torch.float32).reshape(len(front), gates),
-            torch.tensor([flags for _, flags in numbers], dtype=torch.bool).reshape(len(front), gates),
-            lowest / n,
-            n,
-            self.full_correct,
-            float(self.problem.costs[-1]),
-            self.exact,
-            self.cache.identity,
-        )
-
-    def _any_exit_right(self) -> int:
-        return int(self.table.right.any(axis=0).sum())
-
-    def _tightest(self, entry: int, steps: int, bound: Callable[[float, float], float]) -> float:
-        """The largest ``bound(price, upper)`` over a row of prices around the curve's slope at an entry.
-
-        Every price gives a valid one. It is concave in the price, or its inverse, where ``upper`` is at its lowest, so
-        a walk from the slope itself, down and then up, may stop where it falls.
-        """
-        slope = self._slope(entry)
-        front = self.archive.front()
-        cost = self.archive.cost[front]
-
-        def at(step: int) -> float:
-            price = slope * _PRICE_STEP**step
-            values = front - price * cost
-            best = int(np.argmax(values))
-            return bound(price, self._bound.upper(price, float(values[best]), self._limits(int(front[best])), steps))
-
-        start = at(0)
-        tightest = start
-        for direction in (-1, 1):
-            last, step = start, direction
-            while abs(step) <= _PRICE_STEPS:
-                value = at(step)
-                tightest = max(tightest, value)
-                if value <= last:
+    @classmethod
+    def of(cls, logits: CachedLogits, policy: ExitPolicy) -> ExitTable:
+        """By the step that simulator and executors take, with every gate disabled. ``logits`` are of the policy's
+        exits; its criterion is a name."""
+        criterion = str(policy.criterion)
+        exits, samples, classes = logits.logits.shape
+        indices, features = torch.arange(samples), torch.zeros(samples, 1)
+        running, state = torch.zeros(samples, classes), initial_state(criterion, samples, classes)
+        weight_sum: float | torch.Tensor = 0.0
+        scores = np.empty((exits - 1, samples))
+        correct = np.empty((exits, samples), dtype=bool)
+        with torch.no_grad():
+            for e in range(exits):
+                step = gate_step(
+                    criterion,
+                    policy.criterion_on,
+                    features,
+                    running,
+                    weight_sum,
+                    indices,
+                    state,
+                    logits.logits[e],
+                    exit_index=e,
+                    weight=policy.output_weights[e],
+                    threshold=0.0,
+                    temperature=policy.temperatures[e],
+                    enabled=False,
+                )
+                running, state, weight_sum = step.running, step.state, step.weight_sum
+                correct[e] = ((step.argmax == logits.target) & ~running.isnan().any(dim=1)).numpy()
+                if e == exits - 1:
                     break
-                last, step = value, step + direction
-            if tightest > start:
-                break
-        return tightest
+                if criterion in STATELESS:
+                    scores[e] = step.stats[:, STATELESS.index(criterion)].numpy()
+                else:
+                    counts = state[:, 1] if criterion == "patience" else state.amax(dim=1)
+                    scores[e] = counts.double().masked_fill(step.stats[:, 0].isnan(), math.nan).numpy()
+        return cls(criterion, -scores if criterion == "entropy" else scores, correct, classes)
 
-    def _slope(self, entry: int) -> float:
-        """The price at which an entry, or its neighbours on the hull of the curve, would be optimal."""
-        front = self.archive.front()
-        cost = self.archive.cost[front]
-        # The upper concave hull of right answers over cost.
-        hull: list[int] = []
-        for i in range(len(front)):
-            while len(hull) >= 2 and (front[i] - front[hull[-2]]) * (cost[hull[-1]] - cost[hull[-2]]) >= (
-                front[hull[-1]] - front[hull[-2]]
-            ) * (cost[i] - cost[hull[-2]]):
-                hull.pop()
-            hull.append(i)
-        positions = np.array(hull)
-        if len(positions) < 2:
-            return float(search.prices(self.problem, 3)[1])
-        at = int(np.clip(np.searchsorted(front[positions], entry), 1, len(positions) - 1))
-        a, b = positions[at - 1], positions[at]
-        return float((front[b] - front[a]) / (cost[b] - cost[a]))
+    def select(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> ExitTable:
+        """Only these samples."""
+        return replace(self, scores=self.scores[:, rows], correct=self.correct[:, rows])
+
+    def answers(
+        self, thresholds: Sequence[float], enabled: Sequence[bool]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(N,) the exit at which each sample is answered, and (N,) whether that answer is right."""
+        sign, samples = -1.0 if self.criterion == "entropy" else 1.0, self.correct.shape[1]
+        taken = np.full(samples, len(self.correct) - 1, dtype=np.int64)
+        for e in range(len(self.scores) - 1, -1, -1):
+            if enabled[e]:
+                taken[self.scores[e] >= sign * np.float64(np.float32(thresholds[e]))] = e
+        return taken, self.correct[taken, np.arange(samples)]
+
+
+@dataclass(frozen=True, eq=False)
+class ParetoFront:
+    """Accuracy and cost of thresholds that no others found beat, the cheapest first.
+
+    Attributes:
+        correct: (P,) int64 right answers, ascending.
+        cost: (P,) float64 mean cost per sample, ascending.
+        thresholds: (P, E-1) float64 in the criterion's unit, float32 numbers midway between neighbouring values of the
+            data.
+        enabled: (P, E-1) bool. A gate that does not pay is disabled.
+    """
+
+    correct: NDArray[np.int64]
+    cost: NDArray[np.float64]
+    thresholds: NDArray[np.float64]
+    enabled: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.correct)
+
+    def cheapest(self, correct: float) -> int:
+        """The cheapest point with so many right answers; where there is none, that with most."""
+        return min(int(np.searchsorted(self.correct, correct - 1e-9)), len(self) - 1)
+
+    def most_accurate(self, cost: float) -> int:
+        """The most accurate point of at most this mean cost; where there is none, the cheapest."""
+        return max(int(np.searchsorted(self.cost, cost * (1 + 1e-12), side="right")) - 1, 0)
+
+
+def search_thresholds(table: ExitTable, costs: Sequence[float]) -> ParetoFront:
+    """The Pareto front of accuracy and mean cost over the thresholds of all gates.
+
+    Args:
+        table: of at least one sample.
+        costs: (E,) non-descending cost of a sample that is answered at each exit, all of its way included.
+    """
+    prices = np.asarray(costs, dtype=np.float64)
+    if len(prices) == 1:
+        nothing = np.zeros((1, 0))
+        return ParetoFront(table.correct.sum(axis=1), prices, nothing, nothing.astype(bool))
+    return _Search(table, prices).run()
+
+
+class _Search:
+    """A gate's *limit* is how many samples would leave there if all reached it, best scores first: 0 disables it. Equal
+    scores leave together, so not every number is a limit. Every threshold does what one of the limits does."""
+
+    def __init__(self, table: ExitTable, costs: NDArray[np.float64]) -> None:
+        gates, n = table.scores.shape
+        self.table, self.costs, self.gates, self.n = table, costs, gates, n
+        order = np.argsort(-table.scores, axis=1, kind="stable")  # NaN comes last
+        self.sorted = np.take_along_axis(table.scores, order, axis=1)
+        position = np.empty((gates, n), dtype=np.int32)
+        np.put_along_axis(position, order, np.arange(n, dtype=np.int32)[None].repeat(gates, 0), axis=1)
+        # For each gate, in its own order: every gate's positions, every exit's answers.
+        self.positions = [position[:, order[e]] for e in range(gates)]
+        self.right = [table.correct[:, order[e]].astype(np.int8) for e in range(gates)]
+        self.limits = []
+        for scores in self.sorted:
+            known = int(np.count_nonzero(~np.isnan(scores)))
+            ends = np.flatnonzero(np.diff(scores[:known])) + 1
+            self.limits.append(np.unique(np.concatenate([[0], ends, [known]])))
+        # For each number of right answers the least cost seen, and the limits that gave it.
+        self.best_cost = np.full(n + 1, np.inf)
+        self.best_limits = np.zeros((n + 1, gates), dtype=np.int64)
+
+    def line(self, limits: NDArray[np.int64], e: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Right answers and summed cost for every limit of gate ``e``, the other gates held at ``limits`` (L, G): two
+        arrays (L, number of limits). The cost never rises with the limit."""
+        position, right = self.positions[e], self.right[e]
+        answer = np.broadcast_to(right[-1], (len(limits), self.n))
+        price = np.full((len(limits), self.n), self.costs[-1])
+        for f in range(self.gates - 1, -1, -1):  # backwards, so that the first gate that lets a sample go has the say
+            if f == e:
+                gained, added = right[e] - answer, self.costs[e] - price
+                continue
+            leaves = position[f] < limits[:, f, None]
+            answer, price = np.where(leaves, right[f], answer), np.where(leaves, self.costs[f], price)
+            if f < e:
+                gained, added = np.where(leaves, 0, gained), np.where(leaves, 0.0, added)
+        some = self.limits[e][1:] - 1
+        correct = np.empty((len(limits), len(some) + 1), dtype=np.int64)
+        cost = np.empty(correct.shape)
+        correct[:, 0], cost[:, 0] = answer.sum(axis=1), price.sum(axis=1)
+        correct[:, 1:] = np.cumsum(gained, axis=1, dtype=np.int32)[:, some]
+        cost[:, 1:] = np.cumsum(added, axis=1)[:, some]
+        correct[:, 1:] += correct[:, :1]
+        cost[:, 1:] += cost[:, :1]
+        self._keep(limits, e, correct, cost)
+        return correct, cost
+
+    def _keep(self, limits: NDArray[np.int64], e: int, correct: NDArray[np.int64], cost: NDArray[np.float64]) -> None:
+        for row in range(len(limits)):
+            last = np.full(self.n + 1, -1)
+            last[correct[row]] = np.arange(correct.shape[1])  # of equal ones the last is kept, which is the cheapest
+            found = np.flatnonzero(last >= 0)
+            new = cost[row, last[found]]
+            better = new < self.best_cost[found] * (1 - 1e-12)
+            found = found[better]
+            self.best_cost[found] = new[better]
+            self.best_limits[found] = limits[row]
+            self.best_limits[found, e] = self.limits[e][last[found]]
+
+    def climb(self, limits: NDArray[np.int64], prices: NDArray[np.float64]) -> None:
+        """From ``limits`` (L, G), line searches from the last gate to the first until none raises ``right - price *
+        cost``, for (L,) prices."""
+        for _ in range(_SWEEPS):
+            moved = np.zeros(len(limits), dtype=bool)
+            for e in range(self.gates - 1, -1, -1):
+                correct, cost = self.line(limits, e)
+                values = correct - prices[:, None] * cost
+                rows, top = np.arange(len(limits)), values.argmax(axis=1)
+                now = np.searchsorted(self.limits[e], limits[:, e])
+                # Staying put on a tie: otherwise two gates could hand the same samples to and fro.
+                better = values[rows, top] > values[rows, now] + 1e-9
+                limits[better, e] = self.limits[e][top[better]]
+                moved |= better
+            if not moved.any():
+                return
+            limits, prices = limits[moved], prices[moved]
+
+    def run(self) -> ParetoFront:
+        # At a price of 1 / (c_E - c_1) one more right answer is worth taking one sample through the whole network.
+        prices = np.geomspace(1e-3, 8.0, _PRICES) / (float(self.costs[-1] - self.costs[0]) or 1.0)
+        for start in ([0] * self.gates, [known[len(known) // 2] for known in self.limits]):
+            self.climb(np.tile(start, (_PRICES, 1)), prices)
+        for _ in range(_ROUNDS):  # every line through points of the front, which need not be best at any price
+            points = self._front()
+            before = self.best_cost[points]
+            some = points[np.unique(np.linspace(0, len(points) - 1, _FRONT_POINTS).round().astype(int))]
+            for e in range(self.gates):
+                self.line(self.best_limits[some], e)
+            if np.array_equal(before, self.best_cost[points]):
+                break
+        points = self._front()
+        limits = self.best_limits[points]
+        thresholds = np.stack([self._thresholds(e, limits[:, e]) for e in range(self.gates)], axis=1)
+        return ParetoFront(points, self.best_cost[points] / self.n, thresholds, limits > 0)
+
+    def _front(self) -> NDArray[np.int64]:
+        """The numbers of right answers of the front's points, ascending."""
+        least = np.minimum.accumulate(self.best_cost[::-1])[::-1]
+        return np.flatnonzero(self.best_cost < np.append(least[1:], np.inf))
+
+    def _thresholds(self, e: int, limits: NDArray[np.int64]) -> NDArray[np.float64]:
+        """For each limit the threshold in the criterion's unit, midway between the last score that leaves and the first
+        that stays; beyond every possible score where all leave; the strictest sensible number where the gate is off."""
+        criterion, scores, known = self.table.criterion, self.sorted[e], self.limits[e][-1]
+        leaves = scores[np.maximum(limits, 1) - 1]
+        if criterion not in STATELESS:
+            return np.where(limits > 0, leaves, float(len(self.costs)))
+        stays = scores[np.minimum(limits, self.n - 1)]
+        middle = np.float32((leaves + stays) / 2).astype(np.float64)
+        # Neighbours in float32 have no number between them; the score that leaves is then the threshold.
+        middle = np.where(middle > stays, middle, leaves)
+        sign = -1.0 if criterion == "entropy" else 1.0
+        everybody = np.float64(np.float32(math.log(self.table.num_classes) + 1)) if sign < 0 else 0.0
+        strictest = 0.0 if sign < 0 else 1.0
+        return np.where(limits == 0, strictest, np.where(limits == known, everybody, sign * middle))

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 __all__ = ["OutputWeightsFit", "fit_output_weights"]
 
-_ROWS = 8192
+_CHUNK = 1 << 21
+"""Logits of one part of the rows, so that large data sets need no float64 copy."""
 _RATIO = 1e-6
 """The least weight, as a fraction of the largest: an exit that does not help counts as good as nothing, and every
 weight stays positive in float32."""
@@ -65,7 +67,13 @@ def _check(exit_logits: Tensor, target: Tensor) -> None:
         )
 
 
-def fit_output_weights(exit_logits: Tensor, target: Tensor, *, max_iterations: int = 200) -> OutputWeightsFit:
+def fit_output_weights(
+    exit_logits: Tensor,
+    target: Tensor,
+    *,
+    tolerance: float = 1e-7,
+    max_iterations: int = 200,
+) -> OutputWeightsFit:
     """The output weights whose prefix ensembles have the least summed cross entropy, each at its best temperature.
 
     L-BFGS on log b and log 1/T in float64, from equal weights. The logits are first divided by one number per exit,
@@ -76,6 +84,7 @@ def fit_output_weights(exit_logits: Tensor, target: Tensor, *, max_iterations: i
     Args:
         exit_logits: (E, N, K) floating, of labelled samples that trained nothing.
         target: (N,) int64 within 0..K-1.
+        tolerance: on the gradient.
         max_iterations: evaluations of the loss.
 
     Raises:
@@ -83,44 +92,42 @@ def fit_output_weights(exit_logits: Tensor, target: Tensor, *, max_iterations: i
     """
     _check(exit_logits, target)
     with torch.inference_mode(False):  # what is made in inference mode takes no gradient
-        return _fit(exit_logits.detach(), target, max_iterations)
+        return _fit(exit_logits.detach(), target, tolerance, max_iterations)
 
 
-def _fit(exit_logits: Tensor, target: Tensor, max_iterations: int) -> OutputWeightsFit:
+def _fit(exit_logits: Tensor, target: Tensor, tolerance: float, max_iterations: int) -> OutputWeightsFit:
     usable = exit_logits.isfinite().all(dim=2).all(dim=0)
-    logits, labels = exit_logits[:, usable], target[usable].to(exit_logits.device)
-    used = len(labels)
+    if bool(usable.all()):
+        logits, labels = exit_logits, target.to(exit_logits.device)
+    else:
+        logits, labels = exit_logits[:, usable], target[usable].to(exit_logits.device)
+    exits, used, classes = logits.shape
     if used == 0:
         raise ValueError(f"fit_output_weights: a sample must have finite logits, got none among {len(target)}")
-    exits = len(logits)
-    gaps = (logits.double().amax(dim=2, keepdim=True) - logits.double()).flatten(1)
-    scale = torch.stack([gap[gap > 0].median() if bool((gap > 0).any()) else gap.new_ones(()) for gap in gaps])
-    lowest = math.log(_RATIO)
-    free = torch.zeros(2, exits, dtype=torch.float64, device=logits.device, requires_grad=True)
+    gaps = (logits.amax(dim=2, keepdim=True) - logits).flatten(1)
+    medians = [gap[gap > 0].median() if bool((gap > 0).any()) else gap.new_ones(()) for gap in gaps]
+    scale = torch.stack(medians).double()[:, None, None]
+    free = torch.zeros(2, exits, 1, 1, dtype=torch.float64, device=logits.device, requires_grad=True)
+    rows = max(1, _CHUNK // (exits * classes))
 
     def evaluate(backward: bool) -> Tensor:
         """Each prefix's mean cross entropy, by parts of the rows; gradients go to ``free``."""
         total = torch.zeros(exits, dtype=torch.float64, device=logits.device)
-        for rows, own in zip(logits.split(_ROWS, dim=1), labels.split(_ROWS), strict=True):
+        for part, own in zip(logits.split(rows, dim=1), labels.split(rows), strict=True):
             # Logits are in units of their exit's scale, so `b` is weight times scale.
-            b = (free[0] - free[0].max().detach()).clamp_min(lowest).exp()
-            running, losses = None, []
-            for e in range(exits):
-                term = b[e] * (rows[e].double() / scale[e])
-                running = term if running is None else running + term
-                judged = running / b[: e + 1].sum() * free[1, e].exp()
-                losses.append(torch.nn.functional.cross_entropy(judged, own, reduction="sum") / used)
-            part = torch.stack(losses)
+            b = _positive(free[0])
+            scaled = (part / scale * b).cumsum(0) * (free[1].exp() / b.cumsum(0))
+            losses = cross_entropy(scaled.flatten(0, 1), own.repeat(exits), reduction="none").view(exits, -1).sum(1)
             if backward:
-                part.sum().backward()
-            total += part.detach()
+                (losses.sum() / used).backward()
+            total += losses.detach() / used
         return total
 
     optimizer = torch.optim.LBFGS(
         [free],
         max_iter=max_iterations,
         max_eval=max_iterations,
-        tolerance_grad=1e-7,
+        tolerance_grad=tolerance,
         tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
     )
@@ -134,18 +141,20 @@ def _fit(exit_logits: Tensor, target: Tensor, max_iterations: int) -> OutputWeig
     evaluations = int(optimizer.state[free]["func_evals"])
     with torch.no_grad():
         nll = evaluate(backward=False)
-        b = (free[0] - free[0].max()).clamp_min(lowest).exp()
-        weights = b / scale
-        weights = (weights / weights.max()).clamp_min(_RATIO)
-        weights = weights / weights.sum()
-        # R_e in the caller's units is (sum b_j O_j / s_j) / sum w_j with w = b / s, up to a factor of all weights.
-        ratio = torch.cumsum(b, 0) / torch.cumsum(b / scale, 0)
-        temperatures = ratio / free[1].exp()
+        b = _positive(free[0])
+        weights = (b / scale / (b / scale).max()).clamp_min(_RATIO).flatten()
+        # R_e in the caller's units is (sum b_j O_j / s_j) / sum w_j with w = b / s.
+        temperatures = (b.cumsum(0) / (b / scale).cumsum(0) / free[1].exp()).flatten()
     return OutputWeightsFit(
-        tuple(weights.tolist()),
+        tuple((weights / weights.sum()).tolist()),
         tuple(temperatures.tolist()),
         tuple(nll.tolist()),
         evaluations,
         evaluations < max_iterations,
         used,
     )
+
+
+def _positive(free: Tensor) -> Tensor:
+    """exp, relative to the largest, not below the least ratio."""
+    return (free - free.max().detach()).clamp_min(math.log(_RATIO)).exp()

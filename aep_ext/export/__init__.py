@@ -1,1 +1,7 @@
-"""export."""
+"""Export: networks as files, full, pruned or gated."""
+
+from __future__ import annotations
+
+from aep_ext.export.save_load import describe, load, save
+
+__all__ = ["describe", "load", "save"]

@@ -1,7 +1,8 @@
-"""Refill: survivors of several batches are pooled before each later unit, so that it runs on full batches."""
+"""Continuous batching: survivors of several batches are pooled before each later stage, which runs on full batches."""
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aep_ext.inference._old_criteria import Policy
-from aep_ext.inference.executor import Answers, GatedOutput, Rows, start, step, survivors
-from aep_ext.inference.settings import GateSettings
-from aep_ext.inference.stages import Run, take
+from aep_ext.inference.executor import Answers, Executor, GatedOutput, Rows
+from aep_ext.inference.exit_policy import ExitPolicy
+from aep_ext.inference.stages import StageRun, take_rows
 
 
 class _Pool:
     """Rows that wait at one exit, with their features: first in, first out, ascending numbers."""
 
     def __init__(self) -> None:
-        self.parts: deque[tuple[Tensor, Rows]] = deque()
+        self.parts: list[tuple[Tensor, Rows]] = []
         self.count = 0
 
     def add(self, features: Tensor, rows: Rows) -> None:
@@ -33,23 +33,12 @@ class _Pool:
 
     def take(self, wanted: int) -> tuple[Tensor, Rows]:
         """The first ``wanted`` rows, or all there are."""
-        taken: list[tuple[Tensor, ...]] = []
-        while wanted and self.parts:
-            features, rows = self.parts.popleft()
-            self.count -= len(features)
-            part = (features, *rows)
-            if len(features) > wanted:
-                # Cloned, or the rows that stay would keep the memory of those that go.
-                self.add(features[wanted:].clone(), Rows(*(column[wanted:].clone() for column in rows)))
-                self.parts.rotate(1)
-                part = tuple(column[:wanted] for column in part)
-            taken.append(part)
-            wanted -= len(part[0])
-        if len(taken) == 1:
-            features, *columns = taken[0]
-        else:
-            features, *columns = (torch.cat(column) for column in zip(*taken, strict=True))
-        return features, Rows(*columns)
+        features, *columns = (torch.cat(c) for c in zip(*((f, *rows) for f, rows in self.parts), strict=True))
+        self.parts, self.count = [], 0
+        if len(features) > wanted:
+            # Cloned, or the rows that stay would keep the memory of those that go.
+            self.add(features[wanted:].clone(), Rows(*(column[wanted:].clone() for column in columns)))
+        return features[:wanted], Rows(*(column[:wanted] for column in columns))
 
 
 class _Batch:
@@ -62,11 +51,11 @@ class _Batch:
         self.answers: Answers | None = None
 
 
-class Refill:
+class ContinuousBatcher:
     """The pooled executor, for whoever feeds batches by hand; :meth:`GatedNet.predict` does it for a loader.
 
-    Every batch walks to the first gate on its own. Those that stay wait there until ``capacity`` of them have come
-    together, from however many batches; the next unit then runs on exactly that many, and so on from exit to exit.
+    Every batch runs to the first gate on its own. Those that stay wait there until ``capacity`` of them have come
+    together, from however many batches; the next stage then runs on exactly that many, and so on from exit to exit.
     Outputs come back batch by batch, in the order pushed, as soon as a batch and all before it are answered.
 
     What is held at most, after a push: ``capacity - 1`` samples' features at each live exit, and the outputs of
@@ -74,9 +63,8 @@ class Refill:
     samples more.
 
     Args:
-        begin: gives a run of the units whose features may be held (``units.begin_owning``).
-        policy: the policy.
-        settings: the numbers to go by, for the whole stream.
+        begin: gives a run of the stages whose features may be held.
+        policy: the policy, for the whole stream.
         capacity: how many rows make a full batch; by default the size of the first one pushed.
         max_delay: so many batches may be unanswered after a push; the oldest is then carried to its end on batches
             that are not full. None: no limit (for a finite stream: outputs, but not features, may then pile up).
@@ -87,19 +75,18 @@ class Refill:
 
     def __init__(
         self,
-        begin: Callable[[], Run],
-        policy: Policy,
-        settings: GateSettings,
+        begin: Callable[[], StageRun],
+        policy: ExitPolicy,
         *,
         capacity: int | None = None,
         max_delay: int | None = 64,
     ) -> None:
         if capacity is not None and capacity < 1:
-            raise ValueError(f"Refill: capacity must be at least 1, got {capacity}")
+            raise ValueError(f"ContinuousBatcher: capacity must be at least 1, got {capacity}")
         if max_delay is not None and max_delay < 0:
-            raise ValueError(f"Refill: max_delay must be at least 0, got {max_delay}")
-        self.begin, self.policy, self.settings = begin, policy, settings
+            raise ValueError(f"ContinuousBatcher: max_delay must be at least 0, got {max_delay}")
         self.capacity, self.max_delay = capacity, max_delay
+        self._begin, self._executor = begin, Executor(policy)
         self._pools: dict[int, _Pool] = {}
         self._batches: deque[_Batch] = deque()
         self._pushed = 0
@@ -117,22 +104,24 @@ class Refill:
     @torch.no_grad()
     def push(self, x: Tensor) -> list[GatedOutput]:
         """Takes a batch, (n, ...), and returns the outputs that are ready, in order."""
-        n, work = len(x), _Work(self)
+        n = len(x)
         if self.capacity is None and n:
             self.capacity = n
         batch = _Batch(self._pushed, n)
         self._batches.append(batch)
         self._pushed += n
-        work.walk(0, x, None, torch.arange(batch.first, batch.end, device=x.device))
-        work.drain()
-        if self.max_delay is not None and len(self._batches) > self.max_delay:
-            work.force(self._batches[-1 - self.max_delay].end)
+        with contextlib.closing(self._begin()) as run:
+            self._advance(run, 0, x, None, torch.arange(batch.first, batch.end, device=x.device))
+            self._drain(run)
+            if self.max_delay is not None and len(self._batches) > self.max_delay:
+                self._force(run, self._batches[-1 - self.max_delay].end)
         return self._ready()
 
     @torch.no_grad()
     def flush(self) -> list[GatedOutput]:
         """Carries everything to its end, on batches that are not full, and returns all outputs."""
-        _Work(self).force(self._pushed)
+        with contextlib.closing(self._begin()) as run:
+            self._force(run, self._pushed)
         return self._ready()
 
     def _ready(self) -> list[GatedOutput]:
@@ -141,73 +130,64 @@ class Refill:
             outputs.append(self._batches.popleft().answers.output())
         return outputs
 
-
-class _Work:
-    """What one push or flush does, on one run of the units."""
-
-    def __init__(self, refill: Refill) -> None:
-        self.refill, self.settings, self.run = refill, refill.settings, refill.begin()
-        self.pools, self.last = refill._pools, len(self.settings.live) - 1
-
-    def walk(self, e: int, features: Tensor, rows: Rows | None, indices: Tensor) -> None:
-        """From unit e on, up to the next live exit; who stays there is pooled."""
-        policy = self.refill.policy
-        for exit_number in range(e, self.last + 1):
-            features, logits = self.run(exit_number, features)
+    def _advance(self, run: StageRun, first: int, features: Tensor, rows: Rows | None, indices: Tensor) -> None:
+        """From stage ``first`` on, up to the next live exit; who stays there is pooled."""
+        executor = self._executor
+        for e in range(first, executor.last + 1):
+            features, logits = run(e, features)
             if rows is None:
-                rows = start(policy, logits, indices.to(logits.device))
+                rows = executor.start(logits, indices.to(logits.device))
                 # Numbers that come first leave first, so the newest batch is the last.
-                self.refill._batches[-1].answers = Answers(len(indices), rows.running, logits.dtype)
-            result = step(policy, self.settings, exit_number, rows, logits)
-            present, live = len(rows.indices), self.settings.live[exit_number]
-            stay = 0 if exit_number == self.last else result.count.item() if live else present
-            before, rows = rows.indices, survivors(result, stay)
+                self._batches[-1].answers = Answers(len(indices), rows.running, logits.dtype)
+            result = executor.step(e, rows, logits)
+            present, stay = len(rows.indices), executor.stay(e, rows, result)
             if stay < present:
-                self._answer(exit_number, result.indices[stay:], result.running[stay:], result.stats[stay:])
+                self._answer(e, result.indices[stay:], result.running[stay:], result.stats[stay:])
             if stay == 0:
                 return
-            pool = self.pools.get(exit_number)
-            full_already = stay == self.refill.capacity and (pool is None or pool.count == 0)
+            before, rows = rows.indices, Rows(result.running[:stay], result.indices[:stay], result.state[:stay])
+            pool = self._pools.get(e)
+            full_already = stay == self.capacity and (pool is None or pool.count == 0)
             if stay < present:
-                features = take(features, torch.searchsorted(before, rows.indices))
+                features = take_rows(features, torch.searchsorted(before, rows.indices))
                 # Cloned, or what waits would keep the memory of those that left.
                 rows = Rows(*(column.clone() for column in rows))
-            if live and not full_already:
-                self.pools.setdefault(exit_number, _Pool()).add(features, rows)
+            if executor.live[e] and not full_already:
+                self._pools.setdefault(e, _Pool()).add(features, rows)
                 return
 
-    def drain(self) -> None:
+    def _drain(self, run: StageRun) -> None:
         """Runs whatever has a full batch waiting, the deepest first: no pool is fed before it has room."""
-        while full := [e for e, pool in self.pools.items() if pool.count >= self.refill.capacity]:
-            self._advance(max(full))
+        while full := [e for e, pool in self._pools.items() if pool.count >= self.capacity]:
+            self._run_pool(run, max(full))
 
-    def force(self, end: int) -> None:
+    def _force(self, run: StageRun, end: int) -> None:
         """Carries all samples with numbers below ``end`` to their exits."""
-        for e in range(self.last):
-            pool = self.pools.get(e)
+        for e in range(self._executor.last):
+            pool = self._pools.get(e)
             while pool is not None and pool.count and pool.first() < end:
-                self._advance(e)
-                self.drain()
+                self._run_pool(run, e)
+                self._drain(run)
 
-    def _advance(self, e: int) -> None:
-        features, rows = self.pools[e].take(self.refill.capacity)
-        self.walk(e + 1, features, rows, rows.indices)
+    def _run_pool(self, run: StageRun, e: int) -> None:
+        features, rows = self._pools[e].take(self.capacity)
+        self._advance(run, e + 1, features, rows, rows.indices)
 
-    def _answer(self, e: int, indices: Tensor, running: Tensor, stats: Tensor) -> None:
+    def _answer(self, e: int, indices: Tensor, logits: Tensor, stats: Tensor) -> None:
         """Hands rows, in ascending order of their numbers, to the batches they belong to."""
-        batches, numbers = self.refill._batches, indices.tolist()
-        done, batch_number = 0, 0
+        numbers = indices.tolist()
+        done, position = 0, 0
         while done < len(numbers):
-            while batches[batch_number].end <= numbers[done]:
-                batch_number += 1
-            batch = batches[batch_number]
+            while self._batches[position].end <= numbers[done]:
+                position += 1
+            batch = self._batches[position]
             until = bisect_left(numbers, batch.end, done)
-            batch.answers.write(e, indices[done:until] - batch.first, running[done:until], stats[done:until])
+            batch.answers.write(e, indices[done:until] - batch.first, logits[done:until], stats[done:until])
             batch.open -= until - done
             done = until
 
 
-def images_of(item: Any) -> Tensor:
+def images_of(function: str, item: Any) -> Tensor:
     """The inputs of a loader's item: itself, or the first of a tuple or list.
 
     Raises:
@@ -215,14 +195,13 @@ def images_of(item: Any) -> Tensor:
     """
     x = item[0] if isinstance(item, tuple | list) and item else item
     if not isinstance(x, Tensor):
-        raise TypeError(
-            f"GatedNet.predict: the loader must give tensors, or tuples that start with one, got {type(item).__name__}"
-        )
+        found = type(item).__name__
+        raise TypeError(f"{function}: the loader must give tensors, or tuples that start with one, got {found}")
     return x
 
 
-def predicted(loader: Iterable[Any], device: torch.device, refill: Refill) -> Iterator[GatedOutput]:
+def batched(loader: Iterable[Any], device: torch.device, batcher: ContinuousBatcher) -> Iterator[GatedOutput]:
     """One output per batch of the loader, in its order."""
     for item in loader:
-        yield from refill.push(images_of(item).to(device, non_blocking=True))
-    yield from refill.flush()
+        yield from batcher.push(images_of("GatedNet.predict", item).to(device, non_blocking=True))
+    yield from batcher.flush()

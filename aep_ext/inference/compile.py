@@ -1,65 +1,61 @@
-"""``prepare``: a network for inference on the fastest engine at hand."""
+"""``compile``: a network for inference on the fastest engine at hand."""
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from aep_ext.inference.backends import BACKENDS, Engine, Settings, engine_class, missing
-from aep_ext.inference.backends.inductor import no_compiler
-from aep_ext.inference.compiled_net import PreparedNet
-from aep_ext.inference.segments import Segment, cut, frozen_copy, unit_inputs
-from aep_ext.inference.verify import difference
+from aep_ext.inference.backends import BACKENDS, build, missing
+from aep_ext.inference.backends.engine import Engine, Settings
+from aep_ext.inference.compiled_net import CompiledNet, difference
+from aep_ext.inference.gated_net import GatedNet
+from aep_ext.inference.segments import Segment, cut, segment_inputs
 from aep_ext.surgery.multi_exit import MultiExitNet
 
-__all__ = ["prepare"]
-
 _ENGINES = ("openvino", "onnxruntime")  # on the CPU, float32
+_AUTO = (*_ENGINES, "eager")
 _ROUNDS, _SECONDS = 15, 3.0  # how long `auto` measures: rounds at most, and seconds at most for all of them
 _TOLERANCE = {"float32": 1e-3, "engine": 0.1}
 
 
-def prepare(
-    net: MultiExitNet,
+def compile(
+    net: MultiExitNet | GatedNet,
     example: Tensor,
-    backend: str = "auto",
+    backend: str | Sequence[str] = "auto",
     *,
     threads: int | None = None,
     precision: str = "float32",
     batches: Sequence[int] | None = None,
-    candidates: Sequence[str] | None = None,
-) -> PreparedNet:
-    """Compiles every stage with its head into one unit of an inference engine and keeps the network's interface.
+) -> CompiledNet | GatedNet:
+    """Compiles the stages up to every exit, with its head, on an inference engine, and keeps the network's interface.
 
     ``net`` itself is left as it is; the result holds a copy, in eval mode, of what it was. Before anything is returned
-    the units' logits are compared with the network's on ``example``.
+    the engine's logits are compared with the network's on ``example``.
 
     Inputs that are not finite are not promised the network's logits: OpenVINO's ReLU maps NaN to 0, so that a sample of
-    NaN may get finite logits there, and leave at a gate where the network's would not. One such sample is tried, and
-    ``notices`` tell where its logits come out finite. Who needs to find broken inputs looks at the inputs.
+    NaN may get finite logits there, and leave at a gate where the network's would not.
 
     Args:
-        net: full or pruned, in either mode. "openvino" and "onnxruntime" take float32 networks on the CPU; "inductor"
-            and "eager" take all.
+        net: full, pruned or gated, in either mode. "openvino" and "onnxruntime" take float32 networks on the CPU;
+            "inductor" and "eager" take all.
         example: images (N, C, H, W), N >= 1, in the network's dtype and on its device. Channels, height and width are
             fixed by it, the batch is not. Real images make the comparison worth more than noise.
         backend: "openvino", "onnxruntime", "inductor" (torch.compile with frozen weights: compiles for minutes, needs a
-            C++ compiler), "eager" (torch, BatchNorm folded), or "auto": those of ``candidates`` that work are timed on
-            the example in turn, and the fastest is kept.
+            C++ compiler) or "eager" (torch, BatchNorm folded). Of several names those that work are timed on the
+            example in turn, and the fastest is kept; "auto" stands for all but "inductor".
         threads: of an engine; default ``torch.get_num_threads()`` now. "inductor" and "eager" follow torch's number.
         precision: "float32", or "engine": what the engine thinks best (OpenVINO computes in bfloat16 on CPUs that have
             it; logits then move in the second or third digit).
-        batches: batch sizes that get units compiled for them alone, usually faster than those for any batch, which
+        batches: batch sizes that get stages compiled for them alone, usually faster than those for any batch, which
             there always are; each costs another copy of the packed weights. Default: 1 and the example's.
-        candidates: for "auto"; default: "openvino", "onnxruntime" and "eager" as far as installed, and "inductor" only
-            if neither of the engines works, since it compiles for minutes.
 
     Returns:
-        :class:`PreparedNet`.
+        A :class:`CompiledNet`; for a gated net a :class:`GatedNet` around it, with its policy as it is.
 
     Raises:
         TypeError: ``net`` or ``example`` is not what it should be.
@@ -69,47 +65,46 @@ def prepare(
             logits differ absurdly from the network's: by more than 1e-3 of the largest (at least of 1; 0.1 for
             ``precision="engine"`` and for half precision), or by not being finite.
     """
-    _check(net, example, backend, precision)
+    if isinstance(net, GatedNet):
+        options = {"threads": threads, "precision": precision, "batches": batches}
+        compiled = GatedNet(compile(net.net, example, backend, **options), net.policy)
+        compiled.calibration = net.calibration
+        return compiled
+    several = backend == "auto" or not isinstance(backend, str)
+    names = _AUTO if backend == "auto" else tuple(dict.fromkeys(backend)) if several else (backend,)
+    _check(net, example, names, precision)
     threads = torch.get_num_threads() if threads is None else threads
     batches = (1, len(example)) if batches is None else batches
     for name, values in (("threads", [threads]), ("batches", batches)):
         for value in values:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"deploy.prepare: {name} must be whole numbers of at least 1, got {value!r}")
-    names = _names(backend, candidates)
-
-    reference = frozen_copy(net)
+                raise ValueError(f"compile: {name} must be whole numbers of at least 1, got {value!r}")
+    reference = copy.deepcopy(net).eval().requires_grad_(False)
     segments = cut(reference)
     example = example.detach().resolve_neg().contiguous()
-    inputs = unit_inputs(segments, example)
+    inputs = segment_inputs(segments, example)
     settings = Settings(threads, precision, tuple(sorted(set(batches))))
     engines: dict[str, Engine] = {}
     gaps: dict[str, float] = {}
-    failures: dict[str, str] = {}
     notices: list[str] = []
     for name in names:
-        if name == "inductor" and candidates is None and engines.keys() & set(_ENGINES):
-            notices.append("inductor: left out, an engine is there and it compiles for minutes; candidates= adds it")
-            continue
         try:
-            _fits(name, inputs[0])
             engines[name], gaps[name] = _build(name, segments, inputs, settings, reference)
         except Exception as error:
-            if backend != "auto":
+            if not several:
                 raise
-            failures[name] = _reason(error)
-            notices.append(f"{name}: {failures[name]}")
+            notices.append(f"{name}: {_reason(error)}")
     if not engines:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise RuntimeError(f"deploy.prepare: no backend can run this network: {listed}")
-    timings = _race(engines, inputs[0]) if backend == "auto" else {}
-    chosen = min(timings, key=timings.__getitem__) if timings else backend
-    if chosen == "eager" and backend == "auto" and len(engines) == 1:
+        raise RuntimeError(f"compile: no backend can run this network: {'; '.join(notices)}")
+    timings = _time_in_turn(engines, example, len(segments)) if several else {}
+    chosen = min(timings, key=timings.__getitem__) if timings else names[0]
+    if backend == "auto" and list(engines) == ["eager"]:
         notices.append("eager is all there is: pip install 'aep_ext[openvino]' or 'aep_ext[onnxruntime]' for an engine")
-    return PreparedNet(
+    return CompiledNet(
         reference,
         engines[chosen],
-        inputs,
+        example,
+        backend=chosen,
         threads=threads,
         batches=settings.batches if chosen in _ENGINES else (),
         timings=timings,
@@ -118,125 +113,77 @@ def prepare(
     )
 
 
-def _check(net: MultiExitNet, example: Tensor, backend: str, precision: str) -> None:
+def _check(net: MultiExitNet, example: Tensor, names: Sequence[str], precision: str) -> None:
     if not isinstance(net, MultiExitNet):
-        raise TypeError(f"deploy.prepare: net must be a MultiExitNet, got {type(net).__name__}")
+        raise TypeError(f"compile: net must be a MultiExitNet, got {type(net).__name__}")
     if not isinstance(example, Tensor):
-        raise TypeError(f"deploy.prepare: example must be a torch.Tensor, got {type(example).__name__}")
+        raise TypeError(f"compile: example must be a torch.Tensor, got {type(example).__name__}")
     if example.layout != torch.strided:
-        raise TypeError(f"deploy.prepare: example must be a dense (strided) tensor, got {example.layout}")
+        raise TypeError(f"compile: example must be a dense (strided) tensor, got {example.layout}")
     if example.dim() != 4 or min(example.shape) < 1:
-        raise ValueError(
-            f"deploy.prepare: example must have shape [N, C, H, W], none of them 0, got {list(example.shape)}"
-        )
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"deploy.prepare: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"compile: example must have shape [N, C, H, W], none of them 0, got {list(example.shape)}")
+    if not names or not set(names) <= set(BACKENDS):
+        raise ValueError(f"compile: backend must be auto, or of {', '.join(BACKENDS)}, got {', '.join(names)!r}")
     if precision not in _TOLERANCE:
-        raise ValueError(f"deploy.prepare: precision must be one of {', '.join(_TOLERANCE)}, got {precision!r}")
+        raise ValueError(f"compile: precision must be one of {', '.join(_TOLERANCE)}, got {precision!r}")
     anchor = next((p for p in net.parameters() if p.is_floating_point()), None)
     if anchor is not None and example.dtype != anchor.dtype:
-        raise ValueError(f"deploy.prepare: example must have the network's dtype, {anchor.dtype}, got {example.dtype}")
+        raise ValueError(f"compile: example must have the network's dtype, {anchor.dtype}, got {example.dtype}")
     if anchor is not None and example.device != anchor.device:
-        raise ValueError(
-            f"deploy.prepare: example must be on the network's device, {anchor.device}, got {example.device}"
-        )
-
-
-def _names(backend: str, candidates: Sequence[str] | None) -> Sequence[str]:
-    if backend != "auto":
-        if candidates is not None:
-            raise ValueError(f"deploy.prepare: candidates go with backend 'auto', got backend {backend!r}")
-        return (backend,)
-    if candidates is None:
-        return BACKENDS
-    if isinstance(candidates, str) or not candidates or not set(candidates) <= set(BACKENDS):
-        raise ValueError(f"deploy.prepare: candidates must be some of {', '.join(BACKENDS)}, got {candidates!r}")
-    return tuple(dict.fromkeys(candidates))
-
-
-def _fits(backend: str, example: Tensor) -> None:
-    """Raises what speaks against a backend before anything is compiled."""
-    absent = missing(backend)
-    if absent:
-        raise ImportError(f"deploy.prepare: {absent}")
-    if backend in _ENGINES and (example.device.type != "cpu" or example.dtype != torch.float32):
-        raise ValueError(
-            f"deploy.prepare: backend '{backend}' must be given a float32 network on the CPU, got {example.dtype} on "
-            f"{example.device} (backends 'inductor' and 'eager' take it)"
-        )
-    if backend == "inductor":
-        reason = no_compiler(example.device)
-        if reason:
-            raise RuntimeError(f"deploy.prepare: {reason}")
+        raise ValueError(f"compile: example must be on the network's device, {anchor.device}, got {example.device}")
 
 
 def _build(
     name: str, segments: Sequence[Segment], inputs: Sequence[Tensor], settings: Settings, reference: MultiExitNet
 ) -> tuple[Engine, float]:
-    """The engine, and how far its logits are from the network's: on every kind of unit that it has compiled."""
+    """The engine, and how far its logits are from the network's: on every kind of batch that it was compiled for."""
+    example, absent = inputs[0], missing(name)
+    if absent:
+        raise ImportError(f"compile: {absent}")
+    if name in _ENGINES and (example.device.type != "cpu" or example.dtype != torch.float32):
+        raise ValueError(
+            f"compile: backend '{name}' must be given a float32 network on the CPU, got {example.dtype} on "
+            f"{example.device} (backends 'inductor' and 'eager' take it)"
+        )
     try:
-        engine = engine_class(name)(segments, inputs, settings)
+        engine = build(name, segments, inputs, settings)
     except Exception as error:
-        raise RuntimeError(f"deploy.prepare: backend '{name}' cannot run this network: {_reason(error)}") from error
-    example = inputs[0]
+        raise RuntimeError(f"compile: backend '{name}' cannot run this network: {_reason(error)}") from error
     gap, scale = 0.0, 1.0
-    # One sample, the example's batch, and a batch that has no units of its own.
+    # One sample, the example's batch, and a batch that nothing was compiled for alone.
     for n in sorted({1, len(example), *settings.batches, max(len(example), 1, *settings.batches) + 1}):
         x = example[torch.arange(n, device=example.device) % len(example)]
         with torch.no_grad():
             wanted = reference.exit_logits(x)
-        chain = engine.chain(n)
-        chain.load(0, x)
-        found = chain.run_all()
+        found = engine.exit_logits(x, len(segments))
         gap = max(gap, difference(found, wanted))
         scale = max(scale, float(torch.where(wanted.isfinite(), wanted, 0).abs().max()))
     single = example.dtype in (torch.float32, torch.float64)
     tolerance = _TOLERANCE[settings.precision if single else "engine"]
     if not gap <= tolerance * scale:
         raise RuntimeError(
-            f"deploy.prepare: backend '{name}' must give the network's logits up to {tolerance * scale:.3g}, got a "
+            f"compile: backend '{name}' must give the network's logits up to {tolerance * scale:.3g}, got a "
             f"difference of {gap:.3g}"
         )
-    engine.notices = [*engine.notices, *_nan_notices(name, engine, example, reference)]
     return engine, gap
 
 
-def _nan_notices(name: str, engine: Engine, example: Tensor, reference: MultiExitNet) -> list[str]:
-    """What a sample of NaN is to the engine, where it is not what it is to the network."""
-    x = torch.full_like(example[:1], torch.nan)
-    with torch.no_grad():
-        broken = ~reference.exit_logits(x).isfinite().all(-1)
-    chain = engine.chain(1)
-    chain.load(0, x)
-    exits = (broken & chain.run_all().isfinite().all(-1)).any(-1).nonzero().flatten().tolist()
-    if not exits:
-        return []
-    return [f"{name}: an input of NaN gives finite logits (exits {', '.join(map(str, exits))}), unlike the network's"]
-
-
-def _race(engines: dict[str, Engine], example: Tensor) -> dict[str, float]:
+def _time_in_turn(engines: dict[str, Engine], example: Tensor, exits: int) -> dict[str, float]:
     """Median milliseconds of every exit's logits on the example; the engines take turns."""
 
-    def runner(engine: Engine) -> Callable[[], None]:
-        chain = engine.chain(len(example))
+    def run(engine: Engine) -> float:
+        start = time.perf_counter()
+        engine.exit_logits(example, exits)
+        if example.is_cuda:
+            torch.cuda.synchronize(example.device)
+        return (time.perf_counter() - start) * 1e3
 
-        def run() -> None:
-            chain.load(0, example)
-            chain.run_all()
-            if example.is_cuda:
-                torch.cuda.synchronize(example.device)
-
-        return run
-
-    runners = {name: runner(engine) for name, engine in engines.items()}
-    times: dict[str, list[float]] = {name: [] for name in runners}
+    times: dict[str, list[float]] = {name: [] for name in engines}
     end = time.perf_counter() + _SECONDS
     for done in range(_ROUNDS):
-        for name, run in runners.items():
-            run()  # after another engine's turn the caches are cold, which no user's loop will meet
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
+        for name, engine in engines.items():
+            run(engine)  # after another engine's turn the caches are cold, which no user's loop will meet
+            times[name].append(run(engine))
         if done >= 2 and time.perf_counter() > end:
             break
     return {name: statistics.median(values) for name, values in times.items()}
@@ -244,5 +191,4 @@ def _race(engines: dict[str, Engine], example: Tensor) -> dict[str, float]:
 
 def _reason(error: BaseException) -> str:
     """An engine's message in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 500 else f"{text[:500]} ..."
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -1,25 +1,26 @@
-"""What a unit is: everything between two exits together with the later exit's head, as one module to be compiled."""
+"""What is compiled: everything between two exits together with the later exit's head, as one module."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from aep_ext.surgery.multi_exit import MultiExitNet
 
-__all__ = ["Segment", "cut", "frozen_copy", "unit_inputs"]
-
 
 class Segment(nn.Module):
-    """One unit: ``features -> (features, logits)``, the last one ``features -> (logits,)``.
+    """``features -> (features, logits)``, the last one ``features -> (logits,)``.
 
-    Shapes: (N, C, H, W) -> (N, C', H', W'), (N, K). Without a head (``exit`` None): ``features -> (features,)``.
+    Shapes: (N, C, H, W) -> (N, C', H', W'), (N, K).
     """
 
-    def __init__(self, stages: Iterable[nn.Module], exit: nn.Module | None, last: bool) -> None:
+    def __init__(self, stages: Iterable[nn.Module], exit: nn.Module, last: bool) -> None:
         super().__init__()
         self.body = nn.Sequential(*stages)
         self.exit = exit
@@ -27,46 +28,51 @@ class Segment(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.body(x)
-        if self.exit is None:
-            return (x,)
         logits = self.exit(x)
         return (logits,) if self.last else (x, logits)
 
 
-def cut(net: MultiExitNet, *, heads: bool = True) -> list[Segment]:
-    """The units of ``net``, one for each exit, on its own modules; to be run and compiled, not to be changed.
-
-    Args:
-        net: in eval mode.
-        heads: False leaves out every head but the last (the trunk alone, for measurements).
-    """
+def cut(net: MultiExitNet) -> list[Segment]:
+    """The segments of ``net`` (in eval mode), one for each exit, on its own modules; not to be changed."""
     segments: list[Segment] = []
     start = 0
-    for position, (end, head) in enumerate(zip(net.exit_stages, net.exits, strict=True)):
-        last = position == net.num_exits - 1
-        segments.append(Segment(net.stages[start : end + 1], head if heads or last else None, last).eval())
+    for end, head in zip(net.exit_stages, net.exits, strict=True):
+        segments.append(Segment(net.stages[start : end + 1], head, end == net.exit_stages[-1]).eval())
         start = end + 1
     return segments
 
 
-def frozen_copy(net: MultiExitNet) -> MultiExitNet:
-    """A copy of ``net`` in eval mode, without gradients: whatever becomes of ``net`` later, it stays as it is."""
-    gradients = {parameter: parameter.grad for parameter in net.parameters()}
-    try:
-        for parameter in gradients:
-            parameter.grad = None  # not to be copied: they may be as large as the weights
-        copied = copy.deepcopy(net)
-    finally:
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-    return copied.eval().requires_grad_(False)
-
-
-def unit_inputs(segments: Iterable[Segment], x: Tensor) -> list[Tensor]:
-    """The input of every unit when the first one is given ``x``, by plain eager calls."""
+def segment_inputs(segments: Iterable[Segment], x: Tensor) -> list[Tensor]:
+    """The input of every segment when the first one is given ``x``, by plain eager calls."""
     inputs = []
     with torch.no_grad():
         for segment in segments:
             inputs.append(x)
             x = segment(x)[0]
     return inputs
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings, by either way, that exporters give of torch's and their own internals."""
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def exported(segment: Segment, example: Tensor) -> ExportedProgram:
+    """``segment`` as a graph for any batch of at least one, which the engines' frontends read.
+
+    Args:
+        segment: in eval mode.
+        example: its input (n, C, H, W). Two samples are taken: export makes a constant of a batch of one.
+    """
+    two = example[torch.tensor([0, len(example) - 1], device=example.device)].contiguous()
+    with torch.no_grad(), quiet():
+        # Not strict: strict tracing evaluates Python bytecode and refuses more of what users' modules do.
+        return torch.export.export(segment, (two,), dynamic_shapes=({0: Dim("n", min=1)},), strict=False)

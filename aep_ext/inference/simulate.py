@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aep_ext import ops
 from aep_ext._utils import per_exit
-from aep_ext.inference.criteria import gate_step, initial_state
+from aep_ext.inference.criteria import criterion_name, gate_step, initial_state
 from aep_ext.inference.exit_policy import ExitPolicy
 
 
@@ -125,3 +126,48 @@ def simulate(
     if target is not None:
         correct = (predictions == target.to(device)) & ~answers.isnan().any(dim=1)
     return Simulation(answers.to(exit_logits.dtype), taken, confidences, predictions, counts, correct, mean_cost)
+
+
+def near_threshold(exit_logits: Tensor, policy: ExitPolicy, tolerance: float = 1e-5) -> Tensor:
+    """Which samples pass within ``tolerance`` of a decision that could fall otherwise?
+
+    The low bits of a network's logits depend on the shape of the batch, so executor and simulator agree exactly on
+    cached logits, and on a live network except for these samples. ``int(near_threshold(...).sum())`` counts them.
+
+    A sample is near where, at an enabled exit on its way (the exit it takes included), the confidence, entropy or
+    margin lies within the tolerance of that exit's threshold. Under patience and votes, which count classes, it is near
+    where the two largest probabilities lie so close, at any exit on its way.
+
+    Args:
+        exit_logits: (E, N, K) floating.
+        policy: of E exits, with a criterion by name.
+        tolerance: in the criterion's unit (probability, nats; for patience and votes: probability).
+
+    Returns:
+        (N,) bool.
+
+    Raises:
+        ValueError: a user's own criterion, whose distance to a threshold is not known; otherwise as :func:`simulate`.
+    """
+    if not isinstance(policy.criterion, str):
+        raise ValueError(
+            f"near_threshold: criterion must be a name, got {criterion_name(policy.criterion)}: how near its rule "
+            "comes to another decision cannot be known"
+        )
+    taken = simulate(exit_logits, policy).exit
+    near = torch.zeros_like(taken, dtype=torch.bool)
+    column = {"confidence": 0, "entropy": 1, "margin": 2}.get(policy.criterion)
+    for e in range(policy.num_exits - 1):
+        first = e if policy.criterion_on == "exit" else 0
+        weights = torch.tensor(policy.output_weights[first : e + 1], dtype=torch.float64, device=exit_logits.device)
+        stats = ops.ensemble_stats(
+            exit_logits[first : e + 1].detach(),
+            weights,
+            normalizer=float(weights.sum()),
+            temperature=policy.temperatures[e],
+        ).stats
+        if column is None:
+            near |= (stats[:, 2] <= tolerance) & (taken >= e)
+        elif policy.enabled[e]:
+            near |= ((stats[:, column].double() - policy.thresholds[e]).abs() <= tolerance) & (taken >= e)
+    return near

@@ -1,4 +1,4 @@
-"""How figures are written: percent, millions, mean with spread, exits counted from 1."""
+"""How numbers are written: per cent, millions, mean with spread, exits counted from 1."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def percent(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f} %"
 
 
-def percent_spread(figure: dict[str, Any]) -> str:
-    """Mean and sample standard deviation over the seeds, as percentages."""
-    if figure["std"] is None:
-        return percent(figure["mean"])
-    return f"{100 * figure['mean']:.2f} ± {100 * figure['std']:.2f} %"
+def percent_spread(spread: dict[str, Any], digits: int = 2) -> str:
+    """Mean and, over several seeds, sample standard deviation of fractions of 1, as percentages."""
+    if spread["std"] is None:
+        return percent(spread["mean"], digits)
+    return f"{100 * spread['mean']:.{digits}f} ± {100 * spread['std']:.{digits}f} %"
 
 
-def points(verdict: dict[str, Any]) -> str:
-    """A difference of accuracies with its interval, in points."""
-    return f"{100 * verdict['difference']:+.2f} [{100 * verdict['low']:+.2f}, {100 * verdict['high']:+.2f}]"
+def points(difference: dict[str, Any]) -> str:
+    """A ``difference`` of accuracies with its interval ``low``, ``high``, in points."""
+    return f"{100 * difference['difference']:+.2f} [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
 
 
 def amount(value: float) -> str:
@@ -40,13 +40,12 @@ def amount(value: float) -> str:
 
 def relative(value: float, reference: float) -> str:
     """By how many per cent ``value`` differs from ``reference``."""
-    return f"{100 * (value / reference - 1):+.0f} %" if reference else "-"
+    return f"{100 * (value / reference - 1):+.0f} %" if reference else ""
 
 
-def fewer(value: float, reference: float, what: str) -> str:
-    """``23 % fewer multiply-adds``, or more, or as many."""
-    change = round(100 * (value / reference - 1)) if reference else 0
-    return f"{abs(change)} % {'fewer' if change < 0 else 'more'} {what}" if change else f"as many {what}"
+def decimal(value: float | None, digits: int = 3) -> str:
+    """A number with so many decimals; nothing where it is not known."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def exits(numbers: Sequence[int]) -> str:
@@ -58,16 +57,3 @@ def exits_of_seeds(subsets: Sequence[Sequence[int]]) -> str:
     """The subsets of several seeds: one where they agree, else all in the seeds' order."""
     written = [exits(subset) for subset in subsets]
     return written[0] if len(set(written)) == 1 else ", ".join(written)
-
-
-def kept(subsets: Sequence[Sequence[int]]) -> str:
-    """The subsets of several seeds in words: ``exit 3``, ``exits 2+3``, or ``exits 2+3, 3 and 3+4, by seed``."""
-    written = [exits(subset) for subset in subsets]
-    if len(set(written)) > 1:
-        return f"exits {', '.join(written[:-1])} and {written[-1]}, by seed"
-    return f"exit{'s' if '+' in written[0] else ''} {written[0]}"
-
-
-def milliseconds(latency: dict[str, Any]) -> str:
-    """A median latency with its 95th percentile."""
-    return f"{latency['median']:.3g} ({latency['p95']:.3g})"

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import store
+from benchmarks.gpu import result_file
 
-_FIGURES = pytest.StashKey[dict[str, Any]]()
+_DETAILS = pytest.StashKey[dict[str, Any]]()
 _TIME_IS_UP = "no time left"
 
 
@@ -35,10 +35,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     target = _target()
     if target is None:
         return
-    path, stage, source = target
-    done = store.finished(path, stage, source)
-    ours = [item for item in items if "benchmarks/gpu/" in item.path.as_posix()]
-    again = [item for item in ours if _part(item) in done]
+    done = result_file.finished(*target)
+    again = [item for item in items if "benchmarks/gpu/" in item.path.as_posix() and _part(item) in done]
     if again:
         config.hook.pytest_deselected(items=again)
         items[:] = [item for item in items if item not in again]
@@ -49,9 +47,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.time() > float(os.environ.get("AEP_GPU_END", "inf")):
         pytest.skip(_TIME_IS_UP)
     target = _target()
-    if target is not None:  # who ends the process is known by this
+    if target is not None:  # what ends the process is known by this
         path, stage, source = target
-        store.record(path, stage, _part(item), source, "unfinished", 0.0, store.BEGUN)
+        result_file.record(path, stage, _part(item), source, "unfinished", 0.0, result_file.BEGUN)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -65,26 +63,26 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
         note = report.longrepr[2].removeprefix("Skipped: ")
         status = "unfinished" if note == _TIME_IS_UP else "left out"
     elif report.failed:
-        note = str(call.excinfo.value).strip().splitlines()[0][:300] if str(call.excinfo.value).strip() else ""
-        note = f"{call.excinfo.typename}: {note}"
-    figures = item.stash.get(_FIGURES, None)
-    more = {} if figures is None else {"details": figures}
+        first = (str(call.excinfo.value).strip().splitlines() or [""])[0]
+        note = f"{call.excinfo.typename}: {first[:300]}"
+    details = item.stash.get(_DETAILS, None)
+    more = {} if details is None else {"details": details}
     path, stage, source = target
-    store.record(path, stage, _part(item), source, status, report.duration, note, **more)
+    result_file.record(path, stage, _part(item), source, status, report.duration, note, **more)
     print(f"\ngpu_check: {stage}: {_part(item)}: {status}" + (f" ({note})" if note else ""), flush=True)
 
 
 @pytest.fixture
-def figures(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
-    """``figures(found, again)``: keeps what was measured; ``again``, ours, also gives pytest-benchmark its columns."""
+def record(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
+    """``record(found, call)``: keeps what was measured; ``call`` gives pytest-benchmark its own columns."""
 
-    def keep(found: dict[str, Any], again: Callable[[], object]) -> None:
-        request.node.stash[_FIGURES] = found
+    def write(found: dict[str, Any], call: Callable[[], object]) -> None:
+        request.node.stash[_DETAILS] = found
         benchmark.group = os.environ.get("AEP_GPU_STAGE", "gpu")
         benchmark.extra_info.update(found)
-        benchmark.pedantic(again, rounds=5, warmup_rounds=1)
+        benchmark.pedantic(call, rounds=5, warmup_rounds=1)
 
-    return keep
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +93,10 @@ def copy_gb_per_s() -> Callable[[], float]:
     def best() -> float:
         if not known:
             target = _target()
-            entry = store.read(target[0])["stages"].get("ceilings", {}).get("ceilings", {}) if target else {}
-            table = entry.get("details", {}).get("copy_gb_per_s")
+            stages = result_file.read(target[0])["stages"] if target else {}
+            table = stages.get("ceilings", {}).get("ceilings", {}).get("details", {}).get("copy_gb_per_s")
             if table is None:
-                from benchmarks.gpu.ceilings import copy_bandwidth
+                from benchmarks.gpu.measure import copy_bandwidth
 
                 table = copy_bandwidth()
             known.append(max(size["median"] for size in table.values()))
@@ -111,8 +109,8 @@ def copy_gb_per_s() -> Callable[[], float]:
 def _fresh(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every case starts without another's memory; where a capture failed, in another process."""
     yield
-    torch, clock = sys.modules.get("torch"), sys.modules.get("benchmarks.gpu.clock")
-    if clock is not None and clock.broken_captures:
+    torch, measure = sys.modules.get("torch"), sys.modules.get("benchmarks.gpu.measure")
+    if measure is not None and measure.broken_captures:
         request.session.shouldfail = "a capture failed, which torch does not get over in this process"
     elif torch is not None and torch.cuda.is_initialized():
         torch._dynamo.reset()

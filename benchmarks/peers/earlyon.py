@@ -2,161 +2,243 @@
 
     python -m benchmarks.peers.earlyon --run RUN --output benchmarks/results/cifar10-earlyon.json
 
-RUN is a finished folder of ``aep run``. Both get the network's exits, the same validation images to fit temperatures
-on (a fifth) and to search thresholds on (the rest), and the same loss of accuracy in points, each against its own
-answer without gates: aep_ext against the ensemble of all exits, earlyon, which has no ensemble, against the last exit.
-Both are judged on the same test images, their multiply-adds counted by aep_ext. Times are taken in turn on the same
-images, of the network of the seed that ``aep calibrate`` delivers, or, where RUN was not calibrated, of the first one.
-Beside both stand, where it was, the figures of ``aep calibrate``, which chooses the exits too and holds its loss
-against the pruned ensemble (``aep_calibrate``), and the times of what it delivers (``aep_calibrate`` too).
+RUN is a finished folder of ``aep run``. Both get the network's exits, the same validation images to calibrate on, and
+the same loss of accuracy in points, each against its own answer without gates: aep_ext against the ensemble of all
+exits, earlyon, which has no ensemble, against the last exit. aep_ext cross-validates on all of the images; earlyon fits
+temperatures on a fifth of them and searches thresholds on the rest. Both may leave exits out. Both are evaluated on the
+same test images, their multiply-adds counted by aep_ext, and timed in turn on the same images, on the first seed.
 
 The data is where RUN's configuration says, or where ``--data`` or the environment variable AEP_PEER_DATA say
-(``cifar10-jpeg:FILE``). earlyon is on the registry: ``pip install earlyon``; it needs torchvision.
+(``cifar10-jpeg:FILE``). earlyon 0.3 is on the registry: ``pip install earlyon``; it needs torchvision. It has three
+ways to answer: ``wrapper(x)``, batch 1, by hooks on the backbone; ``staged_model(wrapper).infer(x)``, batch 1, stage
+after stage; ``wrapper.forward_inference_batched(x)``, where a batch leaves as one, as its least confident sample may.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import time
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from aep_ext import MultiExitNet, deploy
-from aep_ext._io import read_json, write_json
+from aep_ext import MultiExitNet, load
+from aep_ext._io import write_json
+from aep_ext.calibration import CachedLogits, calibrate
+from aep_ext.inference import GatedNet, collect_logits, compile
 from aep_ext.pruning import prune
-from aep_ext.termination import AccuracyBudget, ExitCache, GatedNet, calibrate, exit_costs, fit_temperatures
-from aep_ext.training import ImageDataModule
-from aep_ext.training.bench_racing import Times, draw_batches, latency, race, ratio_of_sums
+from aep_ext.pruning.cost import subset_costs
+from aep_ext.training.data import ImageDataModule
 from aep_ext.training.folder import RunFolder
 from aep_ext.training.splits import split_sha256
-from aep_ext.training.summary import _environment, spread
-from benchmarks.peers import earlyon_net as peer
+from aep_ext.training.summary import environment, spread
+from aep_ext.training.timing import Times, draw_batches, latency, ratio_of_sums, time_in_turn
 
 FORMAT, VERSION = "aep_ext.peer", 1
-SHARE = 0.2  # of the validation images for temperatures
-SEED = 0
-MEASURED_ROWS = 64
+SHARE = 0.2  # of the validation images for earlyon's temperatures
+SEED, BATCH, MEASURED_ROWS = 0, 256, 64
+FINE_GRID = tuple(round(1 - k / 400, 4) for k in range(1, 281))  # 0.9975 down to 0.3: its own has nine values
+METRICS = ("top1", "ungated_top1", "mean_macs", "ungated_macs")
+Images = tuple[Tensor, Tensor]
+"""(n, C, H, W) float32 as the network sees them, and labels (n,) int64."""
 
 
-@dataclass(frozen=True)
-class Images:
-    """The images of both: (n, C, H, W) float32 as the network sees them, and labels (n,) int64."""
-
-    temperatures: tuple[Tensor, Tensor]
-    thresholds: tuple[Tensor, Tensor]
-    report: tuple[Tensor, Tensor]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return tuple(self.report[0].shape[1:])  # type: ignore[return-value]
+def loader(images: Images) -> DataLoader:
+    """(x, y) batches, in order."""
+    return DataLoader(TensorDataset(*images), batch_size=BATCH)
 
 
-def split_images(select: tuple[Tensor, Tensor], report: tuple[Tensor, Tensor]) -> tuple[Images, dict[str, Any]]:
-    """Cuts the validation images into the two calibration roles; and what a result file says of all three."""
-    order = torch.randperm(len(select[0]), generator=torch.Generator().manual_seed(SEED))
-    cut = round(SHARE * len(order))
-    first, second = (tuple(part[rows] for part in select) for rows in (order[:cut], order[cut:]))
-    told = {
-        "temperatures": {"samples": cut, "sha256": split_sha256(order[:cut])},
-        "thresholds": {"samples": len(order) - cut, "sha256": split_sha256(order[cut:])},
-        "report": {"samples": len(report[0])},
-    }
-    return Images(first, second, report), told  # type: ignore[arg-type]
+def wrap(net: MultiExitNet, shape: Sequence[int]) -> Any:
+    """An ``EarlyExitWrapper`` of copies of a network's stages and heads, in eval mode.
+
+    The stages become the children of an ``nn.Sequential``, the form that earlyon can both wrap and cut into stages; the
+    last exit's head is its last child and so earlyon's final classifier. All parts are copies: it hangs hooks on them.
+
+    Args:
+        net: two exits at least.
+        shape: (C, H, W) of an image.
+
+    Raises:
+        ValueError: one exit alone.
+        ImportError: earlyon is not installed.
+    """
+    from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
+
+    if net.num_exits < 2:
+        raise ValueError(f"wrap: net must have at least two exits, got {net.num_exits}")
+    stages, heads = copy.deepcopy(net.stages), copy.deepcopy(net.exits)
+    children = OrderedDict((f"stage{number}", stage) for number, stage in enumerate(stages))
+    backbone = nn.Sequential(children | {"head": heads[-1]})
+    with torch.no_grad():
+        features = net.eval().features(torch.zeros(1, *shape))
+    points = [
+        ExitPoint(f"exit{e}", f"stage{stage}", features[e].shape[1]) for e, stage in enumerate(net.exit_stages[:-1])
+    ]
+    config = EarlyExitConfig(backbone="aep_ext", num_classes=net.num_classes, exit_points=points)
+    early = {point.name: head for point, head in zip(points, heads, strict=False)}
+    return EarlyExitWrapper(backbone, early, nn.Identity(), config, input_shape=(1, *shape)).eval()
 
 
-def gated_by_us(net: MultiExitNet, images: Images, drop: float) -> tuple[GatedNet, dict[str, Any]]:
-    """aep_ext's gates by the same images and budget, and how they do on the images to report on."""
-    caches = {
-        role: ExitCache.collect(net, peer.loader(*part), role=role)
-        for role, part in (("temperatures", images.temperatures), ("thresholds", images.thresholds))
-    }
-    costs = exit_costs(net, images.shape)
-    fits = fit_temperatures(caches["temperatures"])
-    found = calibrate(
-        caches["thresholds"],
-        costs=costs,
-        budget=AccuracyBudget(drop),
-        temperatures=[fit.temperature for fit in fits],
-        seed=SEED,
-    )
-    gated = GatedNet.from_calibration(net, found).eval()
-    test = ExitCache.collect(net, peer.loader(*images.report), role="report")
-    result = gated.simulate(test.logits, target=test.target, costs=costs)
-    ungated = (test.running[-1].argmax(-1) == test.target).double().mean()
-    return gated, {
-        "top1": result.accuracy,
-        "ungated_top1": float(ungated),
-        "mean_macs": result.mean_cost,
-        "ungated_macs": costs[-1],
-        "exit_shares": (result.counts / len(test)).tolist(),
-        "thresholds": torch.as_tensor(found.thresholds).tolist(),
-        "enabled": torch.as_tensor(found.enabled).tolist(),
-        "temperatures": torch.as_tensor(found.temperatures).tolist(),
-    }
+def staged(wrapper: Any) -> Any:
+    """earlyon's own cut into stages; it compares the two itself on an image of zeros."""
+    from earlyon.staged import staged_model
+
+    return staged_model(wrapper).eval()
 
 
-def gated_by_earlyon(net: MultiExitNet, images: Images, drop: float) -> tuple[Any, dict[str, Any]]:
-    """earlyon's wrapper, calibrated by its own functions, and how it does on the images to report on."""
-    wrapper = peer.wrap(net, images.shape)
-    gap = peer.check_logits(net, wrapper, images.thresholds[0][:MEASURED_ROWS])
-    peer.calibrate(wrapper, peer.loader(*images.temperatures), peer.loader(*images.thresholds), drop)
-    judged = asdict(peer.judge(net, wrapper, peer.loader(*images.report), images.shape))
+def check_logits(net: MultiExitNet, wrapper: Any, x: Tensor) -> float:
+    """All exits' logits of both, on the same images: equal bit for bit where the network runs its heads as modules.
+
+    Returns:
+        The largest difference to the network's fused heads, whose pooling sums in another order.
+
+    Raises:
+        AssertionError: they are not equal.
+    """
+    with torch.inference_mode():
+        theirs = torch.stack(wrapper(x, mode="training"))
+        ours = net.exit_logits(x)
+        fused, net.fused = net.fused, False
+        try:
+            plain = net.exit_logits(x)
+        finally:
+            net.fused = fused
+    if not torch.equal(theirs, plain):
+        raise AssertionError(f"earlyon's exit logits are not the network's: {float((theirs - plain).abs().max()):g}")
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    return float((theirs - ours).abs().max())
+
+
+def check_paths(wrapper: Any, stages: Any, x: Tensor) -> list[int]:
+    """The exits taken by its two ways at batch 1, which must be the same, as must the logits; the last exit is -1."""
+    exits = []
+    for one in x.split(1):
+        a, b = wrapper(one, mode="inference"), stages.infer(one)
+        if a.exit_taken != b.exit_taken or not torch.equal(a.prediction, b.prediction):
+            raise AssertionError(f"earlyon's two ways differ: exits {a.exit_taken} and {b.exit_taken}")
+        exits.append(a.exit_taken)
+    return exits
+
+
+def calibrate_earlyon(wrapper: Any, temperatures: DataLoader, thresholds: DataLoader, drop: float) -> Any:
+    """Its own calibration for an accuracy budget, by its own nine thresholds and by a fine grid of 280.
+
+    The one of the two that needs less computation on the calibration images stays in ``wrapper.config``.
+
+    Args:
+        wrapper: changed.
+        temperatures, thresholds: images for the one and for the other.
+        drop: points of accuracy that may be lost against its final classifier.
+
+    Returns:
+        Its ``CalibrationResult``.
+    """
+    from earlyon.core.thresholds import calibrate_thresholds
+
+    def found(grid: tuple[float, ...] | None) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return calibrate_thresholds(
+                wrapper,
+                thresholds,
+                target_accuracy_drop=drop / 100,
+                grid=grid,
+                fit_temperature=True,
+                temperature_loader=temperatures,
+            )
+
+    best = min(found(None), found(FINE_GRID), key=lambda result: result.avg_computation_used)
     config = wrapper.config
-    return wrapper, {
-        "top1": judged["top1"],
-        "ungated_top1": judged["final_top1"],
-        "mean_macs": judged["mean_macs"],
-        "ungated_macs": judged["final_macs"],
-        "exit_shares": judged["exit_shares"],
+    config.confidence_thresholds, config.enabled_exits = list(best.thresholds), list(best.enabled_exits)
+    config.temperatures = dict(best.temperatures)
+    config.validate()
+    return best
+
+
+def exit_macs(net: MultiExitNet, shape: Sequence[int], enabled: Sequence[bool]) -> list[int]:
+    """Multiply-adds of a sample that earlyon answers at each exit, by aep_ext's counter: E numbers.
+
+    The backbone up to there with the heads of the enabled exits on the way: it runs no head of a disabled one.
+    """
+    macs = subset_costs(net, tuple(shape)).macs
+    masks = [sum(1 << i for i in range(e) if enabled[i]) | 1 << e for e in range(net.num_exits)]
+    return [macs[mask - 1] for mask in masks]
+
+
+def evaluate_earlyon(net: MultiExitNet, wrapper: Any, images: Images) -> dict[str, Any]:
+    """Its rule on other images, by its own simulator."""
+    from earlyon.core.thresholds import collect_head_logits, simulate_policy
+    from earlyon.core.types import exit_label
+
+    cache, config, last = collect_head_logits(wrapper, loader(images), "cpu"), wrapper.config, net.num_exits - 1
+    found = simulate_policy(cache, wrapper)
+    shares = [found.exit_distribution.get(exit_label(e if e < last else -1), 0.0) for e in range(last + 1)]
+    shape = images[0].shape[1:]
+    macs = exit_macs(net, shape, config.enabled_exits)
+    return {
+        "top1": found.accuracy,
+        "ungated_top1": float((cache.logits[-1].argmax(-1) == cache.targets).double().mean()),
+        "mean_macs": sum(share * cost for share, cost in zip(shares, macs, strict=True)),
+        "ungated_macs": exit_macs(net, shape, [False] * last)[-1],
+        "exit_shares": shares,
         "thresholds": list(config.confidence_thresholds),
         "enabled": list(config.enabled_exits),
         "temperatures": [config.temperatures[name] for name in config.head_names],
-        "largest_logit_difference_to_fused_heads": gap,
     }
 
 
-def delivered(folder: RunFolder, method: str) -> dict[int, dict[str, Any]]:
-    """What ``aep calibrate`` wrote of each seed, which also chooses the exits: their numbers, accuracy and mean cost.
+def evaluate_batched(net: MultiExitNet, wrapper: Any, images: Images, rows: int) -> dict[str, float]:
+    """Its way for batches on all images, ``rows`` at a time: top-1 and mean multiply-adds."""
+    (x, y), correct, spent = images, 0, 0
+    macs = exit_macs(net, x.shape[1:], wrapper.config.enabled_exits)
+    for part, labels in zip(x.split(rows), y.split(rows), strict=True):
+        found = wrapper.forward_inference_batched(part)
+        correct += int((found.predictions.argmax(-1) == labels).sum())
+        spent += macs[found.exit_taken] * len(part)  # -1, its final classifier, is the last
+    return {"top1": correct / len(x), "mean_macs": spent / len(x)}
 
-    Its budget is against the pruned ensemble, by validation images split and cross-validated in its own way.
-    """
-    path = folder.path / "gates.json"
-    if not path.is_file():
-        return {}
-    return {
-        part["seed"]: {
-            "exits": part["exits"],
-            "top1": part["report"]["gated"]["top1"],
-            "ungated_top1": part["report"]["pruned"]["top1"],
-            "mean_macs": part["report"]["gated"]["mean_macs"],
-            "ungated_macs": part["report"]["pruned"]["macs"],
-        }
-        for part in read_json(path)["methods"][method]["seeds"]
+
+def gated_by_us(net: MultiExitNet, val: Images, test: Images, drop: float) -> tuple[GatedNet, dict[str, Any]]:
+    """aep_ext's gates, and how they do on the test images."""
+    macs = subset_costs(net, tuple(val[0].shape[1:])).macs
+    cached = {
+        role: CachedLogits(*collect_logits(net, loader(images)), role=role, exits=net.exit_ids)
+        for role, images in (("val", val), ("test", test))
+    }
+    found = calibrate(cached["val"], costs=macs, budget=drop, seed=SEED)
+    policy, metrics = found.policy, found.evaluate(cached["test"])
+    ensemble = torch.einsum("enk,e->nk", cached["test"].logits, net.output_weights.float())
+    return GatedNet.from_policy(net, policy), {
+        "top1": metrics.accuracy,
+        "ungated_top1": float((ensemble.argmax(-1) == test[1]).double().mean()),
+        "mean_macs": metrics.mean_cost,
+        "ungated_macs": macs[-1],
+        "exit_shares": [count / metrics.n for count in metrics.counts],
+        "feasible": found.feasible,
+        "policy": policy.to_dict(),
     }
 
 
-def delivered_seed(folder: RunFolder, method: str) -> int | None:
-    """The seed of the gated network that ``aep calibrate`` delivered, if it is of this method."""
-    path = folder.path / "gates.json"
-    named = read_json(path).get("delivered") if path.is_file() else None
-    return named["seed"] if named and named["exit_weights"] == method else None
+def gated_by_earlyon(net: MultiExitNet, val: Images, test: Images, drop: float) -> tuple[Any, dict[str, Any]]:
+    """earlyon's wrapper, calibrated by its own functions, and how it does on the test images."""
+    wrapper = wrap(net, val[0].shape[1:])
+    gap = check_logits(net, wrapper, val[0][:MEASURED_ROWS])
+    order = torch.randperm(len(val[0]), generator=torch.Generator().manual_seed(SEED))
+    parts = order.split([round(SHARE * len(order)), len(order) - round(SHARE * len(order))])
+    calibrate_earlyon(wrapper, *(loader((val[0][rows], val[1][rows])) for rows in parts), drop)
+    return wrapper, evaluate_earlyon(net, wrapper, test) | {"largest_logit_difference_to_fused_heads": gap}
 
 
-def load_delivered(folder: RunFolder) -> GatedNet:
-    """That network."""
-    net = deploy.load(folder.path / read_json(folder.path / "gates.json")["delivered"]["folder"])
-    assert isinstance(net, GatedNet)
-    return net
-
-
-class LastExit(torch.nn.Module):
+class LastExit(nn.Module):
     """The stages and the last head alone: the network without early exits."""
 
     def __init__(self, net: MultiExitNet) -> None:
@@ -169,83 +251,57 @@ class LastExit(torch.nn.Module):
         return self.head(x)
 
 
-def on_engine(gated: GatedNet, x: Tensor, backend: str, batches: Sequence[int]) -> GatedNet:
-    """The same gates over the network prepared for an engine, its costs measured."""
-    prepared = deploy.prepare(gated.net, x[:MEASURED_ROWS], backend, threads=torch.get_num_threads(), batches=batches)
-    result = GatedNet(prepared, gated.policy, gated.thresholds, gated.temperatures, gated.enabled).eval()
-    result.measure(x[:MEASURED_ROWS])
-    return result
-
-
-def contestants(
-    gated: GatedNet, wrapper: Any, rows: int, others: dict[str, GatedNet | None]
-) -> dict[str, Callable[[Tensor], object]]:
-    """Who is timed at a batch size: for larger batches earlyon's own way for them, and its quickest way one by one."""
-    net, stages = gated.net, peer.staged(wrapper)
-    both: dict[str, Callable[[Tensor], object]] = {"aep_ext": gated, "ensemble": net, "last_exit": LastExit(net).eval()}
-    both |= {name: net for name, net in others.items() if net is not None}
-    if rows == 1:
-        return {**both, "earlyon_wrapper": wrapper, "earlyon_staged": stages.infer}
-    return {
-        **both,
-        "earlyon_batched": wrapper.forward_inference_batched,
-        "earlyon_staged_one_by_one": lambda x: [stages.infer(one) for one in x.split(1)],
-    }
-
-
 def timed(
+    net: MultiExitNet,
     gated: GatedNet,
     wrapper: Any,
     x: Tensor,
+    *,
     batches: Sequence[int],
     seconds: float,
     backend: str | None,
-    calibrated: GatedNet | None,
-    write: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Times all in turn on the images x, after their answers were compared; one row for every batch size."""
-    peer.check_paths(wrapper, peer.staged(wrapper), x)
-    gated.measure(x[:MEASURED_ROWS])
-    others = {"aep_calibrate": calibrated, "aep_ext_on_engine": None, "aep_calibrate_on_engine": None}
-    if calibrated is not None:
-        calibrated.measure(x[:MEASURED_ROWS])
+    """Times all in turn on the images x, after earlyon's ways were compared; one row for every batch size."""
+    stages = staged(wrapper)
+    check_paths(wrapper, stages, x)
+    ours: dict[str, Callable[[Tensor], object]] = {"aep_ext": gated, "ensemble": net, "last_exit": LastExit(net).eval()}
     if backend is not None:
-        others["aep_ext_on_engine"] = on_engine(gated, x, backend, batches)
-        others["aep_calibrate_on_engine"] = calibrated and on_engine(calibrated, x, backend, batches)
+        example = x[:MEASURED_ROWS]
+        ours["aep_ext_on_engine"] = compile(gated, example, backend, threads=torch.get_num_threads(), batches=batches)
+    for found in (gated, ours.get("aep_ext_on_engine")):
+        if isinstance(found, GatedNet):
+            found.measure(x[:MEASURED_ROWS])
     rows = []
     with torch.inference_mode():
         for n in batches:
-            calls = contestants(gated, wrapper, n, others)
-            times = race(calls, [x[part] for part in draw_batches(len(x), n, SEED)], seconds)
+            if n == 1:
+                theirs = {"earlyon_wrapper": wrapper, "earlyon_staged": stages.infer}
+            else:
+                theirs = {
+                    "earlyon_batched": wrapper.forward_inference_batched,
+                    "earlyon_staged_one_by_one": lambda part: [stages.infer(one) for one in part.split(1)],
+                }
+            times = time_in_turn(ours | theirs, [x[part] for part in draw_batches(len(x), n, SEED)], seconds)
             rows.append(_row(n, times))
-            write(_line(rows[-1]))
     return rows
 
 
 def _row(n: int, times: dict[str, Times]) -> dict[str, Any]:
-    row: dict[str, Any] = {"batch": n, "times": {name: latency(taken, n) for name, taken in times.items()}}
+    """One batch size: latencies, and the time of each over that of aep_ext's gates."""
     own = times["aep_ext"].typical()
-    row["ratios"] = {
+    ratios = {
         name: dict(zip(("ratio", "interval"), ratio_of_sums(taken.typical(), own), strict=True))
         for name, taken in times.items()
         if name != "aep_ext"
     }
     theirs = [name for name in times if name.startswith("earlyon")]
-    row["quickest_earlyon"] = min(theirs, key=lambda name: row["ratios"][name]["ratio"])
-    row["calls"] = len(times["aep_ext"].calls())
-    return row
-
-
-def _line(row: dict[str, Any]) -> str:
-    told = [
-        f"{name} {found['p50_ms']:.3f} / {found['p95_ms']:.3f} ms, {found['images_per_s']:.0f} images/s"
-        for name, found in row["times"].items()
-    ]
-    name = row["quickest_earlyon"]
-    ratio, (low, high) = row["ratios"][name]["ratio"], row["ratios"][name]["interval"]
-    return (
-        f"batch {row['batch']} (p50 / p95): {'; '.join(told)}; {name} takes {ratio:.2f} [{low:.2f}, {high:.2f}] times"
-    )
+    return {
+        "batch": n,
+        "times": {name: latency(taken, n) for name, taken in times.items()},
+        "ratios": ratios,
+        "quickest_earlyon": min(theirs, key=lambda name: ratios[name]["ratio"]),
+        "calls": len(times["aep_ext"].calls()),
+    }
 
 
 def compare_run(
@@ -266,13 +322,13 @@ def compare_run(
     Args:
         run: folder of a finished run.
         data: where its data is, if not where its configuration says.
-        exits: original numbers of the exits that both use; all of them by default.
+        exits: original numbers of the exits that both may use; all of them by default.
         drop: points of accuracy that each may lose.
         threads: of torch.
         samples: test images to time on.
         seconds: how long to time at each batch size.
         batches: batch sizes.
-        backend: an engine of ``deploy.prepare`` that aep_ext's gates are timed on too (earlyon brings no engine).
+        backend: an engine that aep_ext's gates are timed on too (earlyon brings no engine).
         write: takes lines of progress.
     """
     import earlyon
@@ -281,62 +337,53 @@ def compare_run(
     folder = RunFolder(run)
     config = folder.stored().resolved()
     config = replace(config, data=data or config.data)
-    module = ImageDataModule(
-        config.data, image_size=config.image_size, data_root=config.data_root, train_samples=config.train_samples
-    )
-    parts = []
-    for role in ("select", "report"):
-        dataset = module.dataset(role)
-        parts.append(dataset.__getitems__(list(range(len(dataset)))))
-    images, roles = split_images(*parts)
-    method, seeds, timed_net = config.exit_weights[0], [], None
-    chosen_exits, wanted = delivered(folder, method), delivered_seed(folder, method)
+    module = ImageDataModule.of_config(config)
+    datasets = [module.dataset(split) for split in ("val", "test")]
+    val, test = (dataset.__getitems__(list(range(len(dataset)))) for dataset in datasets)
+    method, seeds, rows = config.exit_weights[0], [], []
     for seed in config.seeds or ():
         began = time.monotonic()
-        net = deploy.load(folder.unit(seed, method) / "full")
+        net = load(folder.model(seed, method) / "full")
         net = prune(net, range(net.num_exits) if exits is None else exits).eval()
-        gated, ours = gated_by_us(net, images, drop)
-        wrapper, theirs = gated_by_earlyon(net, images, drop)
-        if timed_net is None or seed == wanted:
-            timed_net, timed_seed = (gated, wrapper), seed
-        seeds.append({"seed": seed, "aep_ext": ours, "earlyon": theirs, "aep_calibrate": chosen_exits.get(seed)})
+        gated, ours = gated_by_us(net, val, test, drop)
+        wrapper, theirs = gated_by_earlyon(net, val, test, drop)
+        seeds.append({"seed": seed, "aep_ext": ours, "earlyon": theirs})
         told = ", ".join(
             f"{name} {part['top1']:.4f} at {part['mean_macs']:.0f} multiply-adds "
             f"(ungated {part['ungated_top1']:.4f} at {part['ungated_macs']})"
             for name, part in (("aep_ext", ours), ("earlyon", theirs))
         )
         write(f"seed {seed} ({time.monotonic() - began:.0f} s): {told}")
-    assert timed_net is not None
-    chosen = torch.randperm(len(images.report[0]), generator=torch.Generator().manual_seed(SEED))[:samples]
-    batched = {
-        n: peer.judge_batched(timed_net[0].net, timed_net[1], *images.report, n, images.shape) for n in batches if n > 1
-    }
-    calibrated = load_delivered(folder) if timed_seed == wanted else None
-    rows = timed(*timed_net, images.report[0][chosen], batches, seconds, backend, calibrated, write)
-    for row in rows:
-        row["earlyon_batched"] = batched.get(row["batch"])
+        if not rows:
+            chosen = torch.randperm(len(test[0]), generator=torch.Generator().manual_seed(SEED))[:samples]
+            x = test[0][chosen]
+            rows = timed(net, gated, wrapper, x, batches=batches, seconds=seconds, backend=backend)
+            for row in rows:
+                n, ratio = row["batch"], row["ratios"][row["quickest_earlyon"]]["ratio"]
+                row["earlyon_batched"] = evaluate_batched(net, wrapper, test, n) if n > 1 else None
+                write(f"batch {n}: {row['quickest_earlyon']} takes {ratio:.2f} times as long")
     return {
         "format": FORMAT,
         "version": VERSION,
         "peer": {"name": "earlyon", "version": earlyon.__version__},
-        "environment": _environment(torch.device("cpu")),
-        "data": {"title": module.roles.title, "roles": roles},
+        "environment": environment(torch.device("cpu")),
+        "data": {
+            "title": module.splits.title,
+            "val": {"samples": len(val[0]), "sha256": split_sha256(module.splits.parts["val"][1])},
+            "test": {"samples": len(test[0])},
+        },
         "network": config.network,
-        "exits": list(timed_net[0].net.exit_ids),
+        "exits": list(net.exit_ids),
         "exit_weights": method,
         "drop_points": drop,
         "summary": {
-            name: {
-                key: spread([seed[name][key] for seed in seeds])
-                for key in ("top1", "ungated_top1", "mean_macs", "ungated_macs")
-            }
-            for name in ("aep_ext", "earlyon", "aep_calibrate")
-            if all(seed[name] for seed in seeds)
+            name: {key: spread([seed[name][key] for seed in seeds]) for key in METRICS}
+            for name in ("aep_ext", "earlyon")
         },
         "seeds": seeds,
         "timed": {
-            "seed": timed_seed,
-            "samples": len(chosen),
+            "seed": seeds[0]["seed"],
+            "samples": min(samples, len(test[0])),
             "seconds": seconds,
             "engine": backend,
             "rows": rows,

@@ -7,13 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from aep_ext import _load
-from benchmarks.gpu import goals, stages, store
-from benchmarks.gpu.check import PASSED, Check
 from benchmarks.gpu.stages import Outcome, run_for_real
 
+from aep_ext import _load
+from benchmarks import goals
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import result_file
+from benchmarks.gpu.check import PASSED, Check, Outcome, run_for_real
+
 ROOT = Path(__file__).resolve().parents[2]
+GOALS = goals.load_goals(ROOT / "benchmarks" / "gpu" / "goals.toml")
 # What only a GPU does: labels that no one checks, native classes, compilation, another process, opcheck's devices.
 NOT_HERE = (
     "opcheck", "out_of_range", "native_class_refuses", "cannot_stand_in_an_if", "reads_a_value_back",
@@ -37,12 +40,12 @@ def check(tmp_path, monkeypatch):
     """Runs a stage; gives its parts."""
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    monkeypatch.setattr(stages, "find_sanitizer", lambda: "compute-sanitizer")
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "compute-sanitizer")
     result = tmp_path / "gpu.json"
 
     def run(stage: str) -> dict[str, dict]:
         status = Check(result, 500, run=rehearsed).stages([stage], tmp_path, "9.9")
-        parts = store.read(result)["stages"][stage]
+        parts = result_file.read(result)["stages"][stage]
         assert status == PASSED, parts
         assert {part["status"] for part in parts.values()} == {"passed"}, parts
         return parts
@@ -59,7 +62,7 @@ def test_operators(check):
         assert details["graph_us"]["fused"]["way"] == "graph replays", name
         refused = {who for who, times in details["graph_us"].items() if "no_graph" in times}
         assert refused == ({"naive", "eager", "inductor"} if name.startswith("gate") else set()), name
-        measures = {goal.measure for goal in goals.load() if goal.stage == "ops"} - {"launches.fused"}
+        measures = {goal.measure for goal in GOALS if goal.subject == "ops"} - {"launches.fused"}
         absent = {measure for measure in measures if goals.value_at(details, measure) is None}
         assert absent == ({"ratio.graph.inductor"} if name.startswith("gate") else set()), name
 
@@ -69,8 +72,8 @@ def test_gated_graphs(check):
     pytest.importorskip("pytest_benchmark")
     (part,) = check("graphed").values()
     assert part["details"]["path"] == "one graph" and part["details"]["left_at"]["100% at exit 0"][0] == 1
-    for goal in goals.load():
-        assert goal.stage != "graphed" or goals.value_at(part["details"], goal.measure) is not None
+    for goal in GOALS:
+        assert goal.subject != "graphed" or goals.value_at(part["details"], goal.measure) is not None
 
 
 @pytest.mark.slow
@@ -90,7 +93,7 @@ def test_ceilings_and_driver(check):
 @pytest.mark.slow
 def test_the_tests_of_the_gpu():
     """All that are marked ``gpu``, but for what no CPU can stand for."""
-    folders = [f"tests/{name}" for name in ("ops", "gpu", "pruning", "termination")]
+    folders = [f"tests/{name}" for name in ("ops", "gpu", "pruning", "inference")]
     wanted = " and ".join(f"not {name}" for name in NOT_HERE)
     command = (sys.executable, "-m", "pytest", *folders, "-m", "gpu", "-q", "-p", "no:cacheprovider", "-k", wanted)
     outcome = rehearsed(command, None, 500)

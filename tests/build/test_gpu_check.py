@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.sh with a made-up GPU and compute-sanitizer: verdicts, notes, resuming, exit codes."""
+"""benchmarks/gpu_check.sh with a made-up GPU and compute-sanitizer: statuses, notes, resuming, exit codes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import stages, store
-from benchmarks.gpu.check import FAILED, PASSED, TIME_IS_UP, Check, main, parse
-from benchmarks.gpu.stages import Outcome
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import result_file
+from benchmarks.gpu.check import FAILED, PASSED, TIME_IS_UP, Check, Outcome, main, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
@@ -131,15 +131,18 @@ def test_wheels_are_carried_for_one_call(check, tmp_path):
     assert check("--stages", "sanitize", "--again", sanitizer=using)[0] == 1
 
 
-def test_the_verdicts_on_pytest():
-    assert stages.judge_pytest(Outcome(0, "== 2 passed in 0.10s ==\nERROR SUMMARY: 0")) == (
+def test_what_pytest_says():
+    assert gpu_check.pytest_status(Outcome(0, "== 2 passed in 0.10s ==\nERROR SUMMARY: 0")) == (
         "passed",
         "2 passed in 0.10s",
     )
-    assert stages.judge_pytest(Outcome(0, "3 skipped in 1.0s"))[0] == "left out"
-    assert stages.judge_pytest(Outcome(5, "7 deselected in 0.10s"))[0] == "left out"
-    assert stages.judge_pytest(Outcome(1, "1 failed, 2 passed in 0.10s")) == ("failed", "1 failed, 2 passed in 0.10s")
-    assert stages.judge_pytest(Outcome(2, "boom"))[0] == "failed"
+    assert gpu_check.pytest_status(Outcome(0, "3 skipped in 1.0s"))[0] == "left out"
+    assert gpu_check.pytest_status(Outcome(5, "7 deselected in 0.10s"))[0] == "left out"
+    assert gpu_check.pytest_status(Outcome(1, "1 failed, 2 passed in 0.10s")) == (
+        "failed",
+        "1 failed, 2 passed in 0.10s",
+    )
+    assert gpu_check.pytest_status(Outcome(2, "boom"))[0] == "failed"
 
 
 class Commands:
@@ -164,7 +167,7 @@ def test_every_file_of_gpu_tests_is_a_part(tmp_path):
     run = Commands({"--collect-only": COLLECTED, "tests/a.py": Outcome(1, "1 failed in 0.1s")})
     result = tmp_path / "gpu.json"
     assert Check(result, 60, run=run).stages(["tests"], tmp_path, "9.9") == FAILED
-    parts = store.read(result)["stages"]["tests"]
+    parts = result_file.read(result)["stages"]["tests"]
     assert {name: part["status"] for name, part in parts.items()} == {"tests/a.py": "failed", "tests/b.py": "passed"}
     again = Commands({"--collect-only": COLLECTED})
     assert Check(result, 60, run=again).stages(["tests"], tmp_path, "9.9") == FAILED and len(again.seen) == 1
@@ -176,7 +179,7 @@ def test_a_failed_build_ends_the_check(tmp_path, monkeypatch):
     run = Commands({"build_into": Outcome(1, "nvcc: command not found")})
     result = tmp_path / "gpu.json"
     assert Check(result, 60, run=run).stages(["build", "ceilings"], tmp_path, "9.9") == FAILED
-    assert store.read(result)["stages"]["build"]["build"]["note"] == "nvcc: command not found"
+    assert result_file.read(result)["stages"]["build"]["build"]["note"] == "nvcc: command not found"
     assert len(run.seen) == 1 and run.seen[0][1] == {"FORCE_CUDA": "1"}
 
 
@@ -186,18 +189,18 @@ def test_a_case_that_breaks_its_process_does_not_keep_the_rest(tmp_path):
 
     def pytest_run(environment) -> Outcome:
         rounds.append(environment)
-        done = store.finished(result, "ops", environment["AEP_GPU_SOURCE"])
+        done = result_file.finished(result, "ops", environment["AEP_GPU_SOURCE"])
         for part in ("a", "b", "c"):
             if part not in done:
                 status = "failed" if part == "b" else "passed"
-                store.record(result, "ops", part, environment["AEP_GPU_SOURCE"], status, 1.0)
+                result_file.record(result, "ops", part, environment["AEP_GPU_SOURCE"], status, 1.0)
                 if status == "failed":
                     return Outcome(1, "1 failed in 1.0s")
         return Outcome(0, "1 passed in 1.0s")
 
-    run = Commands({"test_operators": pytest_run})
+    run = Commands({"test_operator": pytest_run})
     assert Check(result, 60, run=run).stages(["ops"], tmp_path, "9.9") == FAILED
-    assert {n: p["status"] for n, p in store.read(result)["stages"]["ops"].items()} == {
+    assert {n: p["status"] for n, p in result_file.read(result)["stages"]["ops"].items()} == {
         "a": "passed",
         "b": "failed",
         "c": "passed",
@@ -212,14 +215,14 @@ def test_a_crash_fails_the_case_that_was_running_alone(tmp_path):
     def pytest_run(environment) -> Outcome:
         source.append(environment["AEP_GPU_SOURCE"])
         if len(source) == 1:
-            store.record(result, "ops", "a", source[0], "passed", 1.0)
-            store.record(result, "ops", "b", source[0], "unfinished", 0.0, store.BEGUN)
+            result_file.record(result, "ops", "a", source[0], "passed", 1.0)
+            result_file.record(result, "ops", "b", source[0], "unfinished", 0.0, result_file.BEGUN)
             return Outcome(-11, "Fatal Python error: Segmentation fault")
-        store.record(result, "ops", "c", source[0], "passed", 1.0)
+        result_file.record(result, "ops", "c", source[0], "passed", 1.0)
         return Outcome(0, "1 passed in 1.0s")
 
-    assert Check(result, 60, run=Commands({"test_operators": pytest_run})).stages(["ops"], tmp_path, "9.9") == FAILED
-    parts = store.read(result)["stages"]["ops"]
+    assert Check(result, 60, run=Commands({"test_operator": pytest_run})).stages(["ops"], tmp_path, "9.9") == FAILED
+    parts = result_file.read(result)["stages"]["ops"]
     assert {n: p["status"] for n, p in parts.items()} == {"a": "passed", "b": "failed", "c": "passed"}
     assert parts["b"]["note"] == "its process ended with status -11: Fatal Python error: Segmentation fault"
 
@@ -229,13 +232,13 @@ def test_files_that_cannot_be_imported_are_named(tmp_path):
     broken = Outcome(2, "tests/a.py::test_x\nERROR tests/c.py - ImportError: x\n1 test collected, 1 error in 1.0s")
     result = tmp_path / "gpu.json"
     assert Check(result, 60, run=Commands({"--collect-only": broken})).stages(["tests"], tmp_path, "9.9") == FAILED
-    parts = store.read(result)["stages"]["tests"]
+    parts = result_file.read(result)["stages"]["tests"]
     assert {n: p["status"] for n, p in parts.items()} == {"collection": "failed", "tests/a.py": "passed"}
     assert parts["collection"]["note"] == "not imported: tests/c.py"
 
 
-def test_sanitizers_leave_graphs_their_allocator_and_judge_no_calls():
-    parts = {part.name: part for part in stages.sanitizer_parts("cs")}
+def test_sanitizers_leave_graphs_their_allocator_and_check_no_calls():
+    parts = {part.name: part for part in gpu_check.sanitizer_parts("cs")}
     assert parts["memcheck operators"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     assert parts["memcheck graphed"].environment is None
     assert "--report-api-errors no --error-exitcode 99" in " ".join(parts["memcheck graphed"].command)
@@ -249,50 +252,53 @@ def test_a_benchmark_that_cannot_even_be_collected_is_one_failure(tmp_path):
     run = Commands({"test_graphed": Outcome(2, "ImportError: no such thing")})
     result = tmp_path / "gpu.json"
     assert Check(result, 60, run=run).stages(["graphed"], tmp_path, "9.9") == FAILED
-    assert store.read(result)["stages"]["graphed"]["(process)"]["note"] == "ImportError: no such thing"
+    assert result_file.read(result)["stages"]["graphed"]["(process)"]["note"] == "ImportError: no such thing"
     assert len(run.seen) == 1
 
 
 def test_benchmarks_stopped_at_the_limit_go_on_next_time(tmp_path):
-    run = Commands({"test_end_to_end": Outcome(None, "")})
+    run = Commands({"test_compiled": Outcome(None, "")})
     assert Check(tmp_path / "gpu.json", 60, run=run).stages(["e2e"], tmp_path, "9.9") == TIME_IS_UP
 
 
 def test_another_source_is_another_run(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.py").write_text("1", encoding="utf-8")
-    one = store.source_hash(tmp_path, ["a"], "9.9")
-    assert one == store.source_hash(tmp_path, ["a"], "9.9") != store.source_hash(tmp_path, ["a"], "9.8")
+    one = result_file.source_hash(tmp_path, ["a"], "9.9")
+    assert one == result_file.source_hash(tmp_path, ["a"], "9.9") != result_file.source_hash(tmp_path, ["a"], "9.8")
     (tmp_path / "a" / "x.py").write_text("2", encoding="utf-8")
-    assert store.source_hash(tmp_path, ["a"], "9.9") != one
+    assert result_file.source_hash(tmp_path, ["a"], "9.9") != one
     path = tmp_path / "gpu.json"
-    store.record(path, "ops", "p", one, "passed", 1.0)
-    assert store.finished(path, "ops", one) == {"p": "passed"} and store.finished(path, "ops", "other") == {}
+    result_file.record(path, "ops", "p", one, "passed", 1.0)
+    assert (
+        result_file.finished(path, "ops", one) == {"p": "passed"} and result_file.finished(path, "ops", "other") == {}
+    )
 
 
 def test_the_result_file_is_ours_or_an_error(tmp_path):
     path = tmp_path / "gpu.json"
     path.write_text('{"format": "another"}', encoding="utf-8")
     with pytest.raises(ValueError, match="must have format aep_ext.gpu_check"):
-        store.read(path)
+        result_file.read(path)
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_real_process_is_stopped_with_all_it_started(monkeypatch):
-    monkeypatch.setattr(stages, "GRACE", 0.2)
-    outcome = stages.run_for_real(["sh", "-c", "echo begun; sleep 30 | cat"], None, 0.5)
+    monkeypatch.setattr(gpu_check, "GRACE", 0.2)
+    outcome = gpu_check.run_for_real(["sh", "-c", "echo begun; sleep 30 | cat"], None, 0.5)
     assert outcome.code is None and outcome.output == "begun\n"
     began = time.monotonic()
-    outliving = stages.run_for_real(["sh", "-c", "sleep 60 & echo done"], None, 50)
+    outliving = gpu_check.run_for_real(["sh", "-c", "sleep 60 & echo done"], None, 50)
     assert outliving == Outcome(0, "done\n") and time.monotonic() - began < 30
-    assert stages.run_for_real(["sh", "-c", "echo $AEP_X; exit 3"], {"AEP_X": "7"}, 10) == Outcome(3, "7\n")
+    assert gpu_check.run_for_real(["sh", "-c", "echo $AEP_X; exit 3"], {"AEP_X": "7"}, 10) == Outcome(3, "7\n")
 
 
-def test_every_source_that_a_stage_judges_is_there():
-    for folders in stages.SOURCES.values():
+def test_every_source_that_a_stage_checks_is_there():
+    for folders in gpu_check.SOURCES.values():
         assert all((ROOT / folder).exists() for folder in folders)
-    assert all((ROOT / file).is_file() for file in stages.BENCHES.values())
-    assert parse([]).stages == list(stages.STAGES)
+    source = (ROOT / "benchmarks" / "gpu" / "test_gpu.py").read_text(encoding="utf-8")
+    assert all(f"def {name}(" in source for names in gpu_check.BENCHMARKS.values() for name in names)
+    assert parse([]).stages == list(gpu_check.STAGES)
 
 
 def test_without_a_gpu_the_module_says_so_too(monkeypatch, capsys):

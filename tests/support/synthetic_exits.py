@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aep_ext.termination import ExitCache
+from aep_ext.calibration import CachedLogits
 
 
 def logits_and_labels(exits: int, samples: int, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,18 @@ def logits_and_labels(exits: int, samples: int, classes: int = 5, seed: int = 0)
     return torch.stack(rows), target
 
 
-def cache_of(exits: int, samples: int, classes: int = 5, seed: int = 0, role: str = "calibration") -> ExitCache:
-    """A cache of them, with ascending weights."""
-    logits, target = logits_and_labels(exits, samples, classes, seed)
-    return ExitCache.from_logits(logits, target, torch.arange(1.0, exits + 1) / exits, role=role)
+def cached_logits(exits: int, samples: int, classes: int = 5, seed: int = 0, role: str = "val") -> CachedLogits:
+    """The same as :class:`CachedLogits`."""
+    return CachedLogits(*logits_and_labels(exits, samples, classes, seed), role=role)
+
+
+def ascending(exits: int) -> list[float]:
+    """Output weights 1, 2, ... divided by their sum."""
+    total = exits * (exits + 1) / 2
+    return [(e + 1) / total for e in range(exits)]
+
+
+def subset_macs(exits: int) -> list[float]:
+    """Cost of every subset, by mask: the backbone up to its last exit, and 10,000 for each head."""
+    masks = [[e for e in range(exits) if mask >> e & 1] for mask in range(1, 1 << exits)]
+    return [1e6 * (1 + 0.7 * max(kept)) + 1e4 * len(kept) for kept in masks]

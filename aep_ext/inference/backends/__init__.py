@@ -1,23 +1,18 @@
-"""The engines that can run the units of a network, by name."""
+"""The engines that can run the segments of a network, by name."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 
-from aep_ext.inference.backends.chain import Chain, Engine, Settings
+from torch import Tensor
 
-__all__ = ["BACKENDS", "Chain", "Engine", "Settings", "engine_class", "missing"]
+from aep_ext.inference.backends.engine import Engine, Settings
+from aep_ext.inference.segments import Segment
 
 BACKENDS = ("openvino", "onnxruntime", "inductor", "eager")
-"""In the order in which ``auto`` tries them."""
 
-_CLASSES = {
-    "openvino": ("openvino", "OpenVINOEngine"),
-    "onnxruntime": ("onnxruntime", "ONNXRuntimeEngine"),
-    "inductor": ("inductor", "InductorEngine"),
-    "eager": ("eager", "EagerEngine"),
-}
 _PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
 
 
@@ -29,7 +24,13 @@ def missing(backend: str) -> str | None:
     return f"backend '{backend}' needs {', '.join(absent)}: pip install 'aep_ext[{backend}]'"
 
 
-def engine_class(backend: str) -> type[Engine]:
-    """The class that builds the units on ``backend``."""
-    module, name = _CLASSES[backend]
-    return getattr(importlib.import_module(f"aep_ext.inference.backends.{module}"), name)
+def build(backend: str, segments: Sequence[Segment], inputs: Sequence[Tensor], settings: Settings) -> Engine:
+    """Compiles ``segments`` on ``backend``; raises whatever the engine raises when it cannot.
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+        segments: in eval mode.
+        inputs: each one's input at the example's batch.
+        settings: see :class:`Settings`.
+    """
+    return importlib.import_module(f"aep_ext.inference.backends.{backend}").build(segments, inputs, settings)
