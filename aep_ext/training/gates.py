@@ -110,11 +110,7 @@ def evaluated(
     classes = logits.shape[2]
     cells = torch.bincount(target * len(exits) + outcome.exit, minlength=classes * len(exits))
     right = torch.bincount(outcome.exit[outcome.correct], minlength=len(exits))
-    cached = CachedLogits(logits, target, role="test", exits=exits)
-    metrics = [
-        exit_metrics(cached, policy.output_weights, temperatures, criterion_on=policy.criterion_on)
-        for temperatures in (1.0, policy.temperatures)
-    ]
+    metrics = [exit_metrics(logits, target, one) for one in (replace(policy, temperatures=1.0), policy)]
     return {
         "feasible": found.feasible,
         "notice": found.notice,
