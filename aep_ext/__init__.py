@@ -16,9 +16,8 @@ a native module everything works on the pure-torch reference, with one warning.
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
-
 from aep_ext._build_info import build_info
+from aep_ext._version import __version__
 from aep_ext.calibration import terminate
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy
 from aep_ext.export import load, save

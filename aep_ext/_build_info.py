@@ -94,7 +94,7 @@ def build_info() -> BuildInfo:
         BuildInfo: version, torch, compiler, instruction sets built and in use, CUDA version and architectures, and one
         sentence for everything that is missing. Never raises for a missing part: that is what it is there to report.
     """
-    from aep_ext import __version__
+    from aep_ext._version import __version__
 
     record = _load.record
     module = _load.extension

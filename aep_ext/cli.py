@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 EPILOG = """examples:
   aep run                                             the handwritten digits: minutes on a CPU
@@ -15,15 +16,16 @@ EPILOG = """examples:
   aep run --data photos/ --network torchvision/resnet18 --weights DEFAULT --image-size 224 --output runs/photos
   aep run --seeds 0,1,2 --exit-weights mixed,descending
   aep run --output runs/photos --resume               after a kill
-  aep run --terminate --budget 0.5                    and stop early where the answer is sure
+  aep run --no-terminate                              without gates: the published method alone
 """
 CALIBRATE_EPILOG = """examples:
-  aep calibrate runs/photos                           at most half a point below the pruned ensemble
-  aep calibrate runs/photos --budget 1 --policy entropy
+  aep calibrate runs/photos --budget 1                at most one point below the single-exit baseline
+  aep calibrate runs/photos --reference ensemble --criterion entropy
   aep calibrate runs/photos --risk 0.01 --delta 0.1   with a guarantee: at most 1 point, with probability 0.9
-  aep calibrate runs/photos --static 0.5,0.75         and train smaller static networks as rivals
+  aep calibrate runs/photos --static 0.5,0.75         and train smaller static networks beside it
 """
-_GATE_OPTIONS = ("budget", "risk", "delta", "policy", "judge", "caution", "output_weights", "images")
+_ASIDE = ("command", "debug", "resume", "quiet", "folder")
+"""Options that are no fields of a run's configuration."""
 
 
 def _list_of(kind: type) -> object:
@@ -34,59 +36,53 @@ def _list_of(kind: type) -> object:
     return parse
 
 
-def _gate_options(group: argparse._ArgumentGroup, static: str) -> None:
-    """What a calibration is asked; of ``aep calibrate`` and ``aep run --terminate``."""
+def _gate_options(group: argparse._ArgumentGroup) -> None:
+    """What a calibration is asked; of ``aep run`` and ``aep calibrate``."""
     group.add_argument(
-        "--budget",
+        "--objective",
+        metavar="NAME",
+        help="what is delivered: gated (default), the cheapest gated subset within the margin, or published, the "
+        "pruned subset of the published rule",
+    )
+    group.add_argument(
+        "--criterion", metavar="NAME", help="confidence (default), entropy, margin, patience or vote: when to stop"
+    )
+    group.add_argument(
+        "--criterion-on", metavar="WHAT", help="ensemble (default): of all exits so far, or exit: of the one at hand"
+    )
+    group.add_argument(
+        "--num-std-errors",
         type=float,
-        metavar="POINTS",
-        help="top-1 that may be lost against the pruned ensemble (default: 0.5)",
+        metavar="N",
+        help="standard errors added to the cross-validated drop before it is held against the margin (default: 0)",
+    )
+    group.add_argument(
+        "--output-weights",
+        metavar="WHICH",
+        help="of the gated exits: fitted (default) to the answers given at every exit, or run: as trained",
     )
     group.add_argument(
         "--risk",
         type=float,
         metavar="EPSILON",
-        help="instead: a guarantee that at most this fraction of the answers is lost, see --delta",
+        help="instead of the margin: a guarantee that at most this fraction of the answers is lost, see --delta",
     )
     group.add_argument(
         "--delta", type=float, metavar="P", help="the guarantee fails with at most this probability (default: 0.1)"
     )
     group.add_argument(
-        "--policy", metavar="NAME", help="confidence (default), entropy, margin, patience or vote: when to stop"
-    )
-    group.add_argument(
-        "--judge", metavar="WHAT", help="ensemble (default): of all exits so far, or exit: of the one at hand alone"
-    )
-    group.add_argument(
-        "--caution",
-        type=float,
-        metavar="N",
-        help="standard errors added to the cross-validated drop before it is held against the budget (default: 2)",
-    )
-    group.add_argument(
-        "--output-weights",
-        metavar="WHICH",
-        help="of the gated exits: fitted (default) to the answers given at every exit, or run: as trained and pruned",
-    )
-    group.add_argument(
-        "--images",
-        metavar="WHICH",
-        help="what to choose on: select: the run's validation images; spare: training images that --train-samples "
-        "left aside; auto (default): spare where they are as many",
-    )
-    group.add_argument(
         "--static",
         type=_list_of(str),
         metavar="LIST",
-        help="train smaller static networks as rivals: widths such as 0.5,0.75 of the run's network, names of "
-        f"networks, auto, or none (default: {static})",
+        help="train smaller static networks beside: widths such as 0.5,0.75 of the run's network, or names of networks "
+        "(default: none)",
     )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aep",
-        description="Give a CNN early exits, train them jointly, keep the best subset.",
+        description="Give a CNN early exits, train them jointly, keep the best subset, stop where the answer is sure.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -100,9 +96,10 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="train the baseline and the multi-exit network, prune, test, report",
+        help="train the baseline and the multi-exit network, prune, calibrate gates, test, report",
         description="Train the single-exit baseline and the multi-exit network, score every subset of the exits on the "
-        "validation images, keep the best, test once, and write a run folder with a report.",
+        "validation images, calibrate gates, test once, deliver the cheapest gated subset that is not worse than the "
+        "baseline beyond the margin, and write a run folder with a report.",
     )
     what = run.add_argument_group("what")
     what.add_argument(
@@ -151,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         "--margin",
         type=float,
         metavar="POINTS",
-        help="non-inferiority margin for the smallest subset (default: 1 point)",
+        help="top-1 that what is delivered may lose against the baseline (default: 0.5 points)",
     )
     seeds = how.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, dest="seeds", metavar="N", help="one seed (default: the recipe's)")
@@ -160,12 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     gate = run.add_argument_group("stopping early")
     gate.add_argument(
-        "--terminate",
-        action="store_true",
-        default=False,
-        help="then calibrate gates: samples leave at the first exit that is sure enough (see aep calibrate)",
+        "--no-terminate",
+        action="store_false",
+        dest="terminate",
+        default=argparse.SUPPRESS,
+        help="no gates: train, score and prune alone",
     )
-    _gate_options(gate, "auto")
+    _gate_options(gate)
     where = run.add_argument_group("where")
     where.add_argument("--output", metavar="DIR", help="the run folder (default: a new one under runs/)")
     where.add_argument(
@@ -189,12 +187,25 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         epilog=CALIBRATE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="add gates to a finished run: which exits, at which thresholds, and what that saves",
-        description="Choose the gated exits and their thresholds on the validation images, judge them on the test "
-        "images, write gates.json and gated/ into the run folder, and make its report again.",
+        help="calibrate the gates of a finished run anew: another budget, reference or criterion",
+        description="Choose the gated exits and their thresholds on the run's stored logits, evaluate them on the test "
+        "images, and write the run's results.json, delivered network and report again. What is not given is as in the "
+        "run.",
     )
     calibrate.add_argument("folder", metavar="RUN", help="the folder of a finished run")
-    _gate_options(calibrate.add_argument_group("what"), "none")
+    what = calibrate.add_argument_group("what")
+    what.add_argument(
+        "--budget",
+        type=float,
+        metavar="POINTS",
+        help="top-1 that may be lost against --reference (default: the margin)",
+    )
+    what.add_argument(
+        "--reference",
+        metavar="WHICH",
+        help="what the budget is held against: baseline (default), pruned, or ensemble: of all exits",
+    )
+    _gate_options(what)
     where = calibrate.add_argument_group("where")
     where.add_argument("--data", metavar="DATA", help="where the run's images lie now, if they moved")
     where.add_argument("--data-root", metavar="DIR", help="the same for torchvision's data sets")
@@ -236,70 +247,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> None:
-    from aep_ext.report import text_table
-    from aep_ext.training import run
+def _fields(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a run's configuration that were given."""
+    return {name: value for name, value in vars(options).items() if name not in _ASIDE}
 
-    aside = ("command", "debug", "resume", "quiet", "terminate", "static", *_GATE_OPTIONS)
-    given = {name: value for name, value in vars(options).items() if name not in aside}
+
+def _outcome(results: dict[str, Any], began: float) -> None:
+    from aep_ext.report import text_table
+
+    report = os.path.join(results["output"], "report.html")
+    print(f"\n{text_table(results)}\n\nreport: {report} ({time.monotonic() - began:.0f} s)")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from aep_ext.training import Progress, run
+
+    given = _fields(options)
     if isinstance(given.get("seeds"), int):
         given["seeds"] = (given["seeds"],)
-    settings, static = _calibration(options, static=("auto",))
-    if not options.terminate and any(name in options for name in (*_GATE_OPTIONS, "static")):
-        from aep_ext._utils import UserError
-
-        raise UserError("--budget, --policy and the like go with --terminate")
     began = time.monotonic()
-    write = None if options.quiet else lambda line: print(line, flush=True)
-    results = run(given, resume=options.resume, write=write)
-    tables = [text_table(results)]
-    if options.terminate:
-        from aep_ext.training.gating import calibrate_run, gates_table
-
-        runtime = {name: given[name] for name in ("device", "threads") if name in given}
-        tables.append(gates_table(calibrate_run(results["output"], settings, static=static, write=write, **runtime)))
-    report = os.path.join(results["output"], "report.html")
-    print("\n" + "\n\n".join([*tables, f"report: {report} ({time.monotonic() - began:.0f} s)"]))
-
-
-def _calibration(options: argparse.Namespace, static: tuple[str, ...] | None) -> tuple[object, tuple[str, ...] | None]:
-    """The settings of a calibration and its static rivals, checked before anything is trained."""
-    from aep_ext.training.gating import CalibrationSettings
-
-    settings = CalibrationSettings(**{name: getattr(options, name) for name in _GATE_OPTIONS if name in options})
-    asked = getattr(options, "static", static)
-    return settings.checked(), None if asked in (("none",), ()) else asked
+    _outcome(run(given, resume=options.resume, progress=Progress.of_terminal(options.quiet)), began)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from aep_ext.training.gating import calibrate_run, gates_table
+    from aep_ext.training import Progress, calibrate_run
 
-    settings, static = _calibration(options, static=None)
-    given = {name: getattr(options, name) for name in ("data", "data_root", "device", "threads") if name in options}
     began = time.monotonic()
-    gates = calibrate_run(
-        options.folder,
-        settings,
-        static=static,
-        write=None if options.quiet else lambda line: print(line, flush=True),
-        **given,
-    )
-    report = os.path.join(options.folder, "report.html")
-    print(f"\n{gates_table(gates)}\n\nreport: {report} ({time.monotonic() - began:.0f} s)")
+    progress = Progress.of_terminal(options.quiet)
+    _outcome(calibrate_run(options.folder, _fields(options), progress=progress), began)
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from aep_ext.bench import bench_run
+    from aep_ext.training import Progress
+    from aep_ext.training.bench import bench_run
 
-    bench_run(
-        options.folder,
-        batches=options.batches,
-        backend=options.backend,
-        threads=options.threads,
-        samples=options.samples,
-        seconds=options.seconds,
-        write=lambda line: print(line, flush=True),
-    )
+    given = {name: value for name, value in vars(options).items() if name not in _ASIDE}
+    bench_run(options.folder, progress=Progress.of_terminal(), **given)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from aep_ext.calibration.budgets import AccuracyBudget, Budget, CostBudget, RiskBudget
 from aep_ext.calibration.cached_logits import CachedLogits
-from aep_ext.calibration.calibrate import Calibration, CurvePoint, PolicyMetrics, calibrate
+from aep_ext.calibration.calibrate import Calibration, calibrate
 from aep_ext.calibration.metrics import ExitMetrics, exit_metrics, expected_calibration_error, failure_auroc
-from aep_ext.calibration.risk_control import conformal_risk_control, learn_then_test
 from aep_ext.calibration.selection import Candidate
 from aep_ext.calibration.temperature import fit_temperature, fit_temperatures
 from aep_ext.calibration.terminate import terminate
@@ -19,17 +18,13 @@ __all__ = [
     "Calibration",
     "Candidate",
     "CostBudget",
-    "CurvePoint",
     "ExitMetrics",
-    "PolicyMetrics",
     "RiskBudget",
     "calibrate",
-    "conformal_risk_control",
     "exit_metrics",
     "expected_calibration_error",
     "failure_auroc",
     "fit_temperature",
     "fit_temperatures",
-    "learn_then_test",
     "terminate",
 ]

@@ -122,11 +122,7 @@ def budget_from_dict(values: dict[str, Any]) -> Budget:
         ValueError: no such kind, or other entries than it has.
     """
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (AccuracyBudget, CostBudget, RiskBudget)}
-    rest = dict(values)
-    kind = rest.pop("kind", None)
-    if kind not in kinds:
-        raise ValueError(f"budget: kind must be one of {', '.join(kinds)}, got {kind!r}")
     try:
-        return kinds[kind](**rest)
-    except TypeError:
-        raise ValueError(f"budget: {kind} must have other entries, got {', '.join(rest) or 'none'}") from None
+        return kinds[values["kind"]](**{name: value for name, value in values.items() if name != "kind"})
+    except (KeyError, TypeError):
+        raise ValueError(f"budget: entries must be kind ({', '.join(kinds)}) and its own, got {dict(values)}") from None

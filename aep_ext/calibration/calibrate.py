@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from aep_ext._utils import per_exit
@@ -28,56 +28,13 @@ from aep_ext.calibration.selection import Candidate, Selection, candidate_subset
 from aep_ext.calibration.thresholds import ExitTable, ParetoFront, search_thresholds
 from aep_ext.inference.criteria import CRITERIA, check_criterion, criterion_name
 from aep_ext.inference.exit_policy import ExitPolicy
-from aep_ext.inference.simulate import simulate
+from aep_ext.inference.simulate import Simulation, simulate
 from aep_ext.pruning.subsets import checked_exits
 
 _CURVE_POINTS = 100
 _PATH_STEPS = 100
 _SHARED = 0.01
 """From this share of equal rows on, two data sets overlap; single duplicates are common in real data."""
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One point of the accuracy-cost curve: thresholds and flags (E-1,), right answers and mean cost."""
-
-    thresholds: tuple[float, ...]
-    enabled: tuple[bool, ...]
-    correct: int
-    mean_cost: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return {
-            "thresholds": list(self.thresholds),
-            "enabled": list(self.enabled),
-            "correct": self.correct,
-            "mean_cost": self.mean_cost,
-        }
-
-
-@dataclass(frozen=True)
-class PolicyMetrics:
-    """What a policy does on a set of samples.
-
-    Attributes:
-        n: samples.
-        correct: right answers.
-        ungated_correct: those of the same exits where nobody leaves early.
-        mean_cost: mean per sample.
-        counts: how many were answered at each exit.
-    """
-
-    n: int
-    correct: int
-    ungated_correct: int
-    mean_cost: float
-    counts: tuple[int, ...]
-
-    @property
-    def accuracy(self) -> float:
-        """Top-1 as a fraction of 1."""
-        return self.correct / self.n
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +54,8 @@ class Calibration:
         std_error, interval: its standard error, and its paired 95 % interval (low, high), in points.
         costs: cost of a sample that is answered at each exit of the policy.
         candidates: the best candidate of every subset that was cross-validated, the chosen one first.
-        curve: the policy's exits at other thresholds, on the data they were fitted to, the cheapest first.
+        curve: the Pareto front of the policy's exits on the data they were fitted to, the cheapest first: dicts of
+            "thresholds", "enabled", "correct" and "mean_cost".
         guarantee: what is promised on data of the same distribution, in words; empty where nothing is.
         data: role, number and fingerprint of the samples.
         num_std_errors, folds, seed: as they were used.
@@ -118,7 +76,7 @@ class Calibration:
     interval: tuple[float, float]
     costs: tuple[float, ...]
     candidates: tuple[Candidate, ...]
-    curve: tuple[CurvePoint, ...]
+    curve: tuple[dict[str, Any], ...]
     guarantee: str
     data: Mapping[str, Any]
     num_std_errors: float
@@ -126,7 +84,7 @@ class Calibration:
     seed: int
     _hashes: NDArray[np.uint64] | None = field(default=None, repr=False)
 
-    def evaluate(self, logits: CachedLogits) -> PolicyMetrics:
+    def evaluate(self, logits: CachedLogits) -> Simulation:
         """What the policy does on other data, by the simulator.
 
         Args:
@@ -136,16 +94,14 @@ class Calibration:
             ValueError: an exit is missing, there is no sample, or these are (in part) the data of the calibration. Rows
                 are compared one by one; after :meth:`from_dict`, only the data set as a whole.
         """
-        missing = [e for e in self.policy.exits if e not in logits.exits]
-        if missing:
+        if not set(self.policy.exits) <= set(logits.exits):
             raise ValueError(
                 f"Calibration.evaluate: logits must hold the exits {list(self.policy.exits)}, got {list(logits.exits)}"
             )
         if not len(logits):
             raise ValueError("Calibration.evaluate: logits must hold at least one sample, got none")
         part = logits.select_exits([logits.exits.index(e) for e in self.policy.exits])
-        same = part.fingerprint == self.data["fingerprint"]
-        shared = len(part) if same else 0
+        shared = len(part) if part.fingerprint == self.data["fingerprint"] else 0
         if self._hashes is not None:
             shared = int(np.isin(part.row_hashes, self._hashes).sum())
         if shared > _SHARED * len(part):
@@ -153,31 +109,13 @@ class Calibration:
                 f"Calibration.evaluate: logits must be of other samples than those of the calibration "
                 f"({self.data['role']}), got {shared} of {len(part)} that are the same"
             )
-        outcome = simulate(part.logits, self.policy, target=part.target, costs=self.costs)
-        off = replace(self.policy, enabled=False)
-        ungated = simulate(part.logits, off, target=part.target)
-        return PolicyMetrics(
-            len(part),
-            int(outcome.correct.sum()),
-            int(ungated.correct.sum()),
-            float(outcome.mean_cost),
-            tuple(outcome.counts.tolist()),
-        )
+        return simulate(part.logits, self.policy, target=part.target, costs=self.costs)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("_")}
-        return {
-            **plain,
-            "policy": self.policy.to_dict(),
-            "budget": budget_to_dict(self.budget),
-            "counts": list(self.counts),
-            "interval": list(self.interval),
-            "costs": list(self.costs),
-            "candidates": [one.to_dict() for one in self.candidates],
-            "curve": [point.to_dict() for point in self.curve],
-            "data": dict(self.data),
-        }
+        values = asdict(replace(self, _hashes=None))
+        del values["_hashes"]
+        return {**values, "budget": budget_to_dict(self.budget)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
@@ -186,31 +124,17 @@ class Calibration:
         Raises:
             ValueError: an entry is missing or unknown, or breaks the rules of its kind.
         """
-        known = {name for name in cls.__dataclass_fields__ if not name.startswith("_")}
+        known = set(cls.__dataclass_fields__) - {"_hashes"}
         if not isinstance(values, Mapping) or set(values) != known:
             wrong = sorted(set(values) ^ known) if isinstance(values, Mapping) else type(values).__name__
             raise ValueError(f"Calibration.from_dict: entries must be {', '.join(sorted(known))}; differing: {wrong}")
-        low, high = values["interval"]
-        return cls(
-            **{
-                **values,
-                "policy": ExitPolicy.from_dict(values["policy"]),
-                "budget": budget_from_dict(values["budget"]),
-                "counts": tuple(values["counts"]),
-                "interval": (low, high),
-                "costs": tuple(values["costs"]),
-                "candidates": tuple(
-                    Candidate(**{**one, "exits": tuple(one["exits"]), "interval": tuple(one["interval"])})
-                    for one in values["candidates"]
-                ),
-                "curve": tuple(
-                    CurvePoint(
-                        **{**point, "thresholds": tuple(point["thresholds"]), "enabled": tuple(point["enabled"])}
-                    )
-                    for point in values["curve"]
-                ),
-            }
-        )
+        made = {
+            "policy": ExitPolicy.from_dict(values["policy"]),
+            "budget": budget_from_dict(values["budget"]),
+            "candidates": tuple(Candidate(**_tuples(one)) for one in values["candidates"]),
+            "curve": tuple(_tuples(point) for point in values["curve"]),
+        }
+        return cls(**{**_tuples(values), **made})
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -240,8 +164,8 @@ def calibrate(
     """Exits, output weights, temperatures and thresholds that keep a budget.
 
     Every subset of the exits is a candidate. For each, everything is fitted on all folds but one, for a row of
-    tightened budgets, and judged on the fold left out; chosen is the cheapest whose cross-validated drop plus
-    ``num_std_errors`` standard errors is within the budget (of those within 0.5 % of its cost, the one with the
+    tightened budgets, and evaluated on the fold left out; chosen is the cheapest whose cross-validated drop plus
+    ``num_std_errors`` standard errors is within the budget (of those within 2 % of its cost, the one with the
     smallest drop), which is then fitted on all samples. With few images the estimate is noisy, and about every other
     choice at ``num_std_errors=0`` loses more than its budget on new images; 1 or 2 make it careful, and the interval is
     in the result.
@@ -269,11 +193,13 @@ def calibrate(
         A :class:`Calibration`. Where nothing keeps the budget ``feasible`` is False and ``notice`` says why.
 
     Raises:
-        TypeError, ValueError: an argument breaks its rule.
+        TypeError, ValueError: an argument breaks its rule, or the logits have the role "test".
     """
     wanted = as_budget(budget)
     risk = isinstance(wanted, RiskBudget)
     n, count = len(logits), logits.num_exits
+    if logits.role == "test":
+        raise ValueError("calibrate: logits must not have the role 'test', whose samples are reported on")
     check_criterion("calibrate", criterion, criterion_on)
     if criterion not in CRITERIA:
         raise ValueError(
@@ -298,7 +224,8 @@ def calibrate(
     if risk:
         chosen_on, tested_on = np.array_split(np.random.default_rng(seed).permutation(n), 2)
         # The test asks for about so many: a policy that keeps the risk by less would hardly pass it.
-        num_std_errors = max(num_std_errors, float(stats.norm.ppf(1 - wanted.delta)) if wanted.method == "ltt" else 0.0)
+        needed = NormalDist().inv_cdf(1 - wanted.delta) if wanted.method == "ltt" else 0.0
+        num_std_errors = max(num_std_errors, needed)
     size = len(chosen_on)
     usual = 20 if size < 200 else 10 if size < 2000 else 5
     selection = Selection(
@@ -320,21 +247,23 @@ def calibrate(
                 f"got {selection.costs_of(subset).tolist()} for exits {list(subset)}"
             )
     if reference is None:
-        whole = range(count)
-        right = replace(selection, logits=logits).table(whole, *selection.fit(whole)).correct[-1]
+        right = ExitTable.of(logits, selection.fit(range(count))).correct[-1]
     else:
         right = _reference(reference, n)
     selection = replace(selection, reference=right[chosen_on])
     candidates = selection.candidates(subsets, progress)
     best = candidates[0]
-    own_weights, temperatures = selection.fit(best.exits)
-    own_costs = selection.costs_of(best.exits)
-    table = replace(selection, logits=logits).table(best.exits, own_weights, temperatures)
-    front = search_thresholds(table.select(chosen_on), own_costs, seed=seed)
-    tested = table.select(tested_on)
+    policy, own_costs = selection.fit(best.exits), selection.costs_of(best.exits)
+    part = logits.select_exits(best.exits)
+    table = ExitTable.of(part, policy)
+    seen, tested = table.select(chosen_on), table.select(tested_on)
+    front = search_thresholds(seen, own_costs)
     guarantee = notice = ""
     if isinstance(wanted, RiskBudget):
-        thresholds, enabled, guarantee = _tested_step(wanted, front, tested, own_costs, right[tested_on], seed)
+        path = front
+        if wanted.loss == "degradation":  # where the reference is wrong nothing is lost
+            path = search_thresholds(replace(seen, correct=seen.correct | ~right[chosen_on]), own_costs)
+        thresholds, enabled, guarantee = _tested_step(wanted, path, tested, own_costs, right[tested_on], seed)
         feasible = bool(guarantee)
     else:
         feasible = best.qualifies
@@ -344,20 +273,11 @@ def calibrate(
     taken, correct = tested.answers(thresholds, enabled)
     mean_cost = float(own_costs[taken].mean())
     if isinstance(wanted, RiskBudget):
-        best = replace(selection, reference=right[tested_on]).judged(best.exits, None, correct, mean_cost)
-    own_exits = tuple(logits.exits[e] for e in best.exits)
+        best = replace(selection, reference=right[tested_on]).candidate(best.exits, None, correct, mean_cost)
     if not feasible:
-        notice = _notice(wanted, selection, best, own_exits, len(tested_on))
+        notice = _notice(wanted, selection, best, policy.exits, len(tested_on))
     return Calibration(
-        policy=ExitPolicy(
-            output_weights=own_weights,
-            thresholds=thresholds.tolist(),
-            criterion=criterion,
-            criterion_on=criterion_on,
-            temperatures=temperatures,
-            enabled=enabled.tolist(),
-            exits=own_exits,
-        ),
+        policy=replace(policy, thresholds=thresholds.tolist(), enabled=enabled.tolist()),
         feasible=feasible,
         notice=notice,
         budget=wanted,
@@ -374,12 +294,17 @@ def calibrate(
         candidates=tuple(replace(one, exits=tuple(logits.exits[e] for e in one.exits)) for one in candidates),
         curve=_curve(front),
         guarantee=guarantee,
-        data={"role": logits.role, "n": n, "fingerprint": logits.select_exits(best.exits).fingerprint},
+        data={"role": logits.role, "n": n, "fingerprint": part.fingerprint},
         num_std_errors=selection.num_std_errors,
         folds=selection.folds,
         seed=seed,
-        _hashes=logits.select_exits(best.exits).row_hashes,
+        _hashes=part.row_hashes,
     )
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as tuples again."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _reference(values: Tensor | NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
@@ -462,16 +387,18 @@ def _notice(budget: Budget, selection: Selection, best: Candidate, exits: tuple[
     )
 
 
-def _curve(front: ParetoFront) -> tuple[CurvePoint, ...]:
+def _curve(front: ParetoFront) -> tuple[dict[str, Any], ...]:
     """At most so many points, evenly spread over the cost, both ends among them."""
-    wanted = np.searchsorted(front.cost, np.linspace(front.cost[0], front.cost[-1], _CURVE_POINTS))
-    kept = np.arange(len(front)) if len(front) <= _CURVE_POINTS else np.unique(wanted.clip(0, len(front) - 1))
+    kept = np.arange(len(front))
+    if len(front) > _CURVE_POINTS:
+        evenly = np.linspace(front.cost[0], front.cost[-1], _CURVE_POINTS)
+        kept = np.unique(np.searchsorted(front.cost, evenly).clip(0, len(front) - 1))
     return tuple(
-        CurvePoint(
-            tuple(front.thresholds[i].tolist()),
-            tuple(front.enabled[i].tolist()),
-            int(front.correct[i]),
-            float(front.cost[i]),
-        )
+        {
+            "thresholds": tuple(front.thresholds[i].tolist()),
+            "enabled": tuple(front.enabled[i].tolist()),
+            "correct": int(front.correct[i]),
+            "mean_cost": float(front.cost[i]),
+        }
         for i in kept
     )

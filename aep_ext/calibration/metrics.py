@@ -8,17 +8,14 @@ which a temperature hardly changes).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from aep_ext._utils import per_exit
-from aep_ext.calibration.cached_logits import CachedLogits
-from aep_ext.calibration.temperature import prefix_ensembles
-
-_CHUNK = 1 << 21
+from aep_ext.calibration.cached_logits import check_labels
+from aep_ext.calibration.temperature import criterion_logits
+from aep_ext.inference.exit_policy import ExitPolicy
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class ExitMetrics:
     """Quality of one exit's probabilities. NaN where a number does not exist.
 
     Attributes:
-        accuracy: fraction right at top-1; a row that holds a NaN is wrong, and is left out of all else.
+        accuracy: fraction right at top-1; a row that holds a NaN is wrong. A row without softmax is left out elsewhere.
         ece: expected calibration error, 15 equal-width bins, as a fraction of 1.
         nll: mean negative log-likelihood in nats.
         brier: mean squared distance between probabilities and label, within 0..2.
@@ -90,45 +87,38 @@ def probability_metrics(logits: Tensor, target: Tensor, temperature: float = 1.0
         logits: (N, K) floating, N at least 1.
         target: (N,) int64 within 0..K-1.
     """
-    valid = ~logits.isnan().any(dim=1)
-    correct = (logits.argmax(dim=1) == target) & valid
-    confidence, nll, squares = [], 0.0, 0.0
-    rows = max(1, _CHUNK // logits.shape[1])
-    for part, labels in zip(logits[valid].split(rows), target[valid].split(rows), strict=True):
-        log_p = torch.log_softmax(part.double() / temperature, dim=1)
-        p, own = log_p.exp(), log_p.gather(1, labels[:, None])[:, 0]
-        confidence.append(p.amax(dim=1))
-        nll -= float(own.sum())
-        squares += float((p.square().sum(dim=1) - 2 * own.exp() + 1).sum())
-    known, n = torch.cat(confidence), int(valid.sum()) or math.nan
+    correct = (logits.argmax(dim=1) == target) & ~logits.isnan().any(dim=1)
+    valid = ~(logits - logits.amax(dim=1, keepdim=True)).isnan().any(dim=1)
+    log_p = torch.log_softmax(logits[valid].double() / temperature, dim=1)
+    p, own = log_p.exp(), log_p.gather(1, target[valid][:, None])[:, 0]
+    confidence = p.amax(dim=1)
     return ExitMetrics(
-        accuracy=float(correct.sum()) / len(target),
-        ece=expected_calibration_error(known, correct[valid]),
-        nll=nll / n,
-        brier=squares / n,
-        auroc=failure_auroc(known, correct[valid]),
+        accuracy=float(correct.double().mean()),
+        ece=expected_calibration_error(confidence, correct[valid]),
+        nll=float(-own.mean()),
+        brier=float((p.square().sum(dim=1) - 2 * own.exp() + 1).mean()),
+        auroc=failure_auroc(confidence, correct[valid]),
     )
 
 
-def exit_metrics(
-    logits: CachedLogits,
-    output_weights: Sequence[float] | Tensor,
-    temperatures: Sequence[float] | Tensor | float = 1.0,
-    *,
-    criterion_on: str = "ensemble",
-) -> tuple[ExitMetrics, ...]:
-    """The metrics of every exit: of its normalised prefix ensemble, or with ``criterion_on="exit"`` of its own logits.
+def exit_metrics(exit_logits: Tensor, target: Tensor, policy: ExitPolicy) -> tuple[ExitMetrics, ...]:
+    """The metrics of every exit as the policy sees it: ``softmax(R_e / T_e)``, or ``softmax(O_e / T_e)`` where its
+    criterion is taken on the exit. ``dataclasses.replace(policy, temperatures=1.0)``: before temperatures.
 
     Args:
-        logits: at least one sample.
-        output_weights: E positive numbers.
-        temperatures: E positive numbers, or one for all (1.0: before calibration).
+        exit_logits: (E, N, K) floating, of the policy's exits; N at least 1.
+        target: (N,) int64 within 0..K-1.
 
     Raises:
-        ValueError: a number of weights or temperatures does not fit, or there is no sample.
+        ValueError: a shape does not fit.
     """
-    if not len(logits):
-        raise ValueError("exit_metrics: logits must hold at least one sample, got none")
-    scales = per_exit("exit_metrics", "temperatures", temperatures, logits.num_exits, positive=True)
-    judged = prefix_ensembles(logits, output_weights, criterion_on)
-    return tuple(probability_metrics(part, logits.target, scale) for part, scale in zip(judged, scales, strict=True))
+    if exit_logits.dim() != 3 or exit_logits.shape[0] != policy.num_exits or not exit_logits.shape[1]:
+        raise ValueError(
+            f"exit_metrics: exit_logits must have shape [{policy.num_exits}, N, K] with N at least 1, "
+            f"got {list(exit_logits.shape)}"
+        )
+    check_labels("exit_metrics", target, *exit_logits.shape[1:])
+    parts = criterion_logits(exit_logits, policy.output_weights, policy.criterion_on)
+    return tuple(
+        probability_metrics(part, target, scale) for part, scale in zip(parts, policy.temperatures, strict=True)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,17 +25,9 @@ def terminate(
     *,
     budget: Budget | float = 0.5,
     reference: str | Tensor | NDArray[np.bool_] = "ensemble",
-    criterion: str = "confidence",
-    criterion_on: str = "ensemble",
-    exits: str | Sequence[int] = "auto",
-    output_weights: str | Sequence[float] | Tensor = "fitted",
-    num_std_errors: float = 0.0,
     costs: Sequence[float] | Tensor | None = None,
-    folds: int | None = None,
-    seed: int = 0,
-    mode: str | Sequence[str] = "auto",
     device: torch.device | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> GatedNet:
     """The cheapest early-exit version of a network that keeps a budget, chosen by
     :func:`~aep_ext.calibration.calibrate`.
@@ -54,9 +46,9 @@ def terminate(
             right answers of any other classifier on the samples, in the loader's order.
         costs: see ``calibrate``. By default the multiply-adds of every subset, counted on the loader's first image;
             above 16 exits they must be given.
-        mode: of :class:`GatedNet`.
         device: where to collect logits; by default where the network is.
-        criterion, criterion_on, exits, output_weights, num_std_errors, folds, seed, progress: see ``calibrate``.
+        options: further arguments of ``calibrate``: criterion, criterion_on, exits, output_weights, num_std_errors,
+            folds, seed, progress.
 
     Returns:
         :class:`GatedNet` in eval mode on the network's device, with the attribute ``calibration``. Where nothing keeps
@@ -74,23 +66,11 @@ def terminate(
     if isinstance(reference, str):
         answers = torch.einsum("e,enk->nk", net.output_weights.detach().cpu().float(), logits.logits)
         reference = answers.argmax(1) == logits.target
-    result = calibrate(
-        logits,
-        costs=subset_costs(net, first[0]).macs if costs is None else costs,
-        output_weights=output_weights,
-        budget=budget,
-        reference=reference,
-        criterion=criterion,
-        criterion_on=criterion_on,
-        exits=exits,
-        num_std_errors=num_std_errors,
-        folds=folds,
-        seed=seed,
-        progress=progress,
-    )
+    prices = subset_costs(net, first[0]).macs if costs is None else costs
+    result = calibrate(logits, costs=prices, budget=budget, reference=reference, **options)
     if not result.feasible:
         warnings.warn(f"terminate: {result.notice}", stacklevel=2)
-    gated = GatedNet.from_policy(net, result.policy, mode)
+    gated = GatedNet.from_policy(net, result.policy)
     gated.calibration = result
     return gated.to(net.output_weights.device).eval()
 

@@ -2,8 +2,8 @@
 
 Who reaches a gate depends on all earlier ones, and what leaving is worth on all later ones. With all gates but one
 held, however, the best threshold is found exactly by one running sum over the samples in the order of their scores. The
-search takes such steps, gate after gate, on ``right answers - price * cost`` for a row of prices and from several
-starts. Whatever it sees on the way is a point of accuracy and cost; those that no other beats are the front.
+search takes such steps, gate after gate, on ``right answers - price * cost`` for a row of prices and from two starts.
+Whatever it sees on the way is a point of accuracy and cost; those that no other beats are the front.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from aep_ext.calibration.cached_logits import CachedLogits
-from aep_ext.inference.criteria import CRITERIA, STATELESS, criterion_name, gate_step, initial_state
+from aep_ext.inference.criteria import STATELESS, gate_step, initial_state
+from aep_ext.inference.exit_policy import ExitPolicy
 
 _PRICES = 16
 _SWEEPS = 30
 _ROUNDS = 3
 _FRONT_POINTS = 24
-_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,23 +44,10 @@ class ExitTable:
     num_classes: int
 
     @classmethod
-    def of(
-        cls,
-        logits: CachedLogits,
-        output_weights: Sequence[float],
-        temperatures: Sequence[float],
-        criterion: str = "confidence",
-        criterion_on: str = "ensemble",
-    ) -> ExitTable:
-        """By the step that simulator and executors take, with every gate disabled.
-
-        Raises:
-            ValueError: the criterion is not one of the five, so nobody knows how to search its thresholds.
-        """
-        if criterion not in CRITERIA:
-            raise ValueError(
-                f"calibration: criterion must be one of {', '.join(CRITERIA)}, got {criterion_name(criterion)}"
-            )
+    def of(cls, logits: CachedLogits, policy: ExitPolicy) -> ExitTable:
+        """By the step that simulator and executors take, with every gate disabled. ``logits`` are of the policy's
+        exits; its criterion is a name."""
+        criterion = str(policy.criterion)
         exits, samples, classes = logits.logits.shape
         indices, features = torch.arange(samples), torch.zeros(samples, 1)
         running, state = torch.zeros(samples, classes), initial_state(criterion, samples, classes)
@@ -71,7 +58,7 @@ class ExitTable:
             for e in range(exits):
                 step = gate_step(
                     criterion,
-                    criterion_on,
+                    policy.criterion_on,
                     features,
                     running,
                     weight_sum,
@@ -79,9 +66,9 @@ class ExitTable:
                     state,
                     logits.logits[e],
                     exit_index=e,
-                    weight=float(output_weights[e]),
+                    weight=policy.output_weights[e],
                     threshold=0.0,
-                    temperature=float(temperatures[e]),
+                    temperature=policy.temperatures[e],
                     enabled=False,
                 )
                 running, state, weight_sum = step.running, step.state, step.weight_sum
@@ -95,28 +82,20 @@ class ExitTable:
                     scores[e] = counts.double().masked_fill(step.stats[:, 0].isnan(), math.nan).numpy()
         return cls(criterion, -scores if criterion == "entropy" else scores, correct, classes)
 
-    @property
-    def num_samples(self) -> int:
-        """N."""
-        return self.correct.shape[1]
-
     def select(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> ExitTable:
         """Only these samples."""
         return replace(self, scores=self.scores[:, rows], correct=self.correct[:, rows])
 
-    def exits_taken(self, thresholds: Sequence[float], enabled: Sequence[bool]) -> NDArray[np.int64]:
-        """(N,) the exit at which each sample is answered."""
-        sign = -1.0 if self.criterion == "entropy" else 1.0
-        taken = np.full(self.num_samples, len(self.correct) - 1, dtype=np.int64)
+    def answers(
+        self, thresholds: Sequence[float], enabled: Sequence[bool]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(N,) the exit at which each sample is answered, and (N,) whether that answer is right."""
+        sign, samples = -1.0 if self.criterion == "entropy" else 1.0, self.correct.shape[1]
+        taken = np.full(samples, len(self.correct) - 1, dtype=np.int64)
         for e in range(len(self.scores) - 1, -1, -1):
             if enabled[e]:
                 taken[self.scores[e] >= sign * np.float64(np.float32(thresholds[e]))] = e
-        return taken
-
-    def answers(self, thresholds: Sequence[float], enabled: Sequence[bool]) -> tuple[NDArray, NDArray]:
-        """(N,) the exit taken, int64, and whether its answer is right, bool."""
-        taken = self.exits_taken(thresholds, enabled)
-        return taken, self.correct[taken, np.arange(self.num_samples)]
+        return taken, self.correct[taken, np.arange(samples)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,15 +127,18 @@ class ParetoFront:
         return max(int(np.searchsorted(self.cost, cost * (1 + 1e-12), side="right")) - 1, 0)
 
 
-def search_thresholds(table: ExitTable, costs: Sequence[float], *, seed: int = 0) -> ParetoFront:
+def search_thresholds(table: ExitTable, costs: Sequence[float]) -> ParetoFront:
     """The Pareto front of accuracy and mean cost over the thresholds of all gates.
 
     Args:
         table: of at least one sample.
         costs: (E,) non-descending cost of a sample that is answered at each exit, all of its way included.
-        seed: of the starts; the same arguments give the same front.
     """
-    return _Search(table, np.asarray(costs, dtype=np.float64)).run(np.random.default_rng(seed))
+    prices = np.asarray(costs, dtype=np.float64)
+    if len(prices) == 1:
+        nothing = np.zeros((1, 0))
+        return ParetoFront(table.correct.sum(axis=1), prices, nothing, nothing.astype(bool))
+    return _Search(table, prices).run()
 
 
 class _Search:
@@ -173,37 +155,33 @@ class _Search:
         # For each gate, in its own order: every gate's positions, every exit's answers.
         self.positions = [position[:, order[e]] for e in range(gates)]
         self.right = [table.correct[:, order[e]].astype(np.int8) for e in range(gates)]
-        self.limits = [self._limits(self.sorted[e]) for e in range(gates)]
+        self.limits = []
+        for scores in self.sorted:
+            known = int(np.count_nonzero(~np.isnan(scores)))
+            ends = np.flatnonzero(np.diff(scores[:known])) + 1
+            self.limits.append(np.unique(np.concatenate([[0], ends, [known]])))
         # For each number of right answers the least cost seen, and the limits that gave it.
         self.best_cost = np.full(n + 1, np.inf)
         self.best_limits = np.zeros((n + 1, gates), dtype=np.int64)
-
-    @staticmethod
-    def _limits(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-        known = int(np.count_nonzero(~np.isnan(scores)))
-        ends = np.flatnonzero(np.diff(scores[:known])) + 1
-        return np.unique(np.concatenate([[0], ends, [known]]))
 
     def line(self, limits: NDArray[np.int64], e: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Right answers and summed cost for every limit of gate ``e``, the other gates held at ``limits`` (L, G): two
         arrays (L, number of limits). The cost never rises with the limit."""
         position, right = self.positions[e], self.right[e]
-        later_right = np.broadcast_to(right[-1], (len(limits), self.n))
-        later_cost = np.full((len(limits), self.n), self.costs[-1])
-        for f in range(self.gates - 1, e, -1):
+        answer = np.broadcast_to(right[-1], (len(limits), self.n))
+        price = np.full((len(limits), self.n), self.costs[-1])
+        for f in range(self.gates - 1, -1, -1):  # backwards, so that the first gate that lets a sample go has the say
+            if f == e:
+                gained, added = right[e] - answer, self.costs[e] - price
+                continue
             leaves = position[f] < limits[:, f, None]
-            later_right = np.where(leaves, right[f], later_right)
-            later_cost = np.where(leaves, self.costs[f], later_cost)
-        gained, added = right[e] - later_right, self.costs[e] - later_cost
-        for f in range(e - 1, -1, -1):
-            leaves = position[f] < limits[:, f, None]
-            later_right = np.where(leaves, right[f], later_right)
-            later_cost = np.where(leaves, self.costs[f], later_cost)
-            gained, added = np.where(leaves, 0, gained), np.where(leaves, 0.0, added)
+            answer, price = np.where(leaves, right[f], answer), np.where(leaves, self.costs[f], price)
+            if f < e:
+                gained, added = np.where(leaves, 0, gained), np.where(leaves, 0.0, added)
         some = self.limits[e][1:] - 1
         correct = np.empty((len(limits), len(some) + 1), dtype=np.int64)
         cost = np.empty(correct.shape)
-        correct[:, 0], cost[:, 0] = later_right.sum(axis=1), later_cost.sum(axis=1)
+        correct[:, 0], cost[:, 0] = answer.sum(axis=1), price.sum(axis=1)
         correct[:, 1:] = np.cumsum(gained, axis=1, dtype=np.int32)[:, some]
         cost[:, 1:] = np.cumsum(added, axis=1)[:, some]
         correct[:, 1:] += correct[:, :1]
@@ -223,66 +201,41 @@ class _Search:
             self.best_limits[found] = limits[row]
             self.best_limits[found, e] = self.limits[e][last[found]]
 
-    def climb(self, limits: NDArray[np.int64], prices: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Line searches from the last gate to the first, until none raises ``right - price * cost``: (L, G) limits."""
-        limits = limits.copy()
-        active = np.arange(len(limits))
+    def climb(self, limits: NDArray[np.int64], prices: NDArray[np.float64]) -> None:
+        """From ``limits`` (L, G), line searches from the last gate to the first until none raises ``right - price *
+        cost``, for (L,) prices."""
         for _ in range(_SWEEPS):
-            moved = np.zeros(len(active), dtype=bool)
+            moved = np.zeros(len(limits), dtype=bool)
             for e in range(self.gates - 1, -1, -1):
-                correct, cost = self.line(limits[active], e)
-                values = correct - prices[active, None] * cost
-                top = values.argmax(axis=1)
-                rows = np.arange(len(active))
-                now = np.searchsorted(self.limits[e], limits[active, e])
+                correct, cost = self.line(limits, e)
+                values = correct - prices[:, None] * cost
+                rows, top = np.arange(len(limits)), values.argmax(axis=1)
+                now = np.searchsorted(self.limits[e], limits[:, e])
                 # Staying put on a tie: otherwise two gates could hand the same samples to and fro.
                 better = values[rows, top] > values[rows, now] + 1e-9
-                limits[active[better], e] = self.limits[e][top[better]]
+                limits[better, e] = self.limits[e][top[better]]
                 moved |= better
-            active = active[moved]
-            if not len(active):
-                break
-        return limits
+            if not moved.any():
+                return
+            limits, prices = limits[moved], prices[moved]
 
-    def run(self, rng: np.random.Generator) -> ParetoFront:
-        if self.gates == 0:
-            correct = int(self.table.correct.sum())
-            nothing = np.zeros((1, 0))
-            return ParetoFront(np.array([correct]), self.costs.copy(), nothing, nothing.astype(bool))
+    def run(self) -> ParetoFront:
         # At a price of 1 / (c_E - c_1) one more right answer is worth taking one sample through the whole network.
-        span = float(self.costs[-1] - self.costs[0]) or 1.0
-        prices = np.geomspace(1e-3, 8.0, _PRICES) / span
-        shares = np.concatenate([np.zeros((1, self.gates)), rng.beta(0.7, 1.5, size=(3, self.gates))])
-        starts = np.stack([self._snapped(share) for share in shares])
-        found = self.climb(np.repeat(starts, _PRICES, axis=0), np.tile(prices, len(starts)))
-        for _ in range(_ROUNDS):
-            # Every price begins anew from the best that any price has found.
-            best = self._best(prices)
-            moved = self.climb(best, prices)
-            if np.array_equal(moved, best):
-                break
-        for _ in range(_ROUNDS):
+        prices = np.geomspace(1e-3, 8.0, _PRICES) / (float(self.costs[-1] - self.costs[0]) or 1.0)
+        for start in ([0] * self.gates, [known[len(known) // 2] for known in self.limits]):
+            self.climb(np.tile(start, (_PRICES, 1)), prices)
+        for _ in range(_ROUNDS):  # every line through points of the front, which need not be best at any price
             points = self._front()
             before = self.best_cost[points]
-            some = np.unique(np.linspace(0, len(points) - 1, _FRONT_POINTS).round().astype(int))
+            some = points[np.unique(np.linspace(0, len(points) - 1, _FRONT_POINTS).round().astype(int))]
             for e in range(self.gates):
-                self.line(self.best_limits[points[some]], e)
+                self.line(self.best_limits[some], e)
             if np.array_equal(before, self.best_cost[points]):
                 break
-        del found
         points = self._front()
-        columns = [self._thresholds(e, self.best_limits[points, e]) for e in range(self.gates)]
-        return ParetoFront(
-            points, self.best_cost[points] / self.n, np.stack(columns, axis=1), self.best_limits[points] > 0
-        )
-
-    def _snapped(self, share: NDArray[np.float64]) -> NDArray[np.int64]:
-        return np.array([known[int(q * (len(known) - 1))] for q, known in zip(share, self.limits, strict=True)])
-
-    def _best(self, prices: NDArray[np.float64]) -> NDArray[np.int64]:
-        points = self._front()
-        values = points - prices[:, None] * self.best_cost[points]
-        return self.best_limits[points[values.argmax(axis=1)]]
+        limits = self.best_limits[points]
+        thresholds = np.stack([self._thresholds(e, limits[:, e]) for e in range(self.gates)], axis=1)
+        return ParetoFront(points, self.best_cost[points] / self.n, thresholds, limits > 0)
 
     def _front(self) -> NDArray[np.int64]:
         """The numbers of right answers of the front's points, ascending."""

@@ -75,15 +75,6 @@ def initial_state(
     return state
 
 
-def _gate(*rows: Any, last: bool, **numbers: Any) -> GateResult:
-    """Until ops.gate itself has `last` and answers R_e: removed when it has."""
-    result = ops.gate(*rows, **numbers)
-    if last:
-        return result._replace(running=result.running / result.weight_sum, count=torch.zeros_like(result.count))
-    gone = torch.arange(len(result.running), device=result.running.device) >= result.count
-    return result._replace(running=torch.where(gone[:, None], result.running / result.weight_sum, result.running))
-
-
 def gate_step(
     criterion: str | Callable[..., Tensor],
     criterion_on: str,
@@ -110,9 +101,9 @@ def gate_step(
     numbers = {"weight": weight, "temperature": temperature, "on": criterion_on, "last": last}
     rows = (features, running, weight_sum, indices, state, exit_logits)
     if isinstance(criterion, str):
-        return _gate(*rows, threshold=threshold, policy=criterion, enabled=enabled, **numbers)
+        return ops.gate(*rows, threshold=threshold, policy=criterion, enabled=enabled, **numbers)
     # With the gate disabled the operator returns every row in its place: only the decision is made here.
-    kept = _gate(*rows, threshold=0.0, policy="confidence", enabled=False, **numbers)
+    kept = ops.gate(*rows, threshold=0.0, policy="confidence", enabled=False, **numbers)
     if last or not enabled:
         return kept
     if criterion_on == "ensemble":
@@ -130,7 +121,8 @@ def gate_step(
     order = torch.argsort(leaves.to(torch.uint8), stable=True)
     gone = leaves[order]
     answered = torch.where(gone[:, None], kept.running[order] / kept.weight_sum, kept.running[order])
-    compacted = features[order].masked_fill(gone.view(-1, *[1] * (features.dim() - 1)), 0)
+    compacted = torch.empty_like(features).copy_(features[order])  # channels_last stays so
+    compacted.masked_fill_(gone.view(-1, *[1] * (features.dim() - 1)), 0)
     return GateResult(
         compacted,
         answered,

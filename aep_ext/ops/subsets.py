@@ -21,7 +21,7 @@ def subset_correct(exit_logits: Tensor, weights: Tensor, target: Tensor, *, out:
     Returns:
         (2^E - 1, 2) int64. Row m - 1 is the subset that holds exit e (from 0) where bit ``1 << e`` of m is set;
         columns: samples whose label has rank 0, and rank below 5 (below K where K < 5). Counts of several batches may
-            be added up.
+        be added up.
 
         The rank of the label is the number of classes with a larger score, plus those with an equal score and a lower
         index. A row that holds a NaN score is wrong at every k. Scores are formed as :func:`ensemble` forms them. Not

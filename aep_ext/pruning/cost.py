@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -27,13 +28,9 @@ def count_parameters(module: nn.Module, *, trainable_only: bool = True) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
 
 
-def _first_parameter(module: nn.Module) -> Tensor | None:
-    return next((p for p in module.parameters()), None)
-
-
 def example_input(function: str, module: nn.Module, example: Tensor | Sequence[int]) -> Tensor:
     """``example`` as a batch of one on the module's device; a (C, H, W) shape becomes zeros in its dtype."""
-    anchor = _first_parameter(module)
+    anchor = next(module.parameters(), None)
     if not isinstance(example, Tensor):
         shape = tuple(int(size) for size in example)
         if len(shape) != 3 or min(shape) < 1:
@@ -150,24 +147,21 @@ class SubsetCosts:
     macs: tuple[int, ...]
 
 
-def _parameter_groups(net: MultiExitNet) -> Iterable[tuple[int, int, int]]:
-    """(first stage that holds it or a number past the end, mask of the exits that hold it, elements), summed up."""
-    first: dict[int, int] = {}
-    holders: dict[int, int] = {}
-    sizes: dict[int, int] = {}
+def _parameter_groups(net: MultiExitNet) -> Counter[tuple[int, int]]:
+    """Trainable numbers by the first stage that holds them (or a number past the end) and the mask of such exits."""
+    first: dict[nn.Parameter, int] = {}
+    holders: Counter[nn.Parameter] = Counter()
     for stage, module in enumerate(net.stages):
         for parameter in module.parameters():
-            first.setdefault(id(parameter), stage)
-            sizes[id(parameter)] = parameter.numel() if parameter.requires_grad else 0
-    for position, module in enumerate(net.exits):
-        for parameter in module.parameters():
-            holders[id(parameter)] = holders.get(id(parameter), 0) | 1 << position
-            sizes[id(parameter)] = parameter.numel() if parameter.requires_grad else 0
-    groups: dict[tuple[int, int], int] = {}
-    for key, size in sizes.items():
-        group = first.get(key, len(net.stages)), holders.get(key, 0)
-        groups[group] = groups.get(group, 0) + size
-    return [(stage, mask, size) for (stage, mask), size in groups.items()]
+            first.setdefault(parameter, stage)
+    for position, head in enumerate(net.exits):
+        for parameter in head.parameters():
+            first.setdefault(parameter, len(net.stages))
+            holders[parameter] |= 1 << position
+    groups: Counter[tuple[int, int]] = Counter()
+    for parameter, stage in first.items():
+        groups[stage, holders[parameter]] += parameter.numel() if parameter.requires_grad else 0
+    return groups
 
 
 def subset_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> SubsetCosts:
@@ -192,12 +186,11 @@ def subset_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> SubsetCo
                 with MacCounter() as counter:
                     net.exits[position](features)
                 exit_macs[position] = counter.macs
-    groups = _parameter_groups(net)
-    parameters, macs = [], []
+    groups, parameters, macs = _parameter_groups(net), [], []
     for mask in range(1, 1 << net.num_exits):
         exits = exits_of_mask(mask)
         last = max(net.exit_stages[e] for e in exits)
-        parameters.append(sum(size for stage, holders, size in groups if stage <= last or holders & mask))
+        parameters.append(sum(n for (stage, holders), n in groups.items() if stage <= last or holders & mask))
         macs.append(prefix_macs[last] + sum(exit_macs[e] for e in exits))
     return SubsetCosts(tuple(parameters), tuple(macs))
 

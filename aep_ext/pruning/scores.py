@@ -129,11 +129,6 @@ class SubsetScores:
         return range(1, len(self) + 1)
 
     @property
-    def subsets(self) -> list[tuple[int, ...]]:
-        """The exits of every mask, in the order of the rows."""
-        return [exits_of_mask(mask) for mask in self.masks]
-
-    @property
     def top1(self) -> Tensor:
         """Top-1 accuracy of every subset as fractions of 1, float64."""
         return self.counts[:, 0].double() / self.n

@@ -43,12 +43,6 @@ def relative(value: float, reference: float) -> str:
     return f"{100 * (value / reference - 1):+.0f} %" if reference else ""
 
 
-def fewer(value: float, reference: float, what: str) -> str:
-    """``23 % fewer multiply-adds``, or more, or as many."""
-    change = round(100 * (value / reference - 1)) if reference else 0
-    return f"{abs(change)} % {'fewer' if change < 0 else 'more'} {what}" if change else f"as many {what}"
-
-
 def decimal(value: float | None, digits: int = 3) -> str:
     """A number with so many decimals; nothing where it is not known."""
     return "" if value is None else f"{value:.{digits}f}"

@@ -12,6 +12,8 @@ import numpy as np
 
 from aep_ext._utils import require
 from aep_ext.report.numbers import exits, method_name
+from aep_ext.report.results import delivered_part
+from aep_ext.report.tables import models
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +32,7 @@ STYLE = {
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "legend.frameon": False,
+    "legend.fontsize": 9,
     "text.parse_math": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "aep_ext",  # the same file from the same run
@@ -93,10 +96,10 @@ def _figures(results: dict[str, Any], images: np.ndarray | None) -> Iterator[tup
         yield "examples", "Test images that left early and late, with label and answer", examples(results, images)
 
 
-def _axes(height: float = 4.2) -> tuple[Figure, Axes]:
+def _axes(height: float = 4.2, width: float = 5.6) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    figure = Figure(figsize=(5.6, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -112,17 +115,15 @@ _LOOK: dict[str, dict[str, Any]] = {
     "baseline": {"marker": "X", "s": 90, "color": INK, "label": "single exit", "zorder": 6},
     "full": {"marker": "s", "s": 55, "color": VIOLET, "label": "all exits", "zorder": 4},
     "pruned": {"marker": "D", "s": 50, "color": BLUE, "label": "pruned", "zorder": 4},
-    "smallest": {"marker": "o", "s": 45, "color": GREEN, "label": "smallest within the margin", "zorder": 4},
+    "smallest": {"marker": "o", "s": 45, "color": GREEN, "label": "smallest in margin", "zorder": 4},
     "gated": {"marker": "P", "s": 80, "color": ORANGE, "label": "gated", "zorder": 5},
-    "static": {"marker": "^", "s": 50, "color": GREY, "label": "smaller static network", "zorder": 3},
+    "static": {"marker": "^", "s": 50, "color": GREY, "label": "static network", "zorder": 3},
 }
 
 
 def tradeoff(results: dict[str, Any]) -> Figure:
     """Mean test top-1 against mean multiply-adds; lines are the thresholds of the delivered method, one a seed; bars
     span the seeds. A ring marks what was delivered."""
-    from aep_ext.report.tables import models
-
     rows, delivered = list(models(results)), results["delivered"]
     size, label = _scale([row[3]["macs"]["mean"] for row in rows])
     figure, axis = _axes()
@@ -141,10 +142,9 @@ def tradeoff(results: dict[str, Any]) -> Figure:
             curve = np.array(sorted((row["mean_macs"] / size, 100 * row["test_top1"]) for row in gated["curve"]))
             name = "_" if number else "gated, by threshold"
             axis.plot(*curve.T, color=ORANGE, linewidth=1.1, alpha=0.5, label=name, zorder=2)
-    axis.set_ylim(bottom=low)
-    axis.set_xlim(0, 1.06 * max(row[3]["macs"]["mean"] for row in rows) / size)
-    axis.set_xlabel(f"mean {label}")
-    axis.set_ylabel("test top-1 (%)")
+    right = 1.06 * max(row[3]["macs"]["mean"] for row in rows) / size
+    top = min(axis.get_ylim()[1], 100.2)
+    axis.set(xlabel=f"mean {label}", ylabel="test top-1 (%)", xlim=(0, right), ylim=(low, top))
     _legend(figure, axis)
     return figure
 
@@ -182,10 +182,8 @@ def subsets(results: dict[str, Any], method: str) -> Figure:
     if baseline.get("val_top1"):
         level = 100 * baseline["val_top1"]["mean"]
         axis.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="single exit")
-    axis.set_xlim(0, 1.06 * max(row["macs"] for row in rows) / size)
-    axis.set_xlabel(label)
-    axis.set_ylabel("validation top-1 (%)")
-    axis.set_title(method_name(method))
+    right = 1.06 * max(row["macs"] for row in rows) / size
+    axis.set(xlabel=label, ylabel="validation top-1 (%)", xlim=(0, right), title=method_name(method))
     _legend(figure, axis, 2)
     return figure
 
@@ -205,9 +203,7 @@ def curves(results: dict[str, Any], method: str) -> Figure:
         style = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 3)), "label": "single exit"}
         _curve(axis, [training["history"] for training in alone], "val/top1", **style)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("epoch")
-    axis.set_ylabel("validation top-1 (%)")
-    axis.set_title(method_name(method))
+    axis.set(xlabel="epoch", ylabel="validation top-1 (%)", title=method_name(method))
     _legend(figure, axis)
     return figure
 
@@ -235,9 +231,8 @@ def exits_by_class(results: dict[str, Any], method: str) -> list[tuple[str, dict
     for number in range(max(len(gated["per_class"]) for gated in found)):
         counts, cost = dict.fromkeys(used, 0), 0.0
         for gated in found:
-            for e, macs, count in zip(
-                gated["policy"]["exits"], gated["costs"], gated["per_class"][number], strict=True
-            ):
+            numbers = gated["policy"]["exits"]
+            for e, macs, count in zip(numbers, gated["costs"], gated["per_class"][number], strict=True):
                 counts[e] += count
                 cost += macs * count
         if total := sum(counts.values()):
@@ -264,12 +259,9 @@ def exits_taken(results: dict[str, Any], method: str) -> Figure:
         axis.barh(places, width, left=left, height=0.8, color=color, edgecolor="white", label=f"exit {e + 1}")
         left += width
     axis.set_yticks(places, [_short(name) for name, _ in rows])
-    axis.invert_yaxis()
-    axis.margins(y=0.02)
-    axis.set_xlim(0, 100)
     axis.grid(False, axis="y")
-    axis.set_xlabel("share of the test images (%)")
-    axis.set_title(method_name(method))
+    ends = {"xlim": (0, 100), "ylim": (places[-1] + 0.6, -0.6)}
+    axis.set(xlabel="share of the test images (%)", title=method_name(method), **ends)
     _legend(figure, axis, 4)
     return figure
 
@@ -281,28 +273,22 @@ def _short(text: str, longest: int = 20) -> str:
 
 def examples(results: dict[str, Any], images: np.ndarray) -> Figure:
     """Images that left early and images that went to the end, with label, wrong answer (orange), exit, confidence."""
-    from matplotlib.figure import Figure
-
-    from aep_ext.report.results import delivered_part
-
     said, classes = delivered_part(results)["gated"]["examples"], results["data"]["classes"]
-    rows = [(title, said[key]) for key, title in (("early", "left early"), ("late", "went to the end")) if said[key]]
-    columns = max(len(row) for _, row in rows)
-    figure = Figure(figsize=(1.3 * max(columns, 4), 2.2 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    start = 0
-    for line, (title, row) in zip(grid, rows, strict=True):
-        for axis in line:
-            axis.set_axis_off()
-        line[0].set_title(title)
-        for axis, image, one in zip(line, images[start:], row, strict=False):
-            grey = image.shape[2] == 1
-            axis.imshow(image[:, :, 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=255)
-            right = one["label"] == one["predicted"]
-            answer = "" if right else f"said {_short(classes[one['predicted']], 12)}\n"
-            sure = "" if one["confidence"] is None else f", {one['confidence']:.3f}"
-            text = f"{_short(classes[one['label']], 12)}\n{answer}exit {one['exit'] + 1}{sure}"
-            style = {"ha": "center", "va": "top", "fontsize": 8, "color": INK if right else ORANGE}
-            axis.text(0.5, -0.06, text, transform=axis.transAxes, **style)
-        start += len(row)
+    columns = max(len(said["early"]), len(said["late"]), 4)
+    figure, _ = _axes(4.4, width=1.3 * columns)
+    figure.clear()
+    grid = figure.subplots(2, columns)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    grid[0, 0].set_title("left early")
+    grid[1, 0].set_title("went to the end")
+    places = [*grid[0, : len(said["early"])], *grid[1, : len(said["late"])]]
+    for axis, image, one in zip(places, images, [*said["early"], *said["late"]], strict=True):
+        axis.imshow(image.squeeze(2) if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
+        right = one["label"] == one["predicted"]
+        answer = "" if right else f"said {_short(classes[one['predicted']], 12)}\n"
+        sure = "" if one["confidence"] is None else f", {one['confidence']:.3f}"
+        text = f"{_short(classes[one['label']], 12)}\n{answer}exit {one['exit'] + 1}{sure}"
+        style = {"ha": "center", "va": "top", "fontsize": 8, "color": INK if right else ORANGE}
+        axis.text(0.5, -0.06, text, transform=axis.transAxes, **style)
     return figure

@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from aep_ext.report.numbers import exits, fewer, method_name, percent_spread, points
+from aep_ext.report.numbers import exits, method_name, percent_spread, points, relative
 from aep_ext.report.results import delivered_model
 
 
 def headline(results: dict[str, Any]) -> str:
     """The delivered kind of network against the single-exit one, over all seeds, in a sentence."""
     delivered, base, model = results["delivered"], results["summary"]["baseline"], delivered_model(results)
-    what = "that stops early" if delivered["kind"] == "gated" else "pruned"
-    name = f"{method_name(delivered['exit_weights'])} network {what}"
-    average = " on average" if delivered["kind"] == "gated" else ""
     text = (
-        f"Delivered: the {name} (seed {delivered['seed']}, exits {exits(delivered['exits'])}). "
-        f"It reaches {percent_spread(model['top1'])} top-1 on the test images, the single-exit network "
-        f"{percent_spread(base['top1'])}, with {fewer(model['macs']['mean'], base['macs']['mean'], 'multiply-adds')}"
-        f"{average}"
+        f"Delivered: {method_name(delivered['exit_weights'])}, {delivered['kind']} (seed {delivered['seed']}, exits "
+        f"{exits(delivered['exits'])}): {percent_spread(model['top1'])} top-1 on the test images, the single-exit "
+        f"network {percent_spread(base['top1'])}"
     )
     if model.get("non_inferiority"):
-        text += f"; paired difference {points(model['non_inferiority'])} points"
-    return text + "."
+        text += f" ({points(model['non_inferiority'])} points)"
+    text += f"; multiply-adds {relative(model['macs']['mean'], base['macs']['mean'])}"
+    return text + (f", latency {relative(model['latency']['ratio'], 1)}." if model.get("latency") else ".")
 
 
 def budget_words(budget: dict[str, Any], reference: str) -> str:

@@ -84,12 +84,6 @@ def outcome_table(results: dict[str, Any]) -> Table:
         if (method, kind) == (delivered["exit_weights"], delivered["kind"]):
             marked.add(len(rows))
 
-        def against(what: str, model: dict[str, Any] = model) -> str:
-            if not model[what]:
-                return ""
-            change = "" if model is base else f" ({relative(model[what]['mean'], base[what]['mean'])})"
-            return amount(model[what]["mean"]) + change
-
         subsets = list(dict.fromkeys(map(tuple, model.get("exits", ()))))
         rows.append(
             (
@@ -99,13 +93,19 @@ def outcome_table(results: dict[str, Any]) -> Table:
                 percent_spread(model["top5"]) if model.get("top5") else "",
                 points(model["non_inferiority"]) if model.get("non_inferiority") else "",
                 points(model["against_pruned"]) if model.get("against_pruned") else "",
-                against("macs"),
-                against("parameters"),
+                _against(model["macs"], base["macs"] if model is not base else None),
+                _against(model["parameters"], base["parameters"] if model is not base else None),
                 _latency(model.get("latency")),
             )
         )
     head = ("model", "exits", "test top-1", "top-5", "vs baseline, points", "vs pruned, points", "multiply-adds")
     return Table((*head, "parameters", "latency, ms (ratio)"), rows, 2, frozenset(marked)).without_empty_columns()
+
+
+def _against(cost: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
+    if cost is None:
+        return ""
+    return amount(cost["mean"]) + (f" ({relative(cost['mean'], base['mean'])})" if base else "")
 
 
 def _latency(latency: dict[str, Any] | None) -> str:
@@ -119,18 +119,15 @@ def gates_table(results: dict[str, Any], method: str) -> Table:
     """One row for each seed: the exits kept, who left where, what it cost, and what calibration expected."""
     rows = []
     for seed in results["seeds"]:
-        part = seed["methods"][method]
-        gated = part["gated"]
+        gated = seed["methods"][method]["gated"]
         if gated is None:
             continue
         test, said = gated["test"], gated.get("calibration") or {}
         shares = " / ".join(f"{100 * count / test['n']:.0f}" for count in test["exit_counts"])
-        expected = ""
-        if said.get("drop_points") is not None:
-            expected = f"{-said['drop_points'] + 0.0:+.2f}"
-            if said.get("interval"):
-                low, high = said["interval"]
-                expected += f" [{-high + 0.0:+.2f}, {-low + 0.0:+.2f}]"
+        low, high = said.get("interval") or (None, None)
+        drop, expected = said.get("drop_points"), ""
+        if drop is not None:
+            expected = f"{-drop + 0.0:+.2f}" + ("" if low is None else f" [{-high + 0.0:+.2f}, {-low + 0.0:+.2f}]")
         rows.append(
             (
                 str(seed["seed"]),
@@ -148,21 +145,17 @@ def gates_table(results: dict[str, Any], method: str) -> Table:
 
 def policy_table(results: dict[str, Any], method: str) -> Table:
     """One row for each gated exit of each seed: its rule, its cost, and who left there."""
-    delivered = results["delivered"]
-    rows, marked = [], set()
+    rows = []
     for seed in results["seeds"]:
         gated = seed["methods"][method]["gated"]
         if gated is None:
             continue
         policy, n = gated["policy"], gated["test"]["n"]
         for e, number in enumerate(policy["exits"]):
-            last = e == len(policy["exits"]) - 1
-            rule = "answers the rest" if last else "off"
-            if not last and policy["enabled"][e] and policy["thresholds"][e] is not None:
-                rule = f"{policy['thresholds'][e]:.4g}"
+            rule = "answers the rest"
+            if e < len(policy["exits"]) - 1:
+                rule = decimal(policy["thresholds"][e], 4) if policy["enabled"][e] else "off"
             count, right = gated["right_by_exit"][e]
-            if (seed["seed"], method, "gated") == (delivered["seed"], delivered["exit_weights"], delivered["kind"]):
-                marked.add(len(rows))
             rows.append(
                 (
                     str(seed["seed"]),
@@ -176,7 +169,7 @@ def policy_table(results: dict[str, Any], method: str) -> Table:
                 )
             )
     head = ("seed", "exit", "threshold", "temperature", "output weight", "multiply-adds", "images that left")
-    return Table((*head, "right among them"), rows, 2, frozenset(marked))
+    return Table((*head, "right among them"), rows, 2)
 
 
 def bench_table(results: dict[str, Any]) -> Table:
@@ -185,10 +178,8 @@ def bench_table(results: dict[str, Any]) -> Table:
     for row in results["bench"]["rows"]:
         for kind in ("ungated", "gated"):
             times = row[kind]
-            numbers = [
-                "" if times.get(name) is None else f"{times[name]:.4g}"
-                for name in ("p50_ms", "p95_ms", "p99_ms", "images_per_s")
-            ]
+            numbers = [f"{times[name]:.4g}" for name in ("p50_ms", "p95_ms", "p99_ms")]
+            numbers.append(f"{times['images_per_s']:,.0f}")
             compared = ("", "", "", "")
             if kind == "gated":
                 low, high = row["ratio_interval"]

@@ -15,8 +15,6 @@ from aep_ext.report import numbers, summary, tables
 from aep_ext.report.plots import Plot, plots
 from aep_ext.report.results import delivered_model, delivered_part, read_results
 
-FILTERS = ("amount", "decimal", "exits", "method_name", "percent", "percent_spread", "relative")
-
 
 def write_report(folder: str | Path) -> Path:
     """Make ``report.html`` and ``figures/*.png`` from ``results.json`` and, where it is there, ``examples.npz``.
@@ -55,7 +53,7 @@ def page(results: dict[str, Any], drawn: dict[str, Plot]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(numbers, name) for name in FILTERS}
+    environment.filters |= vars(numbers)
     provenance = {key: results[key] for key in ("config", "recipe", "environment", "data", "calibration")}
     gated = [name for name, kinds in results["summary"]["methods"].items() if kinds["gated"]]
     return environment.get_template("report.html.j2").render(

@@ -39,9 +39,6 @@ def choose_by_cost(found: Partition, exits: int) -> list[fx.Node]:
     return [candidates[i] for i in chosen] + [candidates[-1]]
 
 
-# -------------------------------------------------------------------------------------------------------------
-
-
 def _countable(found: Partition) -> list[fx.Node]:
     """Nodes that a "+k" counts: those that make tensors."""
     return [n for n in found.traced.graph.nodes if n in found.measured.shapes and n.op not in ("get_attr", "output")]

@@ -10,18 +10,8 @@ from torch import Tensor
 
 from aep_ext._utils import per_exit
 
-# Our names and the paper's short ones, both in lower case.
-_ALIASES = {
-    "uniform": "uniform",
-    "unif": "uniform",
-    "ascending": "ascending",
-    "asc": "ascending",
-    "descending": "descending",
-    "desc": "descending",
-    "mixed": "mixed",
-    "mix": "mixed",
-    "hybrid": "mixed",
-}
+_FAMILIES = ("uniform", "ascending", "descending", "mixed")
+_SHORT = {"unif": "uniform", "asc": "ascending", "desc": "descending", "mix": "mixed", "hybrid": "mixed"}  # the paper's
 
 
 def _checked_exits(num_exits: int, name: str) -> int:
@@ -98,11 +88,11 @@ class ExitWeights:
         Raises:
             ValueError: no family has that name.
         """
-        family = _ALIASES.get(str(name).lower())
-        if family is None:
+        family = str(name).lower()
+        family = _SHORT.get(family, family)
+        if family not in _FAMILIES:
             raise ValueError(
-                "ExitWeights.named: name must be one of uniform, ascending, descending, mixed "
-                f"(or UNIF, ASC, DESC, MIX), got {name!r}"
+                f"ExitWeights.named: name must be one of {', '.join(_FAMILIES)} (or UNIF, ASC, DESC, MIX), got {name!r}"
             )
         return getattr(cls, family)(num_exits)
 

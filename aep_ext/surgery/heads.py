@@ -48,16 +48,6 @@ class PooledLinearHead(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.linear = nn.Linear(linear_features or in_channels, num_classes)
 
-    @property
-    def weight(self) -> Tensor:
-        """The linear layer's weight, (K, C)."""
-        return self.linear.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The linear layer's bias, (K,)."""
-        return self.linear.bias
-
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.dropout(torch.flatten(self.pool(self.pre(x)), 1)))
 
@@ -138,7 +128,7 @@ def fused_plan(head: nn.Module) -> FusedPlan | None:
 
 
 def _plan_of_graph(head: GraphModule) -> FusedPlan | None:
-    """Walks a traced head; the order wanted is pool, then (flatten, dropout)*, then linear, in one unbranched line."""
+    """Of a traced head. The order wanted is pool, then (flatten, dropout)*, then linear, in one unbranched line."""
     previous: Node | None = None
     linear: str | None = None
     pooled = flat = False

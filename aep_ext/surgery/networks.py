@@ -11,7 +11,8 @@ there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -62,8 +63,9 @@ def _relu_head(channels: int, num_classes: int) -> nn.Module:
     return PooledLinearHead(channels, num_classes, pre=nn.ReLU())
 
 
-def _features(*numbers: int) -> list[str]:
-    return [f"features.{number}" for number in numbers]
+def _features_until(*ends: int) -> list[list[str]]:
+    """Stages of consecutive modules of ``features``, each of which ends before the number given."""
+    return [[f"features.{number}" for number in range(*bounds)] for bounds in pairwise((0, *ends))]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class _Plan:
     channels: Sequence[int]
     head: Callable[[int, int], nn.Module]
     head_keys: Sequence[Sequence[str]]  # prefixes of keys: in the last exit, in the single-exit network
-    make: Callable[[], nn.Module] | None = field(default=None)
+    make: Callable[[], nn.Module] | None = None
 
     def backbone(self) -> nn.Module:
         # One class: the classifier is thrown away, and at a thousand it would only cost time.
@@ -85,87 +87,66 @@ class _Plan:
 
 _RESNET_STEM = ["conv1", "bn1", "relu", "maxpool"]
 _DENSENET_STEM = ["conv0", "norm0", "relu0", "pool0"]
-_EFFICIENTNET_KEYS = [["pre.", "features.8."], ["linear.", "classifier.1."]]
-_MOBILENET_KEYS = [["pre.", "features.12."]]
 
-_PLANS: dict[str, _Plan] = {
-    "resnet50": _Plan(
-        "resnet50",
-        "conv1",
-        [[*_RESNET_STEM, "layer1"], ["layer2"], ["layer3"], ["layer4"]],
-        [256, 512, 1024, 2048],
-        PooledLinearHead,
-        [["linear.", "fc."]],
+_RESNET50 = _Plan(
+    "resnet50",
+    "conv1",
+    [[*_RESNET_STEM, "layer1"], ["layer2"], ["layer3"], ["layer4"]],
+    [256, 512, 1024, 2048],
+    PooledLinearHead,
+    [["linear.", "fc."]],
+)
+# The published input block ends behind the first convolution, so the first two of VGG's five blocks are one stage.
+_VGG16 = _Plan(
+    "vgg16",
+    "features.0",
+    _features_until(10, 17, 24, 31),
+    [128, 256, 512, 512],
+    PooledLinearHead,
+    [["linear.", "classifier."]],
+    _vgg16_features,
+)
+_DENSENET169 = _Plan(
+    "densenet169",
+    "features.conv0",
+    [
+        [f"features.{name}" for name in (*_DENSENET_STEM, "denseblock1", "transition1")],
+        ["features.denseblock2", "features.transition2"],
+        ["features.denseblock3", "features.transition3"],
+        ["features.denseblock4", "features.norm5"],
+    ],
+    [128, 256, 640, 1664],
+    _relu_head,
+    [["linear.", "classifier."]],
+)
+_MOBILENET = _Plan(
+    "mobilenet_v3_small",
+    "features.0.0",
+    _features_until(4, 7, 9, 12),
+    [24, 40, 48, 96],
+    ConvPooledMLPHead,
+    [["pre.", "features.12."]],
+)
+_EFFICIENTNET = _Plan(
+    "efficientnet_b5",
+    "features.0.0",
+    _features_until(3, 5, 6, 8),
+    [40, 128, 176, 512],
+    ConvPooledLinearHead,
+    [["pre.", "features.8."], ["linear.", "classifier.1."]],
+)
+_PLANS = {
+    "resnet50": _RESNET50,
+    "vgg16": _VGG16,
+    "vgg16_full": replace(_VGG16, stages=_features_until(5, 10, 17, 24, 31), channels=[64, 128, 256, 512, 512]),
+    "densenet169": _DENSENET169,
+    "mobilenet_v3_small": _MOBILENET,
+    "mobilenet_v3_small_full": replace(
+        _MOBILENET, stages=_features_until(2, 4, 7, 9, 12), channels=[16, 24, 40, 48, 96]
     ),
-    # The published input block ends behind the first convolution, so the first two of VGG's five blocks are one stage.
-    "vgg16": _Plan(
-        "vgg16",
-        "features.0",
-        [_features(*range(10)), _features(*range(10, 17)), _features(*range(17, 24)), _features(*range(24, 31))],
-        [128, 256, 512, 512],
-        PooledLinearHead,
-        [["linear.", "classifier."]],
-        _vgg16_features,
-    ),
-    "vgg16_full": _Plan(
-        "vgg16",
-        "features.0",
-        [
-            _features(*range(5)),
-            _features(*range(5, 10)),
-            _features(*range(10, 17)),
-            _features(*range(17, 24)),
-            _features(*range(24, 31)),
-        ],
-        [64, 128, 256, 512, 512],
-        PooledLinearHead,
-        [["linear.", "classifier."]],
-        _vgg16_features,
-    ),
-    "densenet169": _Plan(
-        "densenet169",
-        "features.conv0",
-        [
-            [f"features.{name}" for name in (*_DENSENET_STEM, "denseblock1", "transition1")],
-            ["features.denseblock2", "features.transition2"],
-            ["features.denseblock3", "features.transition3"],
-            ["features.denseblock4", "features.norm5"],
-        ],
-        [128, 256, 640, 1664],
-        _relu_head,
-        [["linear.", "classifier."]],
-    ),
-    "mobilenet_v3_small": _Plan(
-        "mobilenet_v3_small",
-        "features.0.0",
-        [_features(0, 1, 2, 3), _features(4, 5, 6), _features(7, 8), _features(9, 10, 11)],
-        [24, 40, 48, 96],
-        ConvPooledMLPHead,
-        _MOBILENET_KEYS,
-    ),
-    "mobilenet_v3_small_full": _Plan(
-        "mobilenet_v3_small",
-        "features.0.0",
-        [_features(0, 1), _features(2, 3), _features(4, 5, 6), _features(7, 8), _features(9, 10, 11)],
-        [16, 24, 40, 48, 96],
-        ConvPooledMLPHead,
-        _MOBILENET_KEYS,
-    ),
-    "efficientnet_b5": _Plan(
-        "efficientnet_b5",
-        "features.0.0",
-        [_features(0, 1, 2), _features(3, 4), _features(5), _features(6, 7)],
-        [40, 128, 176, 512],
-        ConvPooledLinearHead,
-        _EFFICIENTNET_KEYS,
-    ),
-    "efficientnet_b5_full": _Plan(
-        "efficientnet_b5",
-        "features.0.0",
-        [_features(0, 1), *(_features(number) for number in range(2, 8))],
-        [24, 40, 64, 128, 176, 304, 512],
-        ConvPooledLinearHead,
-        _EFFICIENTNET_KEYS,
+    "efficientnet_b5": _EFFICIENTNET,
+    "efficientnet_b5_full": replace(
+        _EFFICIENTNET, stages=_features_until(2, 3, 4, 5, 6, 7, 8), channels=[24, 40, 64, 128, 176, 304, 512]
     ),
 }
 
@@ -318,49 +299,19 @@ def efficientnet_b5_full(num_classes: int, in_channels: int = 3, weights: str | 
     return _network("efficientnet_b5_full", num_classes, in_channels, weights)
 
 
-_BUILDERS: dict[str, Callable[..., MultiExitNet]] = {
-    builder.__name__: builder
-    for builder in (
-        resnet_small,
-        resnet50,
-        vgg16,
-        vgg16_full,
-        densenet169,
-        mobilenet_v3_small,
-        mobilenet_v3_small_full,
-        efficientnet_b5,
-        efficientnet_b5_full,
-    )
-}
-
-_SCALABLE = ("resnet_small",)
-
-
 def available() -> list[str]:
     """Names that :func:`build` knows; it also takes "torchvision/<name>" and "timm/<name>"."""
-    return sorted(_BUILDERS)
+    return sorted(["resnet_small", *_PLANS])
 
 
 def known(name: str) -> bool:
     """Whether :func:`build` would look further than the name; networks of other libraries are looked up there."""
-    return name.partition("/")[0] in _LIBRARIES or name.partition("@")[0] in _BUILDERS
+    return name.partition("/")[0] in _LIBRARIES or name.partition("@")[0] in available()
 
 
 def scalable(name: str) -> bool:
     """Whether there are narrower networks of this kind, ``<name>@<width>``."""
-    return name in _SCALABLE
-
-
-def _scaled(name: str, num_classes: int, in_channels: int, weights: str | None) -> MultiExitNet:
-    """The network ``<base>@<width>``."""
-    base, _, text = name.partition("@")
-    if base not in _SCALABLE:
-        raise ValueError(f"build: only {', '.join(_SCALABLE)} can be scaled by @<width>, got {name!r}")
-    try:
-        width = float(text)
-    except ValueError as error:
-        raise ValueError(f"build: the width behind @ must be a number, got {name!r}") from error
-    return _BUILDERS[base](num_classes, in_channels=in_channels, weights=weights, width=width)
+    return name == "resnet_small"
 
 
 def build(name: str, num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
@@ -393,13 +344,20 @@ def build(name: str, num_classes: int, in_channels: int = 3, weights: str | None
             "cuts": net.origin["cuts"],
         }
         return net
-    if "@" in name:
-        return _scaled(name, num_classes, in_channels, weights)
-    if name not in _BUILDERS:
+    base, scaled, text = name.partition("@")
+    if scaled and base in _PLANS:
+        raise ValueError(f"build: only resnet_small can be scaled by @<width>, got {name!r}")
+    if base == "resnet_small":
+        try:
+            width = float(text) if scaled else 1.0
+        except ValueError:
+            raise ValueError(f"build: the width behind @ must be a number, got {name!r}") from None
+        return resnet_small(num_classes, in_channels, weights, width=width)
+    if name not in _PLANS:
         raise ValueError(
             f"build: no network named {name!r}; there are: {', '.join(available())}, torchvision/<name>, timm/<name>"
         )
-    return _BUILDERS[name](num_classes, in_channels=in_channels, weights=weights)
+    return _network(name, num_classes, in_channels, weights)
 
 
 def _from_torchvision(name: str, num_classes: int, in_channels: int, weights: str | None) -> nn.Module:

@@ -10,7 +10,7 @@ blocks (a Sequential of residual blocks, say).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -49,7 +49,7 @@ class Partition:
     boundaries: list[fx.Node]  # chosen by the rule above; the last is where the head begins
     num_classes: int
     example: Tensor
-    twice: Tensor | None  # an example of twice the size, if the model takes one
+    twice: Measured | None  # at twice the example's height and width, if the model takes that
 
     @property
     def head_start(self) -> fx.Node:
@@ -89,21 +89,7 @@ def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: 
     twice = _at_twice_the_size(model, traced.graph, image)
     cuts = _cut_points(model, traced, measured, twice)
     units = _units(model, nodes, cuts, measured)
-    return Partition(
-        model,
-        traced,
-        measured,
-        cuts,
-        units,
-        _boundaries(units),
-        shape[1],
-        image,
-        twice[0] if twice is not None else None,
-    )
-
-
-# ---- the example
-# -------------------------------------------------------------------------------------------------------
+    return Partition(model, traced, measured, cuts, units, _boundaries(units), shape[1], image, twice)
 
 
 def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor:
@@ -111,43 +97,30 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
     if isinstance(example, Tensor):
         if example.dim() != 4 or example.shape[0] < 1:
             raise ValueError(f"anticipate: example must be images [N, C, H, W], got shape {list(example.shape)}")
-        image = torch.cat([example[:1].detach()] * 2).to(pattern((1,), model).device)
-        return _fitting(model, image)
-    if example is not None:
+        candidates = [torch.cat([example[:1].detach()] * 2).to(pattern((1,), model).device)]
+    elif example is not None:
         shape = tuple(int(size) for size in example)
         if len(shape) not in (3, 4) or min(shape) < 1:
             raise ValueError(f"anticipate: example must be a tensor or a shape (C, H, W) or (N, C, H, W), got {shape}")
-        return _fitting(model, pattern((2, *shape[-3:]), model))
-    channels, errors = input_channels(model), []
-    for size in _SIZES:
-        image = pattern((2, channels, size, size), model)
+        candidates = [pattern((2, *shape[-3:]), model)]
+    else:
+        channels = input_channels(model)
+        candidates = [pattern((2, channels, size, size), model) for size in _SIZES]
+    errors = []
+    for image in candidates:
         try:
             _probe(model, image)
-        except Exception as error:  # whatever the model raises on a size it does not take
-            errors.append(f"{size}: {_first_line(error)}")
-            continue
-        return image
+            return image
+        except Exception as error:  # whatever the model raises on an image it does not take
+            errors.append(f"{list(image.shape[1:])}: {_first_line(error)}")
     raise ValueError(
-        f"anticipate: {type(model).__name__} takes none of the sizes tried ({'; '.join(errors)}); give example=(C, H, "
-        "W)"
+        f"anticipate: {type(model).__name__} does not take images of shape {'; '.join(errors)}; give example=(C, H, W)"
     )
 
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
-
-
-def _fitting(model: nn.Module, image: Tensor) -> Tensor:
-    """The user's example, if the model takes it."""
-    try:
-        _probe(model, image)
-    except Exception as error:  # whatever the model raises on an image it does not take
-        raise ValueError(
-            f"anticipate: {type(model).__name__} does not take the example of shape {list(image.shape[1:])} "
-            f"({_first_line(error)})"
-        ) from error
-    return image
 
 
 def _probe(model: nn.Module, image: Tensor) -> None:
@@ -172,17 +145,12 @@ def _measure(model: nn.Module, graph: fx.Graph, image: Tensor) -> Measured:
             ) from error
 
 
-def _at_twice_the_size(model: nn.Module, graph: fx.Graph, image: Tensor) -> tuple[Tensor, Measured] | None:
+def _at_twice_the_size(model: nn.Module, graph: fx.Graph, image: Tensor) -> Measured | None:
     n, c, h, w = image.shape
-    larger = pattern((n, c, 2 * h, 2 * w), model)
     try:
-        return larger, _measure(model, graph, larger)
+        return _measure(model, graph, pattern((n, c, 2 * h, 2 * w), model))
     except ValueError:  # a network for one size only
         return None
-
-
-# ---- tracing
-# -----------------------------------------------------------------------------------------------------------
 
 
 def _trace_or_chain(model: nn.Module, opened: set[str], image: Tensor) -> TracedModel:
@@ -229,10 +197,6 @@ def describe(node: fx.Node) -> str:
     return repr(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target)))
 
 
-# ---- cut points
-# --------------------------------------------------------------------------------------------------------
-
-
 def alive_after(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
     """For each position, the values made so far that are still needed. Parameters read directly can be read again
     anywhere."""
@@ -247,11 +211,6 @@ def alive_after(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
     return result
 
 
-def _weighted_nodes(model: nn.Module, nodes: Sequence[fx.Node]) -> list[bool]:
-    """Which nodes use parameters of two or more dimensions."""
-    return [any(p.dim() >= 2 for p in _parameters_of(model, node)) for node in nodes]
-
-
 def _parameters_of(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
     if node.op == "call_module":
         return list(model.get_submodule(node.target).parameters())
@@ -264,13 +223,11 @@ def _parameters_of(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
     return found
 
 
-def _cut_points(
-    model: nn.Module, traced: TracedModel, measured: Measured, twice: tuple[Tensor, Measured] | None
-) -> list[fx.Node]:
+def _cut_points(model: nn.Module, traced: TracedModel, measured: Measured, twice: Measured | None) -> list[fx.Node]:
     """Cut points up to the one where the head begins: the last feature map before the global pooling (its size no
     longer follows the image's) and before the last weighted layer; dropouts in front of it belong to the head."""
     nodes = list(traced.graph.nodes)
-    weighted = _weighted_nodes(model, nodes)
+    weighted = [any(p.dim() >= 2 for p in _parameters_of(model, node)) for node in nodes]
     if not any(weighted):
         raise ValueError(f"anticipate: {type(model).__name__} has no layer with weights in its forward")
     classifier = max(i for i, has in enumerate(weighted) if has)
@@ -282,7 +239,7 @@ def _cut_points(
         if alive[i] != [node] or len(shape) != 4 or node.op in ("placeholder", "get_attr"):
             continue
         if twice is not None:
-            bigger = twice[1].shapes.get(node, ())
+            bigger = twice.shapes.get(node, ())
             is_map = len(bigger) == 4 and (bigger[2:] != shape[2:] or bigger[3] != shape[3])
         else:
             is_map = shape[2] * shape[3] > 1
@@ -323,10 +280,6 @@ def _is_dropout(model: nn.Module, node: fx.Node) -> bool:
     )
 
 
-# ---- units and boundaries
-# ----------------------------------------------------------------------------------------------
-
-
 def _units(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node], measured: Measured) -> list[Unit]:
     position = {node: i for i, node in enumerate(nodes)}
     units: list[Unit] = []
@@ -337,11 +290,7 @@ def _units(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node], 
         start = stop
         size = measured.shapes[cut][2:]
         if not having:
-            if units:
-                last = units[-1]
-                units[-1] = Unit(cut, last.size, last.path, last.is_block, last.weighted)
-            else:
-                units.append(Unit(cut, size, None, False, False))
+            units[-1:] = [replace(units[-1], end=cut)] if units else [Unit(cut, size, None, False, False)]
             continue
         modules = [node.target for node in having if node.op == "call_module"]
         path = modules[0] if len(having) == 1 and modules else None

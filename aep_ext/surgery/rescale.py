@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
@@ -18,6 +19,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.PReLU, *_NORMS)
 
 
+@dataclass(frozen=True)
 class HeadForm:
     """What the original head does to its feature map.
 
@@ -26,21 +28,14 @@ class HeadForm:
         classifier: the layer that makes the classes: the last one with weights.
         any_size: whether it takes feature maps of any height and width.
         map_shape: (N, C, H, W) of its own feature map.
+        num_classes: K.
     """
 
-    def __init__(
-        self,
-        inputs: dict[str, tuple[int, ...]],
-        classifier: str,
-        any_size: bool,
-        map_shape: tuple[int, ...],
-        num_classes: int,
-    ) -> None:
-        self.inputs = inputs
-        self.classifier = classifier
-        self.any_size = any_size
-        self.map_shape = map_shape
-        self.num_classes = num_classes
+    inputs: dict[str, tuple[int, ...]]
+    classifier: str
+    any_size: bool
+    map_shape: tuple[int, ...]
+    num_classes: int
 
 
 def _layers(head: nn.Module) -> dict[str, nn.Module]:

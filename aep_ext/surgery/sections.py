@@ -14,9 +14,6 @@ from aep_ext.surgery.partition import Partition
 __all__ = ["changes_its_input", "clear_inplace", "sections"]
 
 
-# ----------------------------------------------------------------------------------------------------------
-
-
 def sections(found: Partition, cuts: Sequence[fx.Node]) -> list[fx.GraphModule]:
     """The stages that end at ``cuts``, and the head behind the last of them, as modules whose keys are the model's
     own."""

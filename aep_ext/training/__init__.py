@@ -11,19 +11,22 @@ from aep_ext.training.config import RunConfig
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.fit import FitResult, fit
 from aep_ext.training.module import JointLightningModule
+from aep_ext.training.progress import Progress
 from aep_ext.training.recipes import RECIPES, Recipe
-from aep_ext.training.run import run
+from aep_ext.training.run import calibrate_run, run
 
 __all__ = [
     "FitResult",
     "ImageDataModule",
     "JointEarlyStopping",
     "JointLightningModule",
+    "Progress",
     "RECIPES",
     "Recipe",
     "RunCheckpoint",
     "RunConfig",
     "UserError",
+    "calibrate_run",
     "fit",
     "run",
 ]

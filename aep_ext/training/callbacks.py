@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aep_ext._utils import require
+from aep_ext.training.progress import Progress
 
 pl = require("lightning.pytorch", "train", "aep_ext.training")
 _callbacks = require("lightning.pytorch.callbacks", "train", "aep_ext.training")
@@ -101,28 +102,39 @@ class RunCheckpoint(_callbacks.Checkpoint):
         self.history, self.best = list(state_dict["history"]), state_dict["best"]
 
 
-def best_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The network's weights of the best epoch so far, from a file of :class:`RunCheckpoint`."""
-    states = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
-    return states[RunCheckpoint.__qualname__]["best"]["weights"]
-
-
-class EpochLines(_callbacks.Callback):
-    """One line an epoch, for output that is no terminal.
+class TrainingProgress(_callbacks.Callback):
+    """Shows how far a training is: a bar over all its steps with the time left, or one plain line an epoch.
 
     Args:
         title: begins every line.
-        write: takes the line.
+        progress: where it is shown.
     """
 
-    def __init__(self, title: str, write: Callable[[str], None]) -> None:
+    def __init__(self, title: str, progress: Progress) -> None:
         super().__init__()
-        self.title, self.write = title, write
+        self.title, self.progress = title, progress
+        self._shown = ExitStack()
+        self._task: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        total = trainer.max_epochs * trainer.num_training_batches
+        self._task = self._shown.enter_context(self.progress.task(self.title, total))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._task(trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The validation is over by now, the training's own means are not yet made.
         record = pl_module.record
-        self.write(
-            f"{self.title}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, "
-            f"validation loss {record['val/loss']:.4f}, top-1 {100 * record['val/top1']:.2f} %"
-        )
+        reached = f"{self.title}: epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+        top1 = f"top-1 {100 * record['val/top1']:.2f} %"
+        if self.progress.console is None:
+            self.progress.line(f"{reached}, validation loss {record['val/loss']:.4f}, {top1}")
+        else:
+            self._task(trainer.global_step, title=f"{reached}, {top1}")
+
+    def on_train_end(self, *_: Any) -> None:
+        self._shown.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._shown.close()

@@ -9,13 +9,30 @@ from typing import Any
 
 from aep_ext._utils import UserError
 from aep_ext.ensemble import ExitWeights
+from aep_ext.inference import CRITERIA
 from aep_ext.training.recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
 
 # In all of them the weights stay float32, as everything behind the training expects.
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 # They change how fast a run is and where it lies, not what it is: a run may be resumed with others.
-RUNTIME_FIELDS = ("output", "workers", "device", "threads")
+RUNTIME_FIELDS = ("output", "data_root", "workers", "device", "threads")
+
+# What a calibration is asked: `aep calibrate` may change them in a finished run.
+CALIBRATION_FIELDS = (
+    "terminate",
+    "objective",
+    "budget",
+    "reference",
+    "criterion",
+    "criterion_on",
+    "num_std_errors",
+    "output_weights",
+    "risk",
+    "delta",
+)
+OBJECTIVES = ("gated", "published")
+REFERENCES = ("baseline", "pruned", "ensemble")
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,22 @@ class RunConfig:
         image_size, epochs, patience, batch_size, lr, weight_decay, optimizer, schedule: instead of the recipe's.
             ``patience`` 0: never stop early.
         class_weights: weight the classes in the training loss; None: where the data is unbalanced.
-        margin: non-inferiority margin in points of accuracy.
+        calibration_samples: hold out so many training images: output weights, temperatures and thresholds are fitted on
+            them, and on what ``train_samples`` leaves, instead of on the validation images.
+        margin: points of top-1 that what is delivered may lose against the single-exit baseline.
+        terminate: calibrate gates.
+        objective: what is delivered: "gated", the cheapest gated subset within the margin, or "published", the pruned
+            subset of the published rule.
+        budget: points of top-1 that a gated network may lose against ``reference``; None: the margin.
+        reference: the right answers that the budget is held against: of the "baseline", the "pruned" network, or the
+            "ensemble" of all exits.
+        criterion, criterion_on: see :class:`~aep_ext.inference.ExitPolicy`.
+        num_std_errors: so many standard errors are added to the cross-validated drop before it is held against the
+            budget.
+        output_weights: of the gated exits: "fitted" on the calibration images, or "run", as trained.
+        risk, delta: instead of the budget a guarantee: at most this fraction of the answers is lost, with probability
+            ``1 - delta``.
+        static: smaller networks to train beside: widths ("0.5") of the run's network, or names of networks.
         precision: as Lightning names it: 32-true, 16-mixed or bf16-mixed.
         output: the run folder.
         workers, device, threads: processes that load images, where to train, CPU threads.
@@ -50,6 +82,7 @@ class RunConfig:
     seeds: tuple[int, ...] | None = None
     classes: int | None = None
     train_samples: int | None = None
+    calibration_samples: int = 0
     image_size: int | None = None
     epochs: int | None = None
     patience: int | None = None
@@ -59,7 +92,18 @@ class RunConfig:
     optimizer: str | None = None
     schedule: str | None = None
     class_weights: bool | None = None
-    margin: float = 1.0
+    margin: float = 0.5
+    terminate: bool = True
+    objective: str = "gated"
+    budget: float | None = None
+    reference: str = "baseline"
+    criterion: str = "confidence"
+    criterion_on: str = "ensemble"
+    num_std_errors: float = 0.0
+    output_weights: str = "fitted"
+    risk: float | None = None
+    delta: float = 0.1
+    static: tuple[str, ...] = ()
     precision: str = "32-true"
     output: str | None = None
     workers: int = 0
@@ -99,6 +143,8 @@ class RunConfig:
             "margin": 0,
             "classes": 1,
             "train_samples": 2,
+            "calibration_samples": 0,
+            "num_std_errors": 0,
             "threads": 1,
         }
         for name, least in smallest.items():
@@ -109,13 +155,23 @@ class RunConfig:
                 raise UserError(f"{name.replace('_', '-')} must be at least {least}, got {value}")
         if not self.lr > 0 or not self.margin > 0:
             raise UserError(f"lr and margin must be greater than 0, got {self.lr} and {self.margin}")
-        for name, values, known in (
+        for name, value, known in (
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("schedule", self.schedule, SCHEDULES),
             ("precision", self.precision, PRECISIONS),
+            ("objective", self.objective, OBJECTIVES),
+            ("reference", self.reference, REFERENCES),
+            ("criterion", self.criterion, CRITERIA),
+            ("criterion-on", self.criterion_on, ("ensemble", "exit")),
+            ("output-weights", self.output_weights, ("fitted", "run")),
         ):
-            if values not in known:
-                raise UserError(f"no such {name}: {values!r} (there are: {', '.join(known)})")
+            if value not in known:
+                raise UserError(f"no such {name}: {value!r} (there are: {', '.join(known)})")
+        if self.budget is not None and not -100 <= self.budget <= 100:
+            raise UserError(f"budget must be points within -100..100, got {self.budget}")
+        for name, value in (("risk", self.risk), ("delta", self.delta)):
+            if value is not None and not 0 < value < 1:
+                raise UserError(f"{name} must be a fraction within 0..1, got {value}")
         for name in ("seeds", "exit_weights"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):

@@ -1,4 +1,4 @@
-"""Data modules: a data set by name, in the three roles fit, select and report."""
+"""Data modules: a data set by name, split into train, val and test images."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from aep_ext._utils import UserError, require
 from aep_ext.training import sources
+from aep_ext.training.config import RunConfig
 from aep_ext.training.dataset import EpochSampler, ImageDataset, batches, measured_normalisation
 from aep_ext.training.published import PUBLISHED, PublishedData
 from aep_ext.training.splits import class_counts, class_weights, seeded_split, split_sha256
@@ -20,20 +21,22 @@ pl = require("lightning.pytorch", "train", "aep_ext.training")
 
 SCORING_BATCH = 256
 DIGITS_SPLIT = (897, 360, 540)
-ROLES = ("fit", "select", "report")
+SPLITS = ("train", "val", "test")
+CALIBRATION_LIMIT = 20_000
+"""So many held-out images are used."""
 
 
 @dataclass(frozen=True)
-class Roles:
-    """A data set cut into its three roles, not yet turned into tensors.
+class Splits:
+    """A data set cut into its splits, not yet turned into tensors.
 
     Attributes:
         title: for the report.
         classes: names of the K classes.
-        parts: per role (fit, select, report) a source and the int64 indices of its images.
+        parts: per split (train, val, test) a source and the int64 indices of its images.
         channels: 1 or 3.
         counts: images per class, int64 (K,), from which class weights are made.
-        normalisation: mean and std per channel, or None to measure them on the images to fit.
+        normalisation: mean and std per channel, or None to measure them on the training images.
         weighted: whether the published experiment weights the classes of this data set; None: it is not among its sets.
     """
 
@@ -46,7 +49,7 @@ class Roles:
     weighted: bool | None = None
 
 
-def load_roles(spec: str, data_root: str | Path = "data") -> Roles:
+def load_splits(spec: str, data_root: str | Path = "data") -> Splits:
     """Find a data set and split it.
 
     Args:
@@ -66,8 +69,8 @@ def load_roles(spec: str, data_root: str | Path = "data") -> Roles:
     path = Path(rest if rest and kind in ("cifar10-jpeg", "folder") else spec).expanduser()
     if spec == "digits":
         source = sources.digits()
-        parts = dict(zip(ROLES, ((source, part) for part in seeded_split(len(source), DIGITS_SPLIT)), strict=True))
-        return Roles("handwritten digits (scikit-learn)", source.classes, parts, 1, class_counts(source.labels, 10))
+        parts = dict(zip(SPLITS, ((source, part) for part in seeded_split(len(source), DIGITS_SPLIT)), strict=True))
+        return Splits("handwritten digits (scikit-learn)", source.classes, parts, 1, class_counts(source.labels, 10))
     if kind == "cifar10-jpeg" and rest or spec.endswith(".npz"):
         return _from_splits("CIFAR-10 (JPEG copy)", sources.jpeg_archive(path), PUBLISHED["cifar10"])
     if kind == "folder" and rest or path.is_dir():
@@ -79,7 +82,7 @@ def load_roles(spec: str, data_root: str | Path = "data") -> Roles:
     return _from_splits(spec, sources.torchvision_dataset(spec, Path(data_root)), PUBLISHED.get(spec.lower()))
 
 
-def _from_splits(title: str, found: dict[str, sources.Source], published: PublishedData | None) -> Roles:
+def _from_splits(title: str, found: dict[str, sources.Source], published: PublishedData | None) -> Splits:
     base = found.get("train") or found["all"]
     if published is not None and (
         len(base) != published.total or "val" in found or ("test" in found) != published.official_test
@@ -88,54 +91,54 @@ def _from_splits(title: str, found: dict[str, sources.Source], published: Publis
     if published is not None:
         parts_of_base = published.split()
     elif "all" in found:
-        fit, select = round(0.65 * len(base)), round(0.15 * len(base))
-        parts_of_base = seeded_split(len(base), (fit, select, len(base) - fit - select))
+        train, val = round(0.65 * len(base)), round(0.15 * len(base))
+        parts_of_base = seeded_split(len(base), (train, val, len(base) - train - val))
     else:
-        held_out = sum(round(share * len(base)) for role, share in (("val", 0.1), ("test", 0.15)) if role not in found)
-        cuts = [round(share * len(base)) for role, share in (("val", 0.1), ("test", 0.15)) if role not in found]
-        parts_of_base = seeded_split(len(base), (len(base) - held_out, *cuts))
+        cuts = [round(share * len(base)) for name, share in (("val", 0.1), ("test", 0.15)) if name not in found]
+        parts_of_base = seeded_split(len(base), (len(base) - sum(cuts), *cuts))
     rest = iter(parts_of_base)
-    parts = {"fit": (base, next(rest))}
-    for role, split in (("select", "val"), ("report", "test")):
-        parts[role] = (found[split], torch.arange(len(found[split]))) if split in found else (base, next(rest))
+    parts = {"train": (base, next(rest))}
+    for name in ("val", "test"):
+        parts[name] = (found[name], torch.arange(len(found[name]))) if name in found else (base, next(rest))
     if published is not None:
         normalisation, channels, weighted = (published.mean, published.std), published.channels, published.weighted
     else:
         normalisation, channels, weighted = None, 1 if base.image(0).mode in ("L", "1", "I;16") else 3, None
-    return Roles(
+    return Splits(
         title, base.classes, parts, channels, class_counts(base.labels, len(base.classes)), normalisation, weighted
     )
 
 
-def _limited(roles: Roles, train_samples: int | None) -> Roles:
-    if train_samples is None:
-        return roles
-    source, indices = roles.parts["fit"]
-    return replace(roles, parts={**roles.parts, "fit": (source, indices[:train_samples])})
+def _held_out(splits: Splits, train_samples: int | None, calibration_samples: int) -> Splits:
+    """The same with the split ``calibration``: training images of which nothing is learned."""
+    source, indices = splits.parts["train"]
+    left = max(len(indices) - calibration_samples, 0)
+    count = left if train_samples is None else min(train_samples, left)
+    held_out = indices[count:][:CALIBRATION_LIMIT]
+    parts = {**splits.parts, "train": (source, indices[:count]), "calibration": (source, held_out)}
+    return replace(splits, parts=parts)
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """A data set in three roles for Lightning: ``fit`` learns weights, ``select`` chooses, ``report`` judges.
+    """A data set for Lightning: ``train`` images are learned from, ``val`` chooses, ``test`` is looked at in the end.
 
     Args:
-        spec: the data set, as :func:`load_roles` reads it.
+        spec: the data set, as :func:`load_splits` reads it.
         image_size: side in pixels to which images are resized (bicubic, antialiased).
         batch_size: of the training.
         seed: of the training's order; splits do not depend on it.
         data_root: for torchvision's data sets.
         train_samples: learn from so many images only (the first of the split's random order).
+        calibration_samples: hold out so many training images (the last ones of that order).
         workers: processes that load batches; cached images need none.
         channels: 1 or 3; None: as the data has them.
         num_classes: K; None: as many as the data has.
 
-    ``train_dataloader`` and ``val_dataloader`` serve ``fit`` and ``select``. ``report_dataloader(model)`` hands out the
-    test images once for every name of a model and refuses a second time; ``test_dataloader``, which Lightning calls,
-    counts as the model "test". ``spare`` is a source and the int64 indices of the images that ``train_samples`` leaves
-    aside: nothing is learned or chosen on them.
+    The split ``calibration`` holds the images that ``calibration_samples`` and ``train_samples`` leave aside, at most
+    20,000: nothing is learned or chosen on them before a calibration.
 
     Raises:
-        UserError: no such data, too few images for the three roles, or fewer classes asked for than the data has
-            labels.
+        UserError: no such data, too few images for the splits, or fewer classes asked for than the data has labels.
     """
 
     def __init__(
@@ -147,15 +150,13 @@ class ImageDataModule(pl.LightningDataModule):
         seed: int = 0,
         data_root: str | Path = "data",
         train_samples: int | None = None,
+        calibration_samples: int = 0,
         workers: int = 0,
         channels: int | None = None,
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        roles = load_roles(spec, data_root)
-        self.roles = _limited(roles, train_samples)
-        source, indices = roles.parts["fit"]
-        self.spare = source, indices[len(self.roles.parts["fit"][1]) :]
+        self.splits = _held_out(load_splits(spec, data_root), train_samples, calibration_samples)
         self.spec, self.image_size, self.batch_size, self.seed, self.workers = (
             spec,
             image_size,
@@ -163,28 +164,45 @@ class ImageDataModule(pl.LightningDataModule):
             seed,
             workers,
         )
-        for role, (_, indices) in self.roles.parts.items():
-            least = 2 if role == "fit" else 1  # batch normalisation cannot learn from one image
-            if len(indices) < least:
+        for name, least in (("train", 2), ("val", 1), ("test", 1)):  # batch normalisation cannot learn from one image
+            count = len(self.splits.parts[name][1])
+            if count < least:
                 raise UserError(
-                    f"too few images: {self.roles.title} leaves {len(indices)} to {role} "
-                    f"(there must be at least {least})"
+                    f"too few images: {self.splits.title} leaves {count} to {name} (there must be at least {least})"
                 )
-        self.channels = channels or self.roles.channels
-        largest = max(int(source.labels.max()) for source, _ in self.roles.parts.values())
-        self.num_classes = num_classes or max(len(self.roles.classes), largest + 1)
+        held_out = len(self.splits.parts["calibration"][1])
+        enough = calibration_samples > 0 or held_out >= len(self.splits.parts["val"][1])
+        self.calibration_split = "calibration" if held_out and enough else "val"
+        self.channels = channels or self.splits.channels
+        largest = max(int(source.labels.max()) for source, _ in self.splits.parts.values())
+        self.num_classes = num_classes or max(len(self.splits.classes), largest + 1)
         if largest >= self.num_classes:
             raise UserError(
                 f"fewer classes than labels: {self.num_classes} classes asked for, "
-                f"but {self.roles.title} has the label {largest}"
+                f"but {self.splits.title} has the label {largest}"
             )
         self._datasets: dict[str, ImageDataset] = {}
-        self._reported: set[str] = set()
         self.mean, self.std = self._normalisation()
 
+    @classmethod
+    def of_config(cls, config: RunConfig) -> ImageDataModule:
+        """The data of a run, whose configuration is resolved."""
+        recipe = config.training()
+        return cls(
+            config.data,
+            image_size=recipe.image_size,
+            batch_size=recipe.batch_size,
+            data_root=config.data_root,
+            train_samples=config.train_samples,
+            calibration_samples=config.calibration_samples,
+            workers=config.workers,
+            channels=3 if config.weights else None,
+            num_classes=config.classes,
+        )
+
     def _normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        if self.roles.normalisation is None:
-            source, indices = self.roles.parts["fit"]
+        if self.splits.normalisation is None:
+            source, indices = self.splits.parts["train"]
             plain = ImageDataset(
                 source,
                 indices[:2000],
@@ -194,71 +212,61 @@ class ImageDataModule(pl.LightningDataModule):
                 std=[1.0] * self.channels,
             )
             return measured_normalisation(plain)
-        mean, std = self.roles.normalisation
+        mean, std = self.splits.normalisation
         repeat = self.channels // len(mean) if self.channels > len(mean) else 1
         return (mean * repeat)[: self.channels], (std * repeat)[: self.channels]
 
-    def dataset(self, role: str) -> ImageDataset:
-        """The images of a role (``fit``, ``select`` or ``report``), or those that ``train_samples`` leaves aside
-        (``spare``), decoded at the first call."""
-        if role not in self._datasets:
-            source, indices = self.spare if role == "spare" else self.roles.parts[role]
-            self._datasets[role] = ImageDataset(
+    def dataset(self, split: str) -> ImageDataset:
+        """The images of a split (``train``, ``val``, ``test`` or ``calibration``), decoded at the first call."""
+        if split not in self._datasets:
+            source, indices = self.splits.parts[split]
+            self._datasets[split] = ImageDataset(
                 source, indices, size=self.image_size, channels=self.channels, mean=self.mean, std=self.std
             )
-        return self._datasets[role]
+        return self._datasets[split]
 
     def class_weights(self) -> Tensor:
         """n / (K * count) over the images from which the training was drawn: float32 (K,)."""
-        return class_weights(self.roles.counts)
+        return class_weights(self.splits.counts)
 
     @property
     def unbalanced(self) -> bool:
         """Whether the training loss should weight the classes: as published, else where one class has 1.25 times
         another's images."""
-        counts = self.roles.counts
+        counts = self.splits.counts
         if self.num_classes != len(counts) or bool((counts == 0).any()):
             return False
-        return bool(counts.max() >= 1.25 * counts.min()) if self.roles.weighted is None else self.roles.weighted
+        return bool(counts.max() >= 1.25 * counts.min()) if self.splits.weighted is None else self.splits.weighted
 
     def train_dataloader(self) -> DataLoader:
-        """The images to fit, in an order drawn from (seed, epoch)."""
-        data = self.dataset("fit")
+        """The training images, in an order drawn from (seed, epoch)."""
+        data = self.dataset("train")
         return batches(data, self.batch_size, sampler=EpochSampler(len(data), self.seed), workers=self.workers)
 
+    def loader(self, split: str) -> DataLoader:
+        """The images of a split in their order, in batches for scoring."""
+        return batches(self.dataset(split), SCORING_BATCH, workers=self.workers)
+
     def val_dataloader(self) -> DataLoader:
-        """The images to select on, in their order."""
-        return batches(self.dataset("select"), SCORING_BATCH, workers=self.workers)
-
-    def report_dataloader(self, model: str) -> DataLoader:
-        """The images to report on: once for every model.
-
-        Raises:
-            RuntimeError: this model was judged before.
-        """
-        if model in self._reported:
-            raise RuntimeError(
-                f"ImageDataModule.report_dataloader: the test images judge a model once, got {model!r} a second time"
-            )
-        self._reported.add(model)
-        return batches(self.dataset("report"), SCORING_BATCH, workers=self.workers)
+        """The validation images, in their order."""
+        return self.loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """The images to report on, for ``Trainer.test``: once."""
-        return self.report_dataloader("test")
+        """The test images, in their order."""
+        return self.loader("test")
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the data: plain values."""
         return {
             "spec": self.spec,
-            "title": self.roles.title,
-            "classes": list(self.roles.classes),
+            "title": self.splits.title,
+            "classes": list(self.splits.classes),
             "num_classes": self.num_classes,
             "image_size": self.image_size,
             "channels": self.channels,
             "normalisation": {"mean": list(self.mean), "std": list(self.std)},
-            "roles": {
-                role: {"samples": len(indices), "sha256": split_sha256(indices)}
-                for role, (_, indices) in self.roles.parts.items()
+            "splits": {
+                name: {"samples": len(indices), "sha256": split_sha256(indices)} if len(indices) else None
+                for name, (_, indices) in self.splits.parts.items()
             },
         }

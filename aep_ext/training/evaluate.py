@@ -1,20 +1,19 @@
-"""Score a trained network on one of the data roles, and time networks against one another."""
+"""What stored exit logits and live networks say of a model: right answers, accuracy, latency beside the baseline."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aep_ext import ops
-from aep_ext.pruning import measure_latency, subset_correctness
-from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.pruning import subset_correctness
+from aep_ext.training.timing import device_wait, draw_batches, latency, ratio_of_sums, time_in_turn
 
-LATENCY_ROUNDS = 7
-LATENCY_REPEATS = 20
+SECONDS_A_NETWORK = 1.0
+LATENCY_IMAGES = 256
 
 
 def torch_device(name: str) -> torch.device:
@@ -22,19 +21,6 @@ def torch_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def collect(net: MultiExitNet, loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Exit logits (E, N, K) float32 and labels (N,) int64 of all images of a loader, on the CPU; the network in eval
-    mode."""
-    logits, labels = [], []
-    net.to(device).eval()
-    with torch.inference_mode():
-        for images, target in loader:
-            logits.append(net.exit_logits(images.to(device)).float().cpu())
-            labels.append(target)
-    net.cpu()
-    return torch.cat(logits, dim=1).clone(), torch.cat(labels).clone()
 
 
 def right_answers(logits: Tensor, target: Tensor) -> Tensor:
@@ -49,41 +35,33 @@ def accuracy(logits: Tensor, target: Tensor) -> dict[str, Any]:
     return {"n": n, "correct1": correct1, "correct5": correct5, "top1": correct1 / n, "top5": correct5 / n}
 
 
-def ensemble_of(net: MultiExitNet, exit_logits: Tensor) -> Tensor:
-    """What ``net`` answers from its exit logits: (N, K)."""
-    return ops.ensemble(exit_logits, net.output_weights)
+def latency_beside(nets: Mapping[str, nn.Module], images: Tensor, device: torch.device) -> dict[str, dict[str, float]]:
+    """Latency at batch 1 over the images, the networks taking turns.
 
-
-def latency_in_turn(
-    nets: dict[str, MultiExitNet],
-    shape: tuple[int, int, int],
-    device: torch.device,
-    *,
-    rounds: int = LATENCY_ROUNDS,
-    repeats: int = LATENCY_REPEATS,
-) -> dict[str, dict[str, float]]:
-    """Latency at batch 1 in milliseconds, the networks taking turns, so that a machine's mood strikes all of them
-    alike.
+    Args:
+        nets: by name, in eval mode; the first is the one that the others are compared with.
+        images: (n, C, H, W); 256 of them are used.
 
     Returns:
-        For each name ``median`` and ``p95`` (medians over the rounds), ``ratio`` (the median over the rounds of this
-        network's median over the first one's in the same round) and the number of ``rounds`` and ``repeats``.
+        For each name ``mean``, ``median`` and ``p95`` in milliseconds, and ``ratio``, its time for all images over that
+        of the first network.
     """
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in nets}
+    calls = {name: net.to(device).eval() for name, net in nets.items()}
+    order = torch.cat(draw_batches(len(images), 1))[:LATENCY_IMAGES]
+    batches = [images[row : row + 1].to(device) for row in order.tolist()]
+    with torch.inference_mode():
+        times = time_in_turn(calls, batches, SECONDS_A_NETWORK * len(calls), wait=device_wait(device))
     for net in nets.values():
-        net.to(device).eval()
-    for _ in range(rounds):
-        for name, net in nets.items():
-            latency = measure_latency(net, shape, warmup=3, repeats=repeats)
-            times[name].append((latency.median, latency.p95))
-    first = next(iter(nets))
-    return {
-        name: {
-            "median": statistics.median(m for m, _ in taken),
-            "p95": statistics.median(p for _, p in taken),
-            "ratio": statistics.median(m / base for (m, _), (base, _) in zip(taken, times[first], strict=True)),
-            "rounds": rounds,
-            "repeats": repeats,
+        net.cpu()
+    first = times[next(iter(nets))].typical()
+    found = {}
+    for name, taken in times.items():
+        typical, calls_ms = taken.typical(), latency(taken, 1)
+        ratio, _ = ratio_of_sums(typical, first)
+        found[name] = {
+            "mean": 1e3 * float(typical.mean()),
+            "median": calls_ms["p50_ms"],
+            "p95": calls_ms["p95_ms"],
+            "ratio": ratio,
         }
-        for name, taken in times.items()
-    }
+    return found

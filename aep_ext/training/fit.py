@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +17,13 @@ import torch
 
 from aep_ext._utils import UserError, require
 from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.training.callbacks import EpochLines, JointEarlyStopping, RunCheckpoint
+from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint, TrainingProgress
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.module import JointLightningModule
+from aep_ext.training.progress import Progress
 from aep_ext.training.recipes import Recipe
 
 pl = require("lightning.pytorch", "train", "aep_ext.training")
-_callbacks = require("lightning.pytorch.callbacks", "train", "aep_ext.training")
 
 
 @dataclass(frozen=True)
@@ -86,14 +85,13 @@ def fit(
     device: str = "auto",
     precision: str = "32-true",
     title: str = "training",
-    write: Callable[[str], None] | None = None,
-    progress_bar: bool | None = None,
+    progress: Progress | None = None,
 ) -> FitResult:
     """Train all exits of ``net`` jointly and leave the weights of the best epoch in it.
 
     Args:
         net: with the exit weights it is to be trained with (``net.set_exit_weights``).
-        data: the images to fit and to select on.
+        data: the training and validation images.
         recipe: optimizer, schedule, epochs, patience. Batch size and image size are the data module's.
         checkpoint: file that is replaced after every epoch. If it is there, the training goes on from it.
         seed: of the dropout; the order of the images is the data module's.
@@ -101,8 +99,7 @@ def fit(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         precision: as Lightning names it, for example ``bf16-mixed``.
         title: begins every line that is printed.
-        write: takes one line an epoch where there is no progress bar; None: silence.
-        progress_bar: show one; None: where standard error is a terminal and ``write`` is given.
+        progress: where it is shown how far the training is; None: nowhere.
 
     Raises:
         RuntimeError: no epoch was finished.
@@ -113,13 +110,6 @@ def fit(
     keeper = RunCheckpoint(checkpoint)
     # Without a patience it still stops at a first loss of NaN, and at nothing else.
     stopper = JointEarlyStopping(recipe.patience or recipe.epochs + 1)
-    if progress_bar is None:
-        progress_bar = write is not None and sys.stderr.isatty()
-    callbacks: list[Any] = [keeper, stopper]
-    if progress_bar:
-        callbacks.append(_callbacks.TQDMProgressBar(leave=False))
-    elif write is not None:
-        callbacks.append(EpochLines(title, write))
     module = JointLightningModule(
         net,
         class_weight=class_weight,
@@ -131,16 +121,14 @@ def fit(
     )
     stopped = checkpoint.is_file() and _resume_finished(checkpoint, keeper, stopper, recipe)
     if not stopped:
-        if progress_bar and write is not None:
-            write(f"{title}: up to {recipe.epochs} epochs")
         with quiet_lightning():
             trainer = pl.Trainer(
                 max_epochs=recipe.epochs,
-                callbacks=callbacks,
+                callbacks=[keeper, stopper, TrainingProgress(title, progress or Progress())],
                 logger=False,
                 enable_checkpointing=True,
                 enable_model_summary=False,
-                enable_progress_bar=progress_bar,
+                enable_progress_bar=False,
                 num_sanity_val_steps=0,
                 precision=precision,
                 default_root_dir=str(checkpoint.parent),

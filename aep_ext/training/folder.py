@@ -7,10 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aep_ext._io import read_json, write_json
+import torch
+from torch import Tensor
+
+from aep_ext._io import read_arrays, read_json, write_json
 from aep_ext._utils import UserError
+from aep_ext.report import read_results
 from aep_ext.training.config import RunConfig
 
+VERSION = 2
+"""Of what a run folder holds."""
 DEFAULT_PARENT = Path("runs")
 BASELINE = "baseline"
 MODEL_FILES = ("model.safetensors", "model.json")
@@ -22,12 +28,14 @@ class RunFolder:
     ::
 
         config.json                       the run
-        results.json, report.html, figures/   the outcome
-        model.safetensors, model.json     the pruned network that is delivered; full/ and baseline/ beside it
+        results.json, report.html, figures/   the outcome; examples.npz: images that the report shows
+        model.safetensors, model.json     the network that is delivered; full/, pruned/ and baseline/ beside it
         checkpoints/seed-0/mixed.ckpt     Lightning's state, replaced after every epoch
-        seed-0/mixed/part.json            a finished part; there as soon as, and only when, the part is finished
-        seed-0/mixed/predictions.npz      exit logits on the images to select and to report on
-        seed-0/mixed/{full,pruned}/       its models
+        seed-0/mixed/part.json            a trained model; there as soon as, and only when, it is finished
+        seed-0/mixed/predictions.npz      its exit logits on the validation, calibration and test images
+        seed-0/mixed/gated.json           its calibration
+        seed-0/mixed/{full,pruned,gated}/ its networks
+        seed-0/static/NAME/               a smaller static network
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -41,23 +49,67 @@ class RunFolder:
     def results(self) -> Path:
         return self.path / "results.json"
 
-    def checkpoint(self, seed: int, unit: str) -> Path:
-        """Where the training of a unit ("baseline" or a family of exit weights) is saved after every epoch."""
-        return self.path / "checkpoints" / f"seed-{seed}" / f"{unit}.ckpt"
+    def checkpoint(self, seed: int, name: str) -> Path:
+        """Where the training of a model ("baseline" or a family of exit weights) is saved after every epoch."""
+        return self.path / "checkpoints" / f"seed-{seed}" / f"{name}.ckpt"
 
-    def unit(self, seed: int, unit: str) -> Path:
-        """The folder of a unit's outcome."""
-        return self.path / f"seed-{seed}" / unit
+    def model(self, seed: int, name: str) -> Path:
+        """The folder of a trained model."""
+        return self.path / f"seed-{seed}" / name
 
-    def part(self, seed: int, unit: str) -> Path:
-        """The file that says that a unit is finished."""
-        return self.unit(seed, unit) / "part.json"
+    def part(self, seed: int, name: str) -> Path:
+        """The file that says that a model is trained."""
+        return self.model(seed, name) / "part.json"
+
+    def gated(self, seed: int, name: str) -> Path:
+        """The file that says that a model is calibrated."""
+        return self.model(seed, name) / "gated.json"
+
+    def file(self, seed: int, name: str, file: str) -> Path:
+        """A file of a trained model.
+
+        Raises:
+            UserError: it is not there.
+        """
+        path = self.model(seed, name) / file
+        if not path.is_file():
+            raise UserError(f"{path} is not there: the run is unfinished, or its folder has lost a file")
+        return path
+
+    def predictions(self, seed: int, name: str) -> dict[str, Tensor]:
+        """A trained model's ``<split>_logits`` (E, N, K), ``<split>_labels`` (N,) and ``test_correct_<network>`` (N,).
+
+        Raises:
+            UserError: they are not there.
+        """
+        arrays = read_arrays(self.file(seed, name, "predictions.npz"))
+        return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+    def finished(self) -> dict[str, Any]:
+        """The results of the run that this folder holds.
+
+        Raises:
+            UserError: it holds none, an unfinished one, or one of an earlier version.
+        """
+        if not self.config.is_file():
+            raise UserError(f"no such run: {self.path} holds none")
+        if not self.results.is_file():
+            raise UserError(
+                f"the run in {self.path} is unfinished; go on with it: aep run --output {self.path} --resume"
+            )
+        return read_results(self.results)
 
     def stored(self) -> RunConfig:
         """The run that this folder holds."""
         values = read_json(self.config)
         if not isinstance(values, dict):
             raise UserError(f"{self.config} is not a run's configuration")
+        version = values.pop("version", 1)
+        if version != VERSION:
+            raise UserError(
+                f"{self.path} holds a run of version {version}, whose files have other names; this aep_ext reads "
+                f"version {VERSION}: run it again into another --output"
+            )
         return replace(RunConfig.from_dict(values), output=str(self.path))
 
 
@@ -111,7 +163,8 @@ def open_run(given: Mapping[str, Any], *, resume: bool = False) -> tuple[RunConf
 def begin(config: RunConfig, folder: RunFolder) -> None:
     """Write ``config.json`` unless it is there: from now on the folder holds this run."""
     if not folder.config.is_file():
-        write_json(folder.config, {name: value for name, value in config.to_dict().items() if name != "output"})
+        values = {name: value for name, value in config.to_dict().items() if name != "output"}
+        write_json(folder.config, {"version": VERSION, **values})
 
 
 def _unused(config: RunConfig) -> Path:

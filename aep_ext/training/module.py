@@ -128,14 +128,14 @@ class JointLightningModule(pl.LightningModule):
         self._score(stage, exit_logits, target, *self.val_loss.losses(exit_logits, target))
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Score a batch of the images to select on."""
+        """Score a batch of the validation images."""
         self._evaluate("val", batch)
 
     def on_validation_epoch_end(self) -> None:
         self._finish("val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Score a batch of the images to report on."""
+        """Score a batch of the test images."""
         self._evaluate("test", batch)
 
     def on_test_epoch_end(self) -> None:

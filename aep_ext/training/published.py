@@ -1,4 +1,4 @@
-"""The published experiment's data sets: sizes of the three roles, normalisation, class weighting (arXiv 2301.12168,
+"""The published experiment's data sets: sizes of the splits, normalisation, class weighting (arXiv 2301.12168,
 published code)."""
 
 from __future__ import annotations

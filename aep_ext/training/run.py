@@ -1,44 +1,61 @@
-"""The main job: train the baseline and the multi-exit networks, score, prune, test once, report."""
+"""The main job: train the baseline and the multi-exit networks, score, prune, calibrate, test once, deliver, report."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from aep_ext import deploy
 from aep_ext._io import read_json, write_arrays, write_bytes, write_json
 from aep_ext._utils import UserError, require
 from aep_ext.ensemble import ExitWeights
-from aep_ext.pruning import count_macs, count_parameters, prune, score_subsets, single_exit
-from aep_ext.report import write_report
+from aep_ext.export import load, save
+from aep_ext.inference import ExitPolicy, GatedNet, collect_logits
+from aep_ext.ops import ensemble
+from aep_ext.pruning import SubsetScores, count_macs, count_parameters, prune, score_subsets, single_exit
+from aep_ext.report import read_results, write_report
 from aep_ext.surgery import networks
 from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.training.callbacks import best_weights
 from aep_ext.training.config import RunConfig
 from aep_ext.training.data import ImageDataModule
-from aep_ext.training.evaluate import accuracy, collect, ensemble_of, right_answers, torch_device
+from aep_ext.training.evaluate import LATENCY_IMAGES, accuracy, latency_beside, right_answers, torch_device
 from aep_ext.training.fit import fit
-from aep_ext.training.folder import BASELINE, MODEL_FILES, RunFolder, begin, open_run
-from aep_ext.training.summary import summarise
+from aep_ext.training.folder import BASELINE, MODEL_FILES, VERSION, RunFolder, begin, open_run
+from aep_ext.training.gates import agreement, calibrated, evaluated
+from aep_ext.training.progress import Progress
+from aep_ext.training.static import STATIC, static_networks, static_title
+from aep_ext.training.summary import (
+    Latencies,
+    add_latencies,
+    calibration_settings,
+    delivered,
+    environment,
+    notices,
+    outcome_line,
+    public_config,
+    spread,
+    summarise,
+)
+from aep_ext.training.timing import using_threads
 
+FORMAT = "aep_ext.run"
 ALL_SUBSETS_TIMED = 31
 SMALL_STEP = 500_000_000  # multiply-adds of one forward pass of a training batch
 
 
-def run(
-    given: Mapping[str, Any], *, resume: bool = False, write: Callable[[str], None] | None = None
-) -> dict[str, Any]:
+def run(given: Mapping[str, Any], *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Do the main job in a run folder, or what is left of it.
 
     Args:
         given: the fields of :class:`~aep_ext.training.RunConfig` that differ from the defaults.
         resume: go on in a folder that holds this run. A kill at any moment costs at most the epoch it fell into.
-        write: takes lines of progress; None: silence.
+        progress: where it is shown how far the run is; None: nowhere.
 
     Returns:
         The content of ``results.json``; its ``output`` is the folder.
@@ -50,56 +67,75 @@ def run(
         require(package, "train", "aep run")
     config, folder = open_run(given, resume=resume)
     if resume and folder.results.is_file():
-        results = read_json(folder.results)
+        results = read_results(folder.results)
     else:
-        job = Job(config, folder, write)
+        job = Job(config, folder, progress)
         begin(config, folder)
-        with using_threads(job.threads):
-            results = job.run()
+        results = job.run()
     write_report(folder.path)
     return {**results, "output": str(folder.path)}
 
 
-@contextmanager
-def using_threads(count: int | None) -> Iterator[None]:
-    """So many CPU threads inside the block; None: as it is."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def calibrate_run(
+    folder: str | Path, given: Mapping[str, Any] | None = None, *, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Calibrate a finished run anew, on its stored logits, and deliver what comes of it.
+
+    After a kill the same call goes on where it was. The same call again makes the report again and looks at no image.
+
+    Args:
+        folder: the run.
+        given: what is asked (:data:`~aep_ext.training.config.CALIBRATION_FIELDS`), where it differs from the run:
+            also ``static`` networks to train beside, and ``data``, ``data_root``, ``device``, ``threads`` of now.
+        progress: as for :func:`run`.
+
+    Returns:
+        The content of ``results.json``; its ``output`` is the folder.
+
+    Raises:
+        UserError: no run, an unfinished one, one with a single exit, or other images than the run's.
+    """
+    require("safetensors.torch", "train", "aep calibrate")
+    path = RunFolder(folder)
+    results = path.finished()
+    if results["network"]["exits"] < 2:
+        raise UserError(f"{results['network']['name']} has one exit: there is nothing to gate")
+    given = {"terminate": True, **(given or {})}
+    if given.get("budget") is not None:  # it takes the place of a guarantee that the run was asked for
+        given = {"risk": None, **given}
+    config = replace(path.stored(), **given).resolved()
+    job = Job(config, path, progress)
+    known = results["calibration"] and results["calibration"]["fingerprint"] == job.fingerprint()
+    if not known or job.static != [entry["network"] for entry in results["static"]]:
+        job.check_images()
+        results = job.run()
+    write_report(path.path)
+    return {**results, "output": str(path.path)}
 
 
-def build_network(config: RunConfig, num_classes: int, channels: int) -> MultiExitNet:
-    """The run's network.
+def build_network(name: str, num_classes: int, channels: int, weights: str | None = None) -> MultiExitNet:
+    """A network by its name.
 
     Raises:
         UserError: there is none of that name, or it cannot be built like this.
     """
     try:
-        return networks.build(config.network, num_classes, channels, weights=config.weights)
+        return networks.build(name, num_classes, channels, weights=weights)
     except (ValueError, ImportError) as error:
         raise UserError(f"no such network: {' '.join(str(error).split())}") from error
     except OSError as error:  # no connection, and nothing in the cache
         raise UserError(
-            f"no such weights: {config.weights} of {config.network} cannot be had ({' '.join(str(error).split())})"
+            f"no such weights: {weights} of {name} cannot be had ({' '.join(str(error).split())})"
         ) from error
 
 
 class Job:
     """One run, resolved: everything that its parts share."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        write: Callable[[str], None] | None,
-        *,
-        data: ImageDataModule | None = None,
-    ) -> None:
-        self.config, self.folder, self.write = config, folder, write
+    def __init__(self, config: RunConfig, folder: RunFolder, progress: Progress | None = None) -> None:
+        assert config.seeds is not None
+        self.config, self.folder, self.seeds = config, folder, config.seeds
+        self.progress = progress or Progress()
         self.recipe = config.training()
         self.device = torch_device(config.device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -109,18 +145,10 @@ class Job:
                 f"no such network: {config.network!r} (there are: {', '.join(networks.available())}, "
                 "torchvision/<name>, timm/<name>)"
             )
-        self.data = data or ImageDataModule(
-            config.data,
-            image_size=self.recipe.image_size,
-            batch_size=self.recipe.batch_size,
-            data_root=config.data_root,
-            train_samples=config.train_samples,
-            workers=config.workers,
-            channels=3 if config.weights else None,
-            num_classes=config.classes,
-        )
+        self.static = static_networks(config.network, config.static)
+        self.data = ImageDataModule.of_config(config)
         self.shape = (self.data.channels, self.recipe.image_size, self.recipe.image_size)
-        self.structure = build_network(config, self.data.num_classes, self.data.channels)
+        self.structure = build_network(config.network, self.data.num_classes, self.data.channels, config.weights)
         self.threads = config.threads or self._threads()
         weighted = self.data.unbalanced if config.class_weights is None else config.class_weights
         self.class_weight = self.data.class_weights() if weighted else None
@@ -143,40 +171,74 @@ class Job:
             ) from error
         return 1 if work < SMALL_STEP else None
 
-    def say(self, line: str) -> None:
-        if self.write is not None:
-            self.write(line)
-
-    def network(self, seed: int) -> MultiExitNet:
-        """The network as it is before training, the same for every unit of a seed."""
-        torch.manual_seed(seed)
-        return build_network(self.config, self.data.num_classes, self.data.channels)
-
     def run(self) -> dict[str, Any]:
-        assert self.config.seeds is not None
-        seeds = []
-        for seed in self.config.seeds:
-            self.data.seed = seed
-            baseline = self.unit(seed, BASELINE, self.train_baseline)
-            methods = {name: self.unit(seed, name, self.train_method) for name in self.config.exit_weights}
-            seeds.append({"seed": seed, "baseline": baseline, "methods": methods})
-        results = summarise(
-            self.config, self.data, self.folder, self.structure, seeds, self.device, class_weight=self.class_weight
-        )
-        self.deliver(results)
-        write_json(self.folder.results, results)
-        return results
+        """Do what is left of the run.
 
-    def unit(self, seed: int, name: str, work: Callable[[int, str, MultiExitNet], dict[str, Any]]) -> dict[str, Any]:
-        """A part of the run: read if it is finished, else done."""
+        Returns:
+            The content of ``results.json``.
+        """
+        with using_threads(self.threads):
+            seeds = []
+            for seed in self.seeds:
+                baseline = self.part(seed, BASELINE)
+                methods = {name: self.part(seed, name) for name in self.config.exit_weights}
+                seeds.append({"seed": seed, "baseline": baseline, "methods": methods})
+            calibration, looks = self.calibrate(seeds) if self.gates else (None, 0)
+            static = [self.static_network(name) for name in self.static]
+            summary = summarise(self.folder, seeds, self.config.margin / 100)
+            add_latencies(summary, self.latencies(seeds, summary))
+            results = {
+                "format": FORMAT,
+                "version": VERSION,
+                "config": public_config(self.config),
+                "recipe": asdict(self.recipe),
+                "environment": environment(self.device),
+                "data": {
+                    **self.data.describe(),
+                    "spec": public_config(self.config)["data"],
+                    "class_weight": None if self.class_weight is None else self.class_weight.tolist(),
+                },
+                "network": {"name": self.config.network, "exits": self.structure.num_exits},
+                "calibration": calibration,
+                "test_looks": looks,
+                "notices": notices(calibration, seeds, looks),
+                "seeds": seeds,
+                "summary": summary,
+                "delivered": delivered(self.config, seeds),
+                "static": static,
+                "bench": None,
+            }
+            self.deliver(results)
+            write_json(self.folder.results, results)
+        return read_json(self.folder.results)
+
+    def title(self, seed: int, name: str) -> str:
+        """How a trained model is called in lines of progress."""
+        return " / ".join([f"seed {seed}"] * (len(self.seeds) > 1) + [static_title(name)])
+
+    def batches(self, seed: int, name: str, split: str) -> Iterator[Any]:
+        """The images of a split in batches, shown while they are used."""
+        return self.progress.loader(f"{self.title(seed, name)}: {split} images", self.data.loader(split))
+
+    def part(self, seed: int, name: str) -> dict[str, Any]:
+        """A trained model: read if it is finished, else trained."""
         path = self.folder.part(seed, name)
         if not path.is_file():
-            write_json(path, {"seed": seed, "unit": name, **work(seed, name, self.network(seed))})
+            write_json(path, {"seed": seed, "name": name, **self.trained(seed, name), "gated": None})
         return read_json(path)
 
-    def train(self, seed: int, name: str, net: MultiExitNet) -> dict[str, Any]:
-        parts = " / ".join([f"seed {seed}"] * (len(self.config.seeds or ()) > 1) + [name])
-        return fit(
+    def trained(self, seed: int, name: str) -> dict[str, Any]:
+        """Train, evaluate and save a model: the baseline ("baseline"), a static network ("static/NAME"), or a
+        multi-exit network, whose name is that of its exit weights."""
+        torch.manual_seed(seed)  # the network before training is then the same for every model of a seed
+        single = name == BASELINE or name.startswith(STATIC)
+        network = name.removeprefix(STATIC) if name.startswith(STATIC) else self.config.network
+        pretrained = None if "@" in network else self.config.weights
+        net = build_network(network, self.data.num_classes, self.data.channels, pretrained)
+        weights = ExitWeights.uniform(1) if single else ExitWeights.named(name, net.num_exits)
+        net = single_exit(net) if single else net
+        net.set_exit_weights(weights)
+        training = fit(
             net,
             self.data,
             self.recipe,
@@ -185,114 +247,186 @@ class Job:
             class_weight=self.class_weight,
             device=self.config.device,
             precision=self.config.precision,
-            title=parts,
-            write=self.write,
-        ).to_dict()
+            title=self.title(seed, name),
+            progress=self.progress,
+        )
+        found = {}
+        for split in dict.fromkeys(("val", self.data.calibration_split, "test")):
+            logits, labels = collect_logits(net, self.batches(seed, name, split), device=self.device)
+            found |= {f"{split}_logits": logits, f"{split}_labels": labels}
+        part: dict[str, Any] = {"training": training.to_dict(), "exit_weights": None, "scores": None, "pruned": None}
+        nets = {"full": net}
+        if not single:
+            scores = self.scores(seed, name, net)
+            nets["pruned"] = prune(net, scores)
+            part["exit_weights"] = {"loss": list(weights.loss), "output": list(weights.output)}
+            part["scores"] = scores.to_dict()
+        for kind, small in nets.items():
+            rows = [net.exit_ids.index(e) for e in small.exit_ids]
+            answers = {
+                split: ensemble(found[f"{split}_logits"][rows], small.output_weights) for split in ("val", "test")
+            }
+            part[kind] = {
+                "exits": list(small.exit_ids),
+                "parameters": count_parameters(small),
+                "macs": count_macs(small, self.shape),
+                **{split: accuracy(logits, found[f"{split}_labels"]) for split, logits in answers.items()},
+            }
+            found[f"test_correct_{kind}"] = right_answers(answers["test"], found["test_labels"])
+            save(small, self.folder.model(seed, name) / kind, metadata=self.metadata())
+        part["full"]["each_exit"] = [
+            {
+                "exit": exit_id,
+                "macs": count_macs(prune(net, range(e + 1)), self.shape),
+                "test": accuracy(found["test_logits"][e], found["test_labels"]),
+            }
+            for e, exit_id in enumerate(net.exit_ids)
+        ]
+        path = self.folder.model(seed, name) / "predictions.npz"
+        write_arrays(path, **{key: value.numpy() for key, value in found.items()})
+        return part
+
+    def scores(self, seed: int, name: str, net: MultiExitNet) -> SubsetScores:
+        """Every subset of the exits, scored on the validation images."""
+        timed = (1 << net.num_exits) - 1 <= ALL_SUBSETS_TIMED
+        return score_subsets(
+            net,
+            self.batches(seed, name, "val"),
+            device=self.device,
+            latency={"repeats": 20} if timed else False,
+            example=self.shape,
+        )
 
     def metadata(self) -> dict[str, Any]:
         """What a user of a saved network must know: how its images are prepared and what its classes are called."""
         described = self.data.describe()
         return {name: described[name] for name in ("classes", "image_size", "channels", "normalisation")}
 
-    def train_baseline(self, seed: int, name: str, network: MultiExitNet) -> dict[str, Any]:
-        net = single_exit(network)
-        trained = self.train(seed, name, net)
-        select = collect(net, self.data.val_dataloader(), self.device)
-        report = collect(net, self.data.report_dataloader(f"seed-{seed}/{name}"), self.device)
-        self.keep_predictions(
-            seed, name, select, report, {"full": right_answers(ensemble_of(net, report[0]), report[1])}
-        )
-        deploy.save(net, self.folder.unit(seed, name), metadata=self.metadata())
-        return {"fit": trained, **self.outcome(net, select, report)}
+    @property
+    def gates(self) -> bool:
+        """Whether gates are calibrated."""
+        return self.config.terminate and self.structure.num_exits > 1
 
-    def train_method(self, seed: int, name: str, net: MultiExitNet) -> dict[str, Any]:
-        weights = ExitWeights.named(name, net.num_exits)
-        net.set_exit_weights(weights)
-        trained = self.train(seed, name, net)
-        timed = (1 << net.num_exits) - 1 <= ALL_SUBSETS_TIMED
-        scores = score_subsets(
-            net,
-            self.data.val_dataloader(),
-            device=self.device,
-            latency={"repeats": 20} if timed else False,
-            example=self.shape,
-        )
-        small = prune(net, scores)
-        select = collect(net, self.data.val_dataloader(), self.device)
-        report = collect(net, self.data.report_dataloader(f"seed-{seed}/{name}/full"), self.device)
-        small_report = collect(small, self.data.report_dataloader(f"seed-{seed}/{name}/pruned"), self.device)
-        kept = list(small.exit_ids)
-        self.keep_predictions(
-            seed,
-            name,
-            select,
-            report,
-            {
-                "full": right_answers(ensemble_of(net, report[0]), report[1]),
-                "pruned": right_answers(ensemble_of(small, small_report[0]), small_report[1]),
-            },
-        )
-        for part, model in (("full", net), ("pruned", small)):
-            deploy.save(model, self.folder.unit(seed, name) / part, metadata=self.metadata())
-        alone = [accuracy(logits, report[1]) for logits in report[0]]
+    def fingerprint(self) -> str:
+        """SHA-256 of what is asked of the calibration and of the trained models that it is asked of."""
+        digest = hashlib.sha256(json.dumps(calibration_settings(self.config, self.data), sort_keys=True).encode())
+        for seed in self.seeds:
+            for name in (BASELINE, *self.config.exit_weights):
+                for file in ("part.json", "predictions.npz"):
+                    digest.update(self.folder.file(seed, name, file).read_bytes())
+        return digest.hexdigest()
+
+    def calibrate(self, seeds: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
+        """Fill in ``gated`` of every multi-exit network.
+
+        Returns:
+            What was asked, and how many calibrations have looked at the test images, this one included.
+        """
+        fingerprint = self.fingerprint()
+        files = [self.folder.gated(entry["seed"], name) for entry in seeds for name in entry["methods"]]
+        before = [read_json(path) for path in files if path.is_file()]
+        ours = [entry["test_looks"] for entry in before if entry["fingerprint"] == fingerprint]
+        looks = max(ours) if ours else 1 + max((entry["test_looks"] for entry in before), default=0)
+        for entry in seeds:
+            for name, part in entry["methods"].items():
+                path = self.folder.gated(entry["seed"], name)
+                if not path.is_file() or read_json(path)["fingerprint"] != fingerprint:
+                    gated = self.gated(entry["seed"], name, part)
+                    write_json(path, {"fingerprint": fingerprint, "test_looks": looks, "gated": gated})
+                part["gated"] = read_json(path)["gated"]
+        return {**calibration_settings(self.config, self.data), "fingerprint": fingerprint}, looks
+
+    def gated(self, seed: int, name: str, part: dict[str, Any]) -> dict[str, Any]:
+        """Calibrate a trained model, evaluate its gates on the test images, and save the gated network."""
+        predictions, baseline = self.folder.predictions(seed, name), self.folder.predictions(seed, BASELINE)
+        split, title = self.data.calibration_split, self.title(seed, name)
+        with self.progress.task(f"{title}: calibrating", 1) as task:
+            found = calibrated(self.config, part, predictions, baseline, split, task)
+        result = evaluated(self.config, part, predictions, found, split)
+        policy = ExitPolicy.from_dict(result["policy"])
+        folder = self.folder.model(seed, name)
+        network = GatedNet.from_policy(load(folder / "full"), policy).eval()
+        logits = predictions["test_logits"][list(policy.exits)]
+        live = agreement(network, self.batches(seed, name, "test"), logits, policy, self.device)
+        result["agreement"] = live
+        if found.feasible:
+            network.calibration = found
+            save(network, folder / "gated", metadata=self.metadata())
+        self.progress.line(f"{title}: {outcome_line(result, read_json(self.folder.part(seed, BASELINE)))}")
+        return result
+
+    def check_images(self) -> None:
+        """An error unless the data are those of the run.
+
+        Raises:
+            UserError: their labels differ.
+        """
+        predictions = self.folder.predictions(self.seeds[0], BASELINE)
+        for split in ("val", "test"):
+            if not torch.equal(self.data.dataset(split).labels, predictions[f"{split}_labels"]):
+                raise UserError(
+                    f"the images of {self.config.data} are not those of the run: their labels differ "
+                    "(--data says where they lie now)"
+                )
+
+    def static_network(self, network: str) -> dict[str, Any]:
+        """A smaller network, trained for every seed as the baseline is: an entry of ``static``."""
+        rows = []
+        for seed in self.seeds:
+            self.data.seed = seed
+            rows.append(self.part(seed, STATIC + network)["full"])
         return {
-            "fit": trained,
-            "exit_weights": {"loss": list(weights.loss), "output": list(weights.output)},
-            "scores": scores.to_dict(),
-            "full": {**self.outcome(net, select, report), "each_exit": alone},
-            "pruned": self.outcome(small, (select[0][kept], select[1]), small_report),
+            "name": static_title(STATIC + network),
+            "network": network,
+            "macs": rows[0]["macs"],
+            "parameters": rows[0]["parameters"],
+            "seeds": [
+                {"seed": seed, **{key: row["test"][key] for key in ("top1", "top5")}}
+                for seed, row in zip(self.seeds, rows, strict=True)
+            ],
+            "top1": spread([row["test"]["top1"] for row in rows]),
         }
 
-    def outcome(
-        self, net: MultiExitNet, select: tuple[torch.Tensor, torch.Tensor], report: tuple[torch.Tensor, torch.Tensor]
-    ) -> dict[str, Any]:
-        """A model in figures: its exits (original numbers, from 0), costs, and accuracy in both roles."""
-        return {
-            "exits": list(net.exit_ids),
-            "parameters": count_parameters(net),
-            "macs": count_macs(net, self.shape),
-            "select": accuracy(ensemble_of(net, select[0]), select[1]),
-            "report": accuracy(ensemble_of(net, report[0]), report[1]),
-        }
+    def load(self, seed: int, name: str, kind: str) -> nn.Module:
+        """A network of a trained model: "full", "pruned" or "gated"."""
+        return load(self.folder.model(seed, name) / kind).eval()
 
-    def keep_predictions(
-        self,
-        seed: int,
-        name: str,
-        select: tuple[torch.Tensor, torch.Tensor],
-        report: tuple[torch.Tensor, torch.Tensor],
-        right: dict[str, torch.Tensor],
-    ) -> None:
-        """Exit logits of both roles, and per image whether each model was right: what paired intervals are made of."""
-        arrays = {
-            "select_logits": select[0],
-            "select_labels": select[1],
-            "report_logits": report[0],
-            "report_labels": report[1],
-            **{f"report_right_{model}": answers for model, answers in right.items()},
-        }
-        write_arrays(
-            self.folder.unit(seed, name) / "predictions.npz", **{key: value.numpy() for key, value in arrays.items()}
-        )
+    def latencies(self, seeds: list[dict[str, Any]], summary: dict[str, Any]) -> list[Latencies]:
+        """For every seed, the latency at batch 1 of each kind of network on test images, beside its baseline's."""
+        test = self.data.dataset("test")
+        images, _ = test.__getitems__(list(range(min(LATENCY_IMAGES, len(test)))))
+        found = []
+        with self.progress.task("latency", len(seeds)) as task:
+            for number, entry in enumerate(seeds):
+                seed = entry["seed"]
+                nets = {(BASELINE, "full"): self.load(seed, BASELINE, "full")}
+                for name, part in entry["methods"].items():
+                    nets[name, "full"], nets[name, "pruned"] = (self.load(seed, name, k) for k in ("full", "pruned"))
+                    smallest = summary["methods"][name]["smallest"]
+                    if smallest:
+                        nets[name, "smallest"] = prune(nets[name, "full"], smallest["exits"][number])
+                    if part["gated"]:
+                        nets[name, "gated"] = self.load(seed, name, "gated" if part["gated"]["feasible"] else "pruned")
+                found.append(latency_beside(nets, images, self.device))
+                task(number + 1)
+        return found
 
     def deliver(self, results: dict[str, Any]) -> None:
-        """Put the chosen models where a user looks for them: pruned at the top, full, baseline and compact beside
-        it."""
+        """Put the chosen networks where a user looks for them: the delivered one at the top, full, pruned and baseline
+        beside it; and the images that the report shows."""
         chosen = results["delivered"]
-        unit = self.folder.unit(chosen["seed"], chosen["exit_weights"])
+        model, top = self.folder.model(chosen["seed"], chosen["exit_weights"]), self.folder.path
         for source, target in (
-            (unit / "full", self.folder.path / "full"),
-            (unit / "pruned", self.folder.path),
-            (self.folder.unit(chosen["seed"], BASELINE), self.folder.path / BASELINE),
+            (model / "full", top / "full"),
+            (model / "pruned", top / "pruned"),
+            (self.folder.model(chosen["seed"], BASELINE) / "full", top / BASELINE),
+            (model / chosen["kind"], top),
         ):
-            _copy_model(source, target)
-        compact = results["summary"]["methods"][chosen["exit_weights"]]["compact"]
-        if compact is not None:
-            net = copy.deepcopy(self.structure).eval()
-            net.load_state_dict(best_weights(self.folder.checkpoint(chosen["seed"], chosen["exit_weights"])))
-            deploy.save(prune(net, compact["exits"]), self.folder.path / "compact", metadata=self.metadata())
-
-
-def _copy_model(source: Path, target: Path) -> None:
-    for name in MODEL_FILES:
-        write_bytes(target / name, (source / name).read_bytes())
+            for name in MODEL_FILES:
+                write_bytes(target / name, (source / name).read_bytes())
+        entry = next(entry for entry in results["seeds"] if entry["seed"] == chosen["seed"])
+        gated = entry["methods"][chosen["exit_weights"]]["gated"]
+        if gated:
+            rows = [example["index"] for part in gated["examples"].values() for example in part]
+            pixels = self.data.dataset("test").pixels(rows).permute(0, 2, 3, 1)
+            write_arrays(top / "examples.npz", images=pixels.contiguous().numpy())

@@ -1,4 +1,4 @@
-"""Who learns, who chooses, who judges: seeded splits into the three data roles, and class weights."""
+"""Seeded splits into train, val and test images, and class weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def seeded_split(total: int, sizes: Sequence[int], seed: int = PUBLISHED_SEED) -
 
     Args:
         total: number of samples.
-        sizes: length of every part, in order (fit, select, report); they need not use up all samples.
+        sizes: length of every part, in order (train, val, test); they need not use up all samples.
         seed: of a generator of its own; the global random state is neither read nor changed.
 
     Returns:

@@ -1,29 +1,33 @@
-"""From the finished parts of a run to ``results.json``: means and spreads, verdicts, latencies, what is delivered."""
+"""From the trained models of a run to ``results.json``: means and spreads, paired intervals, what is delivered."""
 
 from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aep_ext import __version__
-from aep_ext._io import read_arrays
-from aep_ext.pruning import SubsetScores, exits_of_mask, prune, score_logits, single_exit
-from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.training.config import RunConfig
+from aep_ext._version import __version__
+from aep_ext.inference import ExitPolicy, simulate
+from aep_ext.pruning import (
+    SubsetCosts,
+    SubsetScores,
+    exits_of_mask,
+    non_inferiority_test,
+    score_logits,
+    smallest_non_inferior,
+)
+from aep_ext.training.config import CALIBRATION_FIELDS, RUNTIME_FIELDS, RunConfig
 from aep_ext.training.data import ImageDataModule
-from aep_ext.training.evaluate import latency_in_turn
+from aep_ext.training.evaluate import right_answers
 from aep_ext.training.folder import BASELINE, RunFolder
-from aep_ext.training.verdict import paired_verdict, smallest_within_margin
 
-FORMAT = "aep_ext.run"
-VERSION = 1
+Latencies = Mapping[tuple[str, str], Mapping[str, float]]
+"""Of one seed: for each model's name and kind of network its mean, median, p95 and ratio to the baseline's."""
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -35,84 +39,67 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _model(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One kind of model over all seeds. ``top1`` and ``top5`` are on the test images, ``select_top1`` on the validation
+def _model(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One kind of network over all seeds. ``top1`` and ``top5`` are on the test images, ``val_top1`` on the validation
     images."""
     return {
-        "exits": [outcome["exits"] for outcome in outcomes],
-        "parameters": spread([outcome["parameters"] for outcome in outcomes]),
-        "macs": spread([outcome["macs"] for outcome in outcomes]),
-        "top1": spread([outcome["report"]["top1"] for outcome in outcomes]),
-        "top5": spread([outcome["report"]["top5"] for outcome in outcomes]),
-        "select_top1": spread([outcome["select"]["top1"] for outcome in outcomes]),
+        "exits": [row["exits"] for row in rows],
+        "parameters": spread([row["parameters"] for row in rows]),
+        "macs": spread([row["macs"] for row in rows]),
+        "top1": spread([row["test"]["top1"] for row in rows]),
+        "top5": spread([row["test"]["top5"] for row in rows]),
+        "val_top1": spread([row["val"]["top1"] for row in rows]),
+        "latency": None,
     }
 
 
-def _scores(predictions: dict[str, Any], role: str, part: dict[str, Any]) -> SubsetScores:
-    """Every subset's answers on one role's images, from the stored exit logits."""
-    stored = SubsetScores.from_dict(part["scores"])
-    logits, labels = (torch.from_numpy(predictions[f"{role}_{what}"]) for what in ("logits", "labels"))
+def _scores(predictions: dict[str, Tensor], split: str, part: dict[str, Any]) -> SubsetScores:
+    """Every subset's answers on one split, from the stored exit logits."""
     weights = torch.tensor(part["exit_weights"]["output"], dtype=torch.float32)
-    scores = score_logits(logits, weights, labels, keep_correct=True)
-    return SubsetScores(
-        scores.counts, scores.n, stored.exit_ids, parameters=stored.parameters, macs=stored.macs, correct=scores.correct
-    )
+    costs = SubsetCosts(tuple(part["scores"]["parameters"]), tuple(part["scores"]["macs"]))
+    logits, labels = predictions[f"{split}_logits"], predictions[f"{split}_labels"]
+    return score_logits(logits, weights, labels, costs=costs, keep_correct=True)
 
 
-def _stack(arrays: Sequence[Any]) -> Tensor:
-    return torch.stack([torch.as_tensor(array) for array in arrays])
-
-
-def _baseline_right(predictions: dict[str, Any], role: str) -> Tensor:
-    """Whether the single-exit network (its output weight is 1) is right on each image of a role."""
-    logits, labels = (torch.from_numpy(predictions[f"{role}_{what}"]) for what in ("logits", "labels"))
-    correct = score_logits(logits, [1.0], labels, keep_correct=True).correct
-    assert correct is not None
-    return correct[0]
-
-
-def _compact(
-    parts: list[dict[str, Any]], predictions: list[dict[str, Any]], baselines: list[dict[str, Any]], margin: float
+def _smallest(
+    parts: list[dict[str, Any]], predictions: list[dict[str, Tensor]], baselines: list[dict[str, Tensor]], margin: float
 ) -> dict[str, Any] | None:
-    """The smallest subset inside the margin: chosen on the images to select on, judged on those to report on."""
-    found = smallest_within_margin(
-        [_scores(arrays, "select", part) for arrays, part in zip(predictions, parts, strict=True)],
-        _stack([_baseline_right(arrays, "select") for arrays in baselines]),
-        margin,
+    """The smallest ungated subset inside the margin: chosen on the validation images, judged on the test images."""
+    val, test = (
+        [_scores(arrays, split, part) for arrays, part in zip(predictions, parts, strict=True)]
+        for split in ("val", "test")
     )
+    reference = [right_answers(arrays["val_logits"][0], arrays["val_labels"]) for arrays in baselines]
+    found = smallest_non_inferior(val, torch.stack(reference), margin)
     if found is None:
         return None
-    score, chosen_by = found
-    report = [_scores(arrays, "report", part) for arrays, part in zip(predictions, parts, strict=True)]
-    select = [_scores(arrays, "select", part) for arrays, part in zip(predictions, parts, strict=True)]
-    answers = _stack([one.correct[score.mask - 1] for one in report])  # type: ignore[index]
-    outcomes = [
+    score, _ = found
+    rows = [
         {
             "exits": list(score.exits),
             "parameters": score.parameters,
             "macs": score.macs,
-            "report": {"top1": on_report[score.mask].top1, "top5": on_report[score.mask].top5},
-            "select": {"top1": on_select[score.mask].top1},
+            "test": {"top1": on_test[score.mask].top1, "top5": on_test[score.mask].top5},
+            "val": {"top1": on_val[score.mask].top1},
         }
-        for on_report, on_select in zip(report, select, strict=True)
+        for on_test, on_val in zip(test, val, strict=True)
     ]
-    judged = paired_verdict(answers, _stack([_baseline_right(arrays, "report") for arrays in baselines]), margin)
-    return {**_model(outcomes), "exits": list(score.exits), "select_verdict": chosen_by, "verdict": judged}
+    answers = torch.stack([one.correct[score.mask - 1] for one in test])
+    baseline = torch.stack([arrays["test_correct_full"] for arrays in baselines])
+    return {**_model(rows), "non_inferiority": non_inferiority_test(answers, baseline, margin).to_dict()}
 
 
 def _subsets(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every subset with its costs and its accuracy on the images to select on, over all seeds."""
+    """Every subset with its costs and its accuracy on the validation images, over all seeds."""
     scores = [SubsetScores.from_dict(part["scores"]) for part in parts]
-    first = scores[0]
-    assert first.macs is not None and first.parameters is not None
     rows = []
-    for mask in first.masks:
+    for mask in scores[0].masks:
         timed = [score[mask].latency_ms for score in scores]
         rows.append(
             {
                 "exits": list(exits_of_mask(mask)),
-                "parameters": first.parameters[mask - 1],
-                "macs": first.macs[mask - 1],
+                "parameters": scores[0][mask].parameters,
+                "macs": scores[0][mask].macs,
                 "latency_ms": statistics.median(timed) if all(value is not None for value in timed) else None,
                 "top1": spread([score[mask].top1 for score in scores]),
                 "top5": spread([score[mask].top5 for score in scores]),
@@ -121,22 +108,149 @@ def _subsets(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _latencies(
-    structure: MultiExitNet, subsets: Sequence[tuple[int, ...]], shape: tuple[int, int, int], device: torch.device
-) -> dict[tuple[int, ...], dict[str, float]]:
-    """Latency of the baseline (key: the empty tuple), the full network and some subsets, taking turns."""
-    everything = tuple(range(structure.num_exits))
-    nets = {"baseline": single_exit(structure), "full": structure}
-    nets.update({str(exits): prune(structure, exits) for exits in subsets if exits != everything})
-    timed = latency_in_turn(nets, shape, device)
+def _gated(
+    parts: list[dict[str, Any]],
+    predictions: list[dict[str, Tensor]],
+    baselines: list[dict[str, Any]],
+    reference: Tensor,
+    margin: float,
+) -> dict[str, Any]:
+    """The gated networks of all seeds; ``macs`` are means over the test images."""
+    rows, answers = [], []
+    for part, arrays in zip(parts, predictions, strict=True):
+        gated = part["gated"]
+        policy = ExitPolicy.from_dict(gated["policy"])
+        logits = arrays["test_logits"][list(policy.exits)]
+        answers.append(simulate(logits, policy, target=arrays["test_labels"]).correct)
+        rows.append({**gated, "exits": list(policy.exits), "macs": gated["test"]["mean_macs"]})
+    costs = zip(rows, baselines, strict=True)
     return {
-        (): timed["baseline"],
-        everything: timed["full"],
-        **{exits: timed[str(exits)] for exits in subsets if exits != everything},
+        **_model(rows),
+        "non_inferiority": non_inferiority_test(torch.stack(answers), reference, margin).to_dict(),
+        "saving": spread([1 - row["macs"] / baseline["full"]["macs"] for row, baseline in costs]),
+        "feasible": sum(row["feasible"] for row in rows),
     }
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def summarise(folder: RunFolder, seeds: list[dict[str, Any]], margin: float) -> dict[str, Any]:
+    """Every kind of network over all seeds, without latencies.
+
+    Args:
+        seeds: for each seed ``{"seed", "baseline": part, "methods": {name: part}}``.
+        margin: of non-inferiority, as a fraction of 1.
+    """
+    numbers = [entry["seed"] for entry in seeds]
+    baselines = [entry["baseline"] for entry in seeds]
+    answered = [folder.predictions(seed, BASELINE) for seed in numbers]
+    reference = torch.stack([arrays["test_correct_full"] for arrays in answered])
+    methods: dict[str, Any] = {}
+    for name in seeds[0]["methods"]:
+        parts = [entry["methods"][name] for entry in seeds]
+        predictions = [folder.predictions(seed, name) for seed in numbers]
+        methods[name] = {
+            "subsets": _subsets(parts),
+            "exit_weights": parts[0]["exit_weights"],
+            "smallest": _smallest(parts, predictions, answered, margin),
+            "gated": None,
+        }
+        for kind in ("full", "pruned"):
+            right = torch.stack([arrays[f"test_correct_{kind}"] for arrays in predictions])
+            compared = non_inferiority_test(right, reference, margin).to_dict()
+            methods[name][kind] = {**_model([part[kind] for part in parts]), "non_inferiority": compared}
+        if parts[0]["gated"]:
+            methods[name]["gated"] = _gated(parts, predictions, baselines, reference, margin)
+    return {"baseline": _model([part["full"] for part in baselines]), "methods": methods}
+
+
+def add_latencies(summary: dict[str, Any], timed: Sequence[Latencies]) -> None:
+    """Fill in ``latency`` of every kind of network: the means over the seeds."""
+    for name, kind in timed[0]:
+        model = summary["baseline"] if name == BASELINE else summary["methods"][name][kind]
+        names = ("mean", "median", "p95", "ratio")
+        model["latency"] = {key: statistics.fmean(one[name, kind][key] for one in timed) for key in names}
+
+
+def delivered(config: RunConfig, seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Which network is delivered: of the exit weights whose gates keep the budget for most seeds, and then at the least
+    mean cost, the seed with the highest top-1 on the calibration images. With the published objective, and where no
+    gates keep the budget, the pruned network with the highest validation top-1. The first of several."""
+    models = [(entry["seed"], name, part) for entry in seeds for name, part in entry["methods"].items()]
+    gated = [one for one in models if one[2]["gated"] and one[2]["gated"]["feasible"]]
+    if config.objective == "gated" and gated:
+        costs: dict[str, list[float]] = {}
+        for _, name, part in gated:
+            costs.setdefault(name, []).append(part["gated"]["calibration"]["mean_cost"])
+        best = min(costs, key=lambda name: (-len(costs[name]), statistics.fmean(costs[name])))
+        among = [one for one in gated if one[1] == best]
+        seed, name, part = max(among, key=lambda one: one[2]["gated"]["calibration"]["correct"])
+        kind, exits, notice = "gated", part["gated"]["policy"]["exits"], ""
+    else:
+        seed, name, part = max(models, key=lambda one: one[2]["pruned"]["val"]["correct1"])
+        kind, exits, notice = "pruned", part["pruned"]["exits"], ""
+        if config.objective == "gated" and part["gated"]:
+            notice = f"no gates keep the budget, so the published choice is delivered: {part['gated']['notice']}"
+    return {"seed": seed, "exit_weights": name, "kind": kind, "exits": exits, "notice": notice}
+
+
+def calibration_settings(config: RunConfig, data: ImageDataModule) -> dict[str, Any]:
+    """What is asked of a calibration, as plain values."""
+    values = config.to_dict()
+    asked = {name: values[name] for name in CALIBRATION_FIELDS if name not in ("terminate", "risk", "delta")}
+    if config.risk is None:
+        points = config.margin if config.budget is None else config.budget
+        asked["budget"] = {"kind": "accuracy", "points": points}
+    else:
+        asked["budget"] = {"kind": "risk", "epsilon": config.risk, "delta": config.delta}
+    split = data.calibration_split
+    return {**asked, "images": split, "samples": len(data.splits.parts[split][1])}
+
+
+def notices(calibration: dict[str, Any] | None, seeds: list[dict[str, Any]], looks: int) -> list[str]:
+    """What a reader of the figures must know."""
+    lines = []
+    if calibration:
+        count = f"{calibration['samples']:,}"
+        if calibration["images"] == "val":
+            lines.append(
+                f"gates were cross-validated on the {count} validation images, on which epochs and pruned subsets had "
+                "been chosen before"
+            )
+        else:
+            lines.append(f"gates were cross-validated on {count} held-out training images")
+    for entry in seeds:
+        for name, part in entry["methods"].items():
+            where = f"seed {entry['seed']} / {name}"
+            if not part["gated"]:
+                continue
+            if not part["gated"]["feasible"]:
+                lines.append(f"{where}: {part['gated']['notice']}")
+            live = part["gated"]["agreement"]
+            wrong = [one["differing_elsewhere"] for one in (live, live["single"])]
+            if any(wrong):
+                lines.append(
+                    f"{where}: WARNING: the live network and the simulator differ on {wrong[0]} test images (one by "
+                    f"one: {wrong[1]}) that are near no threshold"
+                )
+    if looks > 1:
+        lines.append(
+            f"{looks} calibrations of this run have looked at the test images: settings that were chosen knowing what "
+            "others gave there make these figures optimistic"
+        )
+    return lines
+
+
+def outcome_line(gated: dict[str, Any], baseline: dict[str, Any]) -> str:
+    """A calibration in a line: exits, test top-1 and mean multiply-adds beside the single-exit network's."""
+    if not gated["feasible"]:
+        return gated["notice"]
+    exits = "+".join(str(e + 1) for e in gated["policy"]["exits"])
+    gain = 100 * (gated["test"]["top1"] - baseline["full"]["test"]["top1"])
+    share = 100 * gated["test"]["mean_macs"] / baseline["full"]["macs"]
+    return f"exits {exits} gated, {gain:+.2f} points, {share:.0f} % of the baseline's multiply-adds"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and threads."""
     return {
         "aep_ext": __version__,
         "python": platform.python_version(),
@@ -147,102 +261,10 @@ def _environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _public_config(config: RunConfig) -> dict[str, Any]:
+def public_config(config: RunConfig) -> dict[str, Any]:
     """The configuration without the paths of one machine, so that a result file can be shown to others."""
-    values = config.to_dict()
-    for name in ("output", "data_root", "workers", "threads", "device"):
-        values.pop(name)
+    values = {name: value for name, value in config.to_dict().items() if name not in RUNTIME_FIELDS}
     kind, colon, rest = config.data.rpartition(":")
     if "/" in rest or "\\" in rest:
         values["data"] = f"{kind}{colon}{Path(rest).name}"
     return values
-
-
-def summarise(
-    config: RunConfig,
-    data: ImageDataModule,
-    folder: RunFolder,
-    structure: MultiExitNet,
-    seeds: list[dict[str, Any]],
-    device: torch.device,
-    *,
-    class_weight: Tensor | None,
-) -> dict[str, Any]:
-    """Everything that the report shows, as plain values.
-
-    Args:
-        structure: the network, trained or not: latency does not depend on its numbers.
-        seeds: for each seed ``{"seed", "baseline": part, "methods": {name: part}}``.
-    """
-    margin = config.margin / 100
-    numbers = [seed["seed"] for seed in seeds]
-    baselines = [read_arrays(folder.unit(seed, BASELINE) / "predictions.npz") for seed in numbers]
-    reference = _stack([arrays["report_right_full"] for arrays in baselines])
-    methods: dict[str, Any] = {}
-    for name in config.exit_weights:
-        parts = [seed["methods"][name] for seed in seeds]
-        predictions = [read_arrays(folder.unit(seed, name) / "predictions.npz") for seed in numbers]
-        methods[name] = {
-            "subsets": _subsets(parts),
-            "exit_weights": parts[0]["exit_weights"],
-            "compact": _compact(parts, predictions, baselines, margin),
-        }
-        for kind in ("full", "pruned"):
-            right = _stack([arrays[f"report_right_{kind}"] for arrays in predictions])
-            methods[name][kind] = {
-                **_model([part[kind] for part in parts]),
-                "verdict": paired_verdict(right, reference, margin),
-            }
-    summary = {"baseline": _model([seed["baseline"] for seed in seeds]), "methods": methods}
-    _add_latencies(summary, structure, (data.channels, data.image_size, data.image_size), device)
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": _public_config(config),
-        "recipe": asdict(config.training()),
-        "environment": _environment(device),
-        "data": {**_public_data(data, config), "class_weight": None if class_weight is None else class_weight.tolist()},
-        "network": {"name": config.network, "exits": structure.num_exits},
-        "summary": summary,
-        "seeds": seeds,
-        "delivered": _delivered(seeds),
-    }
-
-
-def _public_data(data: ImageDataModule, config: RunConfig) -> dict[str, Any]:
-    return {**data.describe(), "spec": _public_config(config)["data"]}
-
-
-def _add_latencies(
-    summary: dict[str, Any], structure: MultiExitNet, shape: tuple[int, int, int], device: torch.device
-) -> None:
-    """Fill in ``latency`` for every model; the pruned networks of several seeds may be different subsets."""
-    wanted = {tuple(exits) for method in summary["methods"].values() for exits in method["pruned"]["exits"]}
-    wanted |= {tuple(method["compact"]["exits"]) for method in summary["methods"].values() if method["compact"]}
-    timed = _latencies(structure, sorted(wanted), shape, device)
-    summary["baseline"]["latency"] = _latency([timed[()]])
-    for method in summary["methods"].values():
-        method["full"]["latency"] = _latency([timed[tuple(range(structure.num_exits))]])
-        method["pruned"]["latency"] = _latency([timed[tuple(exits)] for exits in method["pruned"]["exits"]])
-        if method["compact"]:
-            method["compact"]["latency"] = _latency([timed[tuple(method["compact"]["exits"])]])
-
-
-def _latency(measured: list[dict[str, float]]) -> dict[str, float]:
-    """The mean over the seeds' networks of their batch-1 latency in ms, and of their ratio to the baseline's."""
-    return {name: statistics.fmean(one[name] for one in measured) for name in ("median", "p95", "ratio")}
-
-
-def _delivered(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The pruned network with the highest top-1 on the images to select on; the first of several."""
-    best = max(
-        (
-            (part["pruned"]["select"]["correct1"], -order, seed["seed"], name)
-            for order, (seed, name, part) in enumerate(
-                (seed, name, part) for seed in seeds for name, part in seed["methods"].items()
-            )
-        )
-    )
-    _, _, number, name = best
-    part = next(seed for seed in seeds if seed["seed"] == number)["methods"][name]
-    return {"seed": number, "exit_weights": name, "exits": part["pruned"]["exits"]}

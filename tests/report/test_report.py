@@ -1,139 +1,198 @@
-"""The report: made from the result file alone, self-contained, and escaped."""
+"""The report: one page that holds what results.json says, escaped, loading nothing; a damaged file is named."""
 
 from __future__ import annotations
 
+import copy
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib", reason="the report needs matplotlib")
+pytest.importorskip("matplotlib", reason="the report needs the extra [train]")
+pytest.importorskip("jsonschema", reason="the report needs the extra [train]")
 
+from made_results import make_images, make_results
 from page_reader import read
 
-from aep_ext.report import UserError, figures, text_table, write_report
-from aep_ext.report.page import headlines, training
-from aep_ext.report.tables import HEAD, model_rows, seed_rows, subset_rows
+from aep_ext._io import write_arrays
+from aep_ext._utils import UserError
+from aep_ext.report import check_results, read_results, write_report
+from aep_ext.report.plots import Plot, exits_by_class, plots
+from aep_ext.report.write import page
+
+EVIL = "<script>alert('x')</script> & \"$\\bad$\" -->"
+COMMITTED = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
 
 
-def test_report_is_one_well_formed_page(folder: Path) -> None:
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    _, reader = read(path)
-    assert reader.open == [] and reader.tags.count("svg") == 3 and reader.tags.count("table") == 4
-    assert len(reader.ids) == len(set(reader.ids))
-    assert sorted(file.name for file in (folder / "figures").iterdir()) == [
-        "accuracy.png",
-        "curves.png",
-        "tradeoff.png",
-    ]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reported run whose free texts are all markup."""
+    folder, results = tmp_path_factory.mktemp("run"), make_results(methods=("mixed", "descending"), classes=21)
+    results["network"]["name"] = results["data"]["title"] = results["static"][0]["name"] = EVIL
+    results["data"]["classes"][0] = results["config"]["data"] = results["delivered"]["notice"] = EVIL
+    results["notices"], results["calibration"]["criterion"] = [EVIL], EVIL
+    (folder / "results.json").write_text(json.dumps(results))
+    write_arrays(folder / "examples.npz", images=make_images(results))
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+def drawn(results: dict[str, Any]) -> str:
+    """The page with an empty plot in every place, which is quick."""
+    methods = results["summary"]["methods"]
+    names = ["tradeoff", "examples", *(f"{kind}-{name}" for kind in ("subsets", "curves", "exits") for name in methods)]
+    return page(results, {name: Plot(name, name, b"", b"<svg/>") for name in names})
+
+
+def test_the_page_is_one_well_formed_file_that_loads_nothing(folder: Path) -> None:
+    text, reader = read(folder / "report.html")
+    assert reader.open == [] and len(reader.ids) == len(set(reader.ids))
+    assert {"script", "link", "iframe", "object"}.isdisjoint(reader.tags) and "@import" not in text
+    assert reader.references and all(one.startswith("data:image/svg+xml;base64,") for one in reader.references)
+    assert 'name="viewport"' in text and "color-scheme: light" in text
+    pictures = sorted(file.name for file in (folder / "figures").iterdir())
+    kinds = [f"{kind}-{name}.png" for kind in ("curves", "exits", "subsets") for name in ("descending", "mixed")]
+    assert pictures == sorted([*kinds, "examples.png", "tradeoff.png"])
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in (folder / "figures").iterdir())
 
 
-def test_report_loads_nothing(folder: Path) -> None:
-    text, reader = read(write_report(folder))
-    assert "http://" not in text and "https://" not in text and "@import" not in text
-    assert {"script", "link", "iframe", "img", "object"}.isdisjoint(reader.tags)
-    assert all(reference.startswith("#") and reference[1:] in reader.ids for reference in reader.references)
-    assert all(name in reader.ids for name in re.findall(r"url\(#([^)]*)\)", text))
+def test_text_is_escaped(folder: Path) -> None:
+    text, reader = read(folder / "report.html")
+    assert "<script" not in text and "&lt;script&gt;" in text and EVIL in reader.text
 
 
-def test_text_is_escaped(folder: Path, results: dict[str, Any]) -> None:
-    text, reader = read(write_report(folder))
-    assert "<script" not in text and "&lt;script&gt;" in text
-    assert results["data"]["title"] in reader.text
+def test_the_same_run_gives_the_same_files(folder: Path) -> None:
+    before = {path: path.read_bytes() for path in [folder / "report.html", *(folder / "figures").iterdir()]}
+    write_report(folder)
+    assert {path: path.read_bytes() for path in before} == before
 
 
-def test_report_can_be_made_again(folder: Path) -> None:
-    first = write_report(folder).read_text()
-    pictures = {file.name: file.read_bytes() for file in (folder / "figures").iterdir()}
-    (folder / "report.html").write_text("spoilt")
-    assert write_report(folder).read_text() == first
-    assert {file.name: file.read_bytes() for file in (folder / "figures").iterdir()} == pictures
+def test_sections_follow_what_the_run_has() -> None:
+    whole, bare = drawn(make_results()), drawn(make_results(gates=False))
+    for title in ("Stopping early", "Latency and throughput", "Thresholds and exits taken"):
+        assert title in whole and title not in bare
+    assert "Subsets of the exits" in bare and "MIX, pruned" in bare
 
 
-def test_folders_without_results(tmp_path: Path) -> None:
+def test_every_committed_run_can_be_read_and_shown() -> None:
+    runs = [path for path in COMMITTED if json.loads(path.read_text()).get("format") == "aep_ext.run"]
+    shown = 0
+    for path in runs:
+        if json.loads(path.read_text())["version"] == 2:
+            text, shown = drawn(read_results(path)), shown + 1
+            assert "Delivered: " in text and "baseline (single exit)" in text
+    assert shown >= 4
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no results: .*results.json is not there"):
         write_report(tmp_path)
     for content in ("[]", '{"format": "other"}'):
         (tmp_path / "results.json").write_text(content)
-        with pytest.raises(UserError, match="is not a run's result file"):
+        with pytest.raises(UserError, match="results.json is not a run's result file"):
             write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_table_of_models(results: dict[str, Any]) -> None:
-    rows = model_rows(results)
-    assert [row[0] for row in rows] == [
-        "baseline (single exit)",
-        "MIX, all exits",
-        "MIX, pruned",
-        "MIX, smallest within 1 pt",
-        "DESC, all exits",
-        "DESC, pruned",
-    ]
-    assert rows[0][1:6] == ("2", "95.00 ± 1.41 %", "100.00 ± 0.00 %", "", "299 k")
-    assert rows[2][1] == "1, 2" and rows[2][4] == "+0.50 [+0.10, +0.90]" and rows[2][6] == "3 M (-25 %)"
-    assert rows[3][1] == "2"
-    lines = text_table(results).splitlines()
-    assert len(lines) == 2 + len(rows) and lines[0].startswith(HEAD[0]) and set(lines[1]) == {"-"}
+GATED = "seeds.0.methods.mixed.gated"
 
 
-def test_tables_of_subsets_and_seeds(results: dict[str, Any]) -> None:
-    rows, marked = subset_rows(results, "mixed")
-    assert [row[0] for row in rows] == ["1", "2", "1+2"] and marked == [0, 1] and rows[0][-1] == "-"
-    assert [row[:3] for row in seed_rows(results)][:2] == [("0", "baseline", "3 of 3"), ("0", "MIX", "3 of 3")]
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("version", 1, "version must be 2, got 1: another version of aep_ext wrote it, run it again"),
+        ("summary.baseline.macs", KeyError, "summary.baseline: 'macs' is a required property"),
+        ("summary.methods.mixed.gated.saving.mean", None, "saving.mean: None is not of type 'number'"),
+        ("delivered.kind", "full", "delivered.kind: 'full' is not one of"),
+        ("delivered.seed", 9, r"delivered must name one of the trained models \(seed, exit_weights\)"),
+        ("seeds.1.methods", {"uniform": 1}, "seeds"),
+        (f"{GATED}.test.top1", 93.5, "gated.test.top1: 93.5 is greater than the maximum of 1"),
+        (f"{GATED}.policy.thresholds", [0.5], r"gated.policy.thresholds must have 2 entries for 3 exits, got 1"),
+        (f"{GATED}.per_class.3", [1], r"per_class\[3\] must have 3 entries"),
+        (f"{GATED}.curve.2.mean_macs", "x", r"curve\[2\].mean_macs: 'x' is not of type 'number'"),
+        ("bench.rows.0.ratio", "fast", r"bench.rows\[0\].ratio: 'fast' is not of type 'number'"),
+        ("seeds.0.methods.mixed.gated", None, "delivered.kind is 'gated', but that model has no such entry"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_the_entry(place: str, value: Any, message: str) -> None:
+    results = make_results()
+    change(results, [int(part) if part.isdigit() else part for part in place.split(".")], value)
+    with pytest.raises(UserError, match=message) as caught:
+        check_results(results, "RUN/results.json")
+    assert str(caught.value).startswith("RUN/results.json: ") and "\n" not in str(caught.value)
 
 
-def test_headlines(results: dict[str, Any]) -> None:
-    first, second, third, fourth = headlines(results)
-    assert (
-        "pruned ensemble (exits 1 and 2, by seed) reaches 95.50 ± 0.00 %" in first
-        and "25 % fewer multiply-adds" in first
-    )
-    assert "is exit 2, with 3.99 M" in second and "could not be confirmed: -1.00 [-1.40, -0.60] points" in second
-    assert (
-        third.startswith("DESC: the pruned")
-        and fourth == "DESC: no subset is inside the margin of 1 point on the validation images."
-    )
-    results["summary"]["methods"]["mixed"]["compact"]["verdict"]["non_inferior"] = True
-    assert "this holds" in list(headlines(results))[1]
+def change(value: Any, place: list[Any], new: Any) -> None:
+    for part in place[:-1]:
+        value = value[part]
+    if new is KeyError:
+        del value[place[-1]]
+    else:
+        value[place[-1]] = new
 
 
-def test_training_in_words(results: dict[str, Any]) -> None:
-    text = training(results["recipe"])
-    assert text.startswith(
-        "Training (recipe quick): adam at 0.003, weight decay 0.01, cosine schedule, batches of 64, "
-    )
-    assert "up to 3 epochs, stopped after 12 without" in text
-    results["recipe"].update(patience=None, weight_decay=0)
-    assert "adam at 0.003, cosine schedule" in training(results["recipe"]) and "stopped" not in training(
-        results["recipe"]
-    )
+def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every entry of every object; of lists the first only."""
+    if isinstance(value, list):
+        return places(value[0], (*way, 0)) if value else []
+    if not isinstance(value, dict):
+        return []
+    return [place for key in value for place in ((*way, key), *places(value[key], (*way, key)))]
 
 
-def test_one_seed_has_no_spread(results: dict[str, Any]) -> None:
-    one = json.loads(json.dumps(results))
-    one["seeds"] = one["seeds"][:1]
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict) and set(value) == {"mean", "std", "values"}:
-            return {"mean": value["values"][0], "std": None, "values": value["values"][:1]}
-        if isinstance(value, dict):
-            return {key: cut(entry) for key, entry in value.items()}
-        return [cut(entry) for entry in value] if isinstance(value, list) else value
-
-    one["summary"] = cut(one["summary"])
-    for method in one["summary"]["methods"].values():
-        method["pruned"]["exits"] = method["pruned"]["exits"][:1]
-    assert "±" not in text_table(one)
-    assert set(figures.draw(one)) == {"tradeoff", "curves", "accuracy"}
+@pytest.mark.parametrize("new", [KeyError, None])
+def test_whatever_is_damaged_gives_a_page_or_one_line(new: Any) -> None:
+    whole = make_results(seeds=(0,))
+    for place in places(whole):
+        results = copy.deepcopy(whole)
+        change(results, list(place), new)
+        try:
+            check_results(results)
+        except UserError:
+            continue
+        assert "</html>" in drawn(results), place
 
 
-def test_missing_matplotlib(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_images_must_fit(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text((folder / "results.json").read_text())
+    write_arrays(tmp_path / "examples.npz", images=np.zeros((2, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"images must be uint8 of shape \(5, H, W, 1 or 3\).*got uint8 of shape"):
+        write_report(tmp_path)
+    (tmp_path / "examples.npz").write_bytes(b"no archive")
+    with pytest.raises(UserError, match="examples.npz is not an archive"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_bars_hold_the_counts_of_the_file() -> None:
+    results = make_results(classes=30)
+    rows = exits_by_class(results, "mixed")
+    assert len(rows) == 21 and rows[0][0] == "all classes"
+    parts = [seed["methods"]["mixed"]["gated"] for seed in results["seeds"]]
+    for name, shares in rows[1:]:
+        counts = np.sum([part["per_class"][int(name.removeprefix("class "))] for part in parts], axis=0)
+        assert list(shares.values()) == pytest.approx(counts / counts.sum()) and list(shares) == [1, 2, 3]
+    everything = np.sum([part["test"]["exit_counts"] for part in parts], axis=0)
+    assert list(rows[0][1].values()) == pytest.approx(everything / everything.sum())
+
+
+def test_plots_of_one_grey_seed() -> None:
+    results = make_results(seeds=(3,))
+    assert set(plots(results, make_images(results, channels=1))) == {
+        "tradeoff",
+        "subsets-mixed",
+        "curves-mixed",
+        "exits-mixed",
+        "examples",
+    }
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "jinja2", "jsonschema"])
+def test_a_missing_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"the report needs matplotlib: pip install 'aep_ext\[train\]'"):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs {package}: pip install 'aep_ext\[train\]'"):
         write_report(folder)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aep_ext import MultiExitNet
+from aep_ext import ExitPolicy, GatedNet, MultiExitNet
+from aep_ext.inference import CompiledNet
 
 
 class Pass(nn.Module):
@@ -41,3 +42,9 @@ def replay_net(exit_logits: Tensor, weights: list[float]) -> MultiExitNet:
 def numbered(first: int, end: int) -> Tensor:
     """The inputs of samples first..end-1: (n, 1, 1, 1) float64."""
     return torch.arange(first, end, dtype=torch.float64)[:, None, None, None]
+
+
+def gate(net: MultiExitNet | CompiledNet, criterion, thresholds, **options) -> GatedNet:
+    """A GatedNet with the network's own output weights."""
+    policy = ExitPolicy(output_weights=net.output_weights, criterion=criterion, thresholds=thresholds, **options)
+    return GatedNet(net, policy)

@@ -37,7 +37,7 @@ def test_efficientnet_head_runs_its_parameters_in_order() -> None:
 
 def test_pooled_linear_head() -> None:
     head, x = PooledLinearHead(4, 3, pre=nn.ReLU()), torch.randn(2, 4, 5, 3)
-    torch.testing.assert_close(head(x), x.relu().mean((2, 3)) @ head.weight.T + head.bias)
+    torch.testing.assert_close(head(x), x.relu().mean((2, 3)) @ head.linear.weight.T + head.linear.bias)
     assert fused_plan(head) == FusedPlan("linear", "pre")
     assert fused_plan(PooledLinearHead(4, 3)) == FusedPlan("linear")
 

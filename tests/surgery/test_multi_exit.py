@@ -110,7 +110,7 @@ def test_weights_are_buffers_and_stay_float32() -> None:
         net.to(dtype)
         assert net.output_weights.dtype == net.loss_weights.dtype == torch.float32
         assert torch.equal(net.output_weights, torch.tensor([0.1, 0.2, 0.7]))
-        assert net.exits[0].weight.dtype == dtype and net.exits[0].bias.dtype == dtype
+        assert net.exits[0].linear.weight.dtype == net.exits[0].linear.bias.dtype == dtype
     assert net.to("meta").output_weights.is_meta
 
 

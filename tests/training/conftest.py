@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # One thread: threads that wait for one another on a busy machine make tiny networks slow.
-TINY = {"image_size": 8, "train_samples": 96, "epochs": 2, "batch_size": 32, "device": "cpu", "threads": 1}
+TINY = {"image_size": 8, "train_samples": 300, "epochs": 2, "batch_size": 32, "device": "cpu", "threads": 1}
 
 
 @pytest.fixture
@@ -27,13 +27,12 @@ def data() -> Any:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], list[str]]]:
     """A finished run of two seeds and two families of exit weights: its folder, its results, the lines it printed."""
-    from aep_ext.training import run
+    from aep_ext.training import Progress, run
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     lines: list[str] = []
-    results = run(
-        {**TINY, "output": str(folder), "seeds": (0, 1), "exit_weights": ("mixed", "ASC")}, write=lines.append
-    )
+    asked = {"seeds": (0, 1), "exit_weights": ("mixed", "ASC"), "margin": 8.0}
+    results = run({**TINY, **asked, "output": str(folder)}, progress=Progress(lines.append))
     yield folder, results, lines
 
 

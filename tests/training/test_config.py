@@ -57,6 +57,16 @@ def test_exit_weights_have_one_spelling() -> None:
         ({"lr": float("inf")}, "lr must be finite, got inf"),
         ({"precision": "zz"}, "no such precision: 'zz' \\(there are: 32-true, 16-mixed, bf16-mixed\\)"),
         ({"margin": 0.0}, "greater than 0"),
+        ({"criterion": "luck"}, "no such criterion: 'luck' .*patience"),
+        ({"criterion_on": "all"}, "no such criterion-on: 'all'"),
+        ({"objective": "best"}, "no such objective: 'best'"),
+        ({"reference": "nobody"}, "no such reference: 'nobody'"),
+        ({"output_weights": "mine"}, "no such output-weights: 'mine'"),
+        ({"budget": 101.0}, "budget must be points within -100..100, got 101"),
+        ({"risk": 2.0}, "risk must be a fraction within 0..1, got 2.0"),
+        ({"delta": 0.0}, "delta must be a fraction"),
+        ({"num_std_errors": -1.0}, "num-std-errors must be at least 0"),
+        ({"calibration_samples": -1}, "calibration-samples must be at least 0"),
     ],
 )
 def test_values_out_of_range(given: dict[str, Any], message: str) -> None:
@@ -88,8 +98,8 @@ def test_a_folder_with_a_run(tmp_path: Path) -> None:
         open_run({**given, "epochs": 4})
     with pytest.raises(UserError, match="holds another run"):
         open_run({**given, "lr": 0.5}, resume=True)
-    config, _ = open_run({"output": given["output"], "threads": 1, "workers": 2}, resume=True)
-    assert (config.epochs, config.threads, config.workers) == (3, 1, 2)
+    config, _ = open_run({"output": given["output"], "threads": 1, "data_root": "moved"}, resume=True)
+    assert (config.epochs, config.threads, config.data_root) == (3, 1, "moved")
     assert open_run({**given, "exit_weights": ("MIX",)}, resume=True)[0].exit_weights == ("mixed",)
 
 
@@ -106,6 +116,13 @@ def test_a_folder_with_something_else(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not a JSON file"):
         open_run({"output": str(tmp_path)})
+
+
+def test_runs_of_before_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"data": "digits", "epochs": 3}))
+    for resume in (False, True):
+        with pytest.raises(UserError, match="holds a run of version 1, .* this aep_ext reads version 2: run it again"):
+            open_run({"output": str(tmp_path)}, resume=resume)
 
 
 def test_folders_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

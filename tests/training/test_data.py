@@ -17,18 +17,18 @@ pytest.importorskip("PIL", reason="images need Pillow")
 from PIL import Image
 
 from aep_ext.training import ImageDataModule, UserError, sources
-from aep_ext.training.data import load_roles
+from aep_ext.training.data import load_splits
 from aep_ext.training.dataset import EpochSampler, ImageDataset, batches, decode, measured_normalisation
 from aep_ext.training.published import PUBLISHED
 
 
-def test_digits_have_three_disjoint_roles() -> None:
-    roles = load_roles("digits")
-    parts = [indices for _, indices in roles.parts.values()]
+def test_digits_have_three_disjoint_splits() -> None:
+    splits = load_splits("digits")
+    parts = [indices for _, indices in splits.parts.values()]
     assert [len(part) for part in parts] == [897, 360, 540]
     assert sorted(torch.cat(parts).tolist()) == list(range(1797))
-    again = load_roles("digits")
-    assert all(torch.equal(a[1], b[1]) for a, b in zip(roles.parts.values(), again.parts.values(), strict=True))
+    again = load_splits("digits")
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(splits.parts.values(), again.parts.values(), strict=True))
 
 
 def test_digits_keep_their_grey_levels() -> None:
@@ -97,8 +97,8 @@ def test_a_lone_last_sample_is_left_out_of_the_training() -> None:
 def test_jpeg_archive(archive: Path) -> None:
     for spec in (str(archive), f"cifar10-jpeg:{archive}"):
         data = ImageDataModule(spec, image_size=6)
-        assert data.roles.title == "CIFAR-10 (JPEG copy)" and data.channels == 3 and data.num_classes == 3
-        assert [len(data.dataset(role)) for role in ("fit", "select", "report")] == [36, 4, 10]
+        assert data.splits.title == "CIFAR-10 (JPEG copy)" and data.channels == 3 and data.num_classes == 3
+        assert [len(data.dataset(role)) for role in ("train", "val", "test")] == [36, 4, 10]
         assert data.describe()["classes"] == ["cat", "dog", "<ship>"]
     found = sources.jpeg_archive(archive)
     assert found["train"].image(7).size == (6, 6) and found["train"].labels[:4].tolist() == [0, 1, 2, 0]
@@ -110,31 +110,31 @@ def test_jpeg_archive_of_cifar_s_size_gets_the_published_split(monkeypatch: pyte
         return sources.Source(lambda index: Image.new("RGB", (2, 2)), labels, tuple("abcdefghij"))
 
     monkeypatch.setattr(sources, "jpeg_archive", lambda path: {"train": source(50000), "test": source(10000)})
-    roles = load_roles("some/cifar.npz")
+    splits = load_splits("some/cifar.npz")
     train, val = PUBLISHED["cifar10"].split()
-    assert torch.equal(roles.parts["fit"][1], train) and torch.equal(roles.parts["select"][1], val)
-    assert roles.normalisation == (PUBLISHED["cifar10"].mean, PUBLISHED["cifar10"].std) and roles.weighted is False
-    assert len(roles.parts["report"][1]) == 10000
+    assert torch.equal(splits.parts["train"][1], train) and torch.equal(splits.parts["val"][1], val)
+    assert splits.normalisation == (PUBLISHED["cifar10"].mean, PUBLISHED["cifar10"].std) and splits.weighted is False
+    assert len(splits.parts["test"][1]) == 10000
 
 
 def test_broken_archives(tmp_path: Path, archive: Path) -> None:
     with pytest.raises(UserError, match="no such data: .* is not a file"):
-        load_roles(str(tmp_path / "absent.npz"))
+        load_splits(str(tmp_path / "absent.npz"))
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(UserError, match="no such data: .* is not an archive of image files"):
-        load_roles(str(tmp_path / "text.npz"))
+        load_splits(str(tmp_path / "text.npz"))
     arrays = dict(np.load(archive))
     for name, value in (("train_offsets", arrays["train_offsets"][:-1]), ("classes", None)):
         changed = {key: value if key == name else array for key, array in arrays.items()}
         np.savez(tmp_path / "wrong.npz", **{key: array for key, array in changed.items() if array is not None})
         with pytest.raises(UserError, match="is not an archive of image files"):
-            load_roles(str(tmp_path / "wrong.npz"))
+            load_splits(str(tmp_path / "wrong.npz"))
 
 
 def test_folder_without_splits(tmp_path: Path, tree: Any) -> None:
     data = ImageDataModule(str(tree(tmp_path / "images", {"": 20})), image_size=4)
-    assert [len(data.dataset(role)) for role in ("fit", "select", "report")] == [26, 6, 8]
-    assert data.roles.classes == ("cat", "dog") and data.channels == 3 and not data.unbalanced
+    assert [len(data.dataset(role)) for role in ("train", "val", "test")] == [26, 6, 8]
+    assert data.splits.classes == ("cat", "dog") and data.channels == 3 and not data.unbalanced
     images, labels = next(iter(data.val_dataloader()))
     assert images.shape == (6, 3, 4, 4) and images.dtype == torch.float32 and labels.dtype == torch.int64
 
@@ -148,8 +148,8 @@ def test_folder_without_splits(tmp_path: Path, tree: Any) -> None:
     ],
 )
 def test_folder_with_splits(tmp_path: Path, tree: Any, splits: dict[str, int], sizes: list[int]) -> None:
-    roles = load_roles(f"folder:{tree(tmp_path / 'images', splits, mode='L')}")
-    assert [len(indices) for _, indices in roles.parts.values()] == sizes and roles.channels == 1
+    found = load_splits(f"folder:{tree(tmp_path / 'images', splits, mode='L')}")
+    assert [len(indices) for _, indices in found.parts.values()] == sizes and found.channels == 1
 
 
 def test_a_class_that_a_split_lacks_shifts_no_label(tmp_path: Path, tree: Any) -> None:
@@ -163,17 +163,17 @@ def test_a_class_that_a_split_lacks_shifts_no_label(tmp_path: Path, tree: Any) -
 def test_folders_without_images(tmp_path: Path, tree: Any) -> None:
     for folder, rule in ((tmp_path, "has no images"), (tmp_path / "absent" / "x", "neither a file nor a folder")):
         with pytest.raises(UserError, match=f"no such data: .*{rule}"):
-            load_roles(str(folder))
+            load_splits(str(folder))
     with pytest.raises(UserError, match="is not a folder"):
-        load_roles(f"folder:{tmp_path / 'absent'}")
+        load_splits(f"folder:{tmp_path / 'absent'}")
     with pytest.raises(UserError, match="no sub-folder train"):
-        load_roles(str(tree(tmp_path / "images", {"test": 1})))
+        load_splits(str(tree(tmp_path / "images", {"test": 1})))
 
 
-def test_too_few_images_for_the_three_roles(tmp_path: Path, tree: Any) -> None:
-    with pytest.raises(UserError, match=r"too few images: .* leaves 0 to report \(there must be at least 1\)"):
+def test_too_few_images(tmp_path: Path, tree: Any) -> None:
+    with pytest.raises(UserError, match=r"too few images: .* leaves 0 to test \(there must be at least 1\)"):
         ImageDataModule(str(tree(tmp_path / "images", {"": 2})), image_size=4)
-    with pytest.raises(UserError, match="leaves 1 to fit .* at least 2"):
+    with pytest.raises(UserError, match="leaves 1 to train .* at least 2"):
         ImageDataModule("digits", train_samples=1)
 
 
@@ -279,12 +279,11 @@ def test_torchvision_by_name(
     torchvision: None, tmp_path: Path, name: str, sizes: list[int], classes: tuple[str, ...]
 ) -> None:
     data = ImageDataModule(name, image_size=4, data_root=tmp_path / "root")
-    assert [len(data.dataset(role)) for role in ("fit", "select", "report")] == sizes
-    assert data.roles.classes == classes and data.num_classes == len(classes)
+    assert [len(data.dataset(role)) for role in ("train", "val", "test")] == sizes
+    assert data.splits.classes == classes and data.num_classes == len(classes)
 
 
 def test_torchvision_that_cannot_be_had(torchvision: None, tmp_path: Path) -> None:
-    assert "Fake" in sources.torchvision_names() and "helper" not in sources.torchvision_names()
     for name, rule in (
         ("Offline", "torchvision's _Offline under .*: Error downloading from nowhere$"),
         ("Detection", "is not a classification data set"),
@@ -292,39 +291,47 @@ def test_torchvision_that_cannot_be_had(torchvision: None, tmp_path: Path) -> No
         ("helper", "'helper'"),
     ):
         with pytest.raises(UserError, match=f"no such data: .*{rule}"):
-            load_roles(name, tmp_path)
+            load_splits(name, tmp_path)
 
 
 def test_without_torchvision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    assert sources.torchvision_names() == []
     with pytest.raises(UserError, match=r"'CIFAR10' needs torchvision: pip install 'aep_ext\[models\]'"):
-        load_roles("CIFAR10", tmp_path)
+        load_splits("CIFAR10", tmp_path)
 
 
 def test_the_real_torchvision() -> None:
-    pytest.importorskip("torchvision", reason="reads torchvision's list of data sets")
-    assert {"CIFAR10", "CIFAR100", "FashionMNIST", "EuroSAT", "GTSRB"} <= set(sources.torchvision_names())
+    datasets = pytest.importorskip("torchvision.datasets", reason="reads torchvision's list of data sets")
+    for name in ("CIFAR10", "cifar100", "FashionMNIST", "EuroSAT", "GTSRB"):
+        assert sources._dataset_class(datasets, name).__name__.lower() == name.lower()
     data = ImageDataModule("FakeData", image_size=4, train_samples=10)
-    assert data.num_classes == 10 and len(data.dataset("fit")) == 10
+    assert data.num_classes == 10 and len(data.dataset("train")) == 10
 
 
-def test_test_images_judge_a_model_once(data: ImageDataModule) -> None:
-    assert len(next(iter(data.report_dataloader("mine")))[1]) == 256
-    data.report_dataloader("another")
-    with pytest.raises(RuntimeError, match="judge a model once, got 'mine' a second time"):
-        data.report_dataloader("mine")
-    data.test_dataloader()
-    with pytest.raises(RuntimeError, match="once"):
-        data.test_dataloader()
+def test_images_held_out_for_the_calibration() -> None:
+    every = load_splits("digits").parts["train"][1]
+    for given, train, held_out, used in (
+        ({}, every, every[:0], "val"),
+        ({"train_samples": 96}, every[:96], every[96:], "calibration"),  # more than the 360 validation images
+        ({"train_samples": 800}, every[:800], every[800:], "val"),  # fewer, and nobody asked for them
+        ({"calibration_samples": 50}, every[:-50], every[-50:], "calibration"),
+        ({"calibration_samples": 50, "train_samples": 100}, every[:100], every[100:], "calibration"),
+    ):
+        data = ImageDataModule("digits", image_size=4, **given)
+        parts = {name: indices for name, (_, indices) in data.splits.parts.items()}
+        assert torch.equal(parts["train"], train) and torch.equal(parts["calibration"], held_out)
+        assert data.calibration_split == used
+        described = data.describe()["splits"]
+        assert (described["calibration"] or {"samples": 0})["samples"] == len(held_out)
+    assert len(next(iter(data.loader("calibration")))[1]) == 256
 
 
 def test_classes_and_channels() -> None:
     data = ImageDataModule("digits", image_size=8, channels=3, num_classes=12, train_samples=20)
     assert data.num_classes == 12 and len(data.mean) == 3 and not data.unbalanced
     assert next(iter(data.train_dataloader()))[0].shape == (20, 3, 8, 8)
-    assert torch.allclose(data.class_weights(), 1797 / (10 * data.roles.counts.float()))
+    assert torch.allclose(data.class_weights(), 1797 / (10 * data.splits.counts.float()))
     with pytest.raises(
         UserError, match="fewer classes than labels: 5 classes asked for, but handwritten digits .* label 9"
     ):

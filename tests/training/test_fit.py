@@ -15,8 +15,8 @@ pytest.importorskip("lightning", reason="the training needs lightning")
 from aep_ext import ExitWeights, MultiExitNet
 from aep_ext._utils import UserError
 from aep_ext.surgery import networks
-from aep_ext.training import RECIPES, ImageDataModule, fit
-from aep_ext.training.callbacks import RunCheckpoint, best_weights
+from aep_ext.training import RECIPES, ImageDataModule, Progress, fit
+from aep_ext.training.callbacks import RunCheckpoint
 from aep_ext.training.fit import accelerator_of
 
 RECIPE = replace(RECIPES["quick"], epochs=4, lr=3e-3, schedule="constant")
@@ -31,6 +31,11 @@ def fresh() -> MultiExitNet:
 
 def module() -> ImageDataModule:
     return ImageDataModule("digits", image_size=8, batch_size=32, train_samples=96, seed=1)
+
+
+def best_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of the best epoch so far, from a checkpoint."""
+    return torch.load(path, weights_only=True)["callbacks"]["RunCheckpoint"]["best"]["weights"]
 
 
 class _Killed(Exception):
@@ -50,15 +55,17 @@ def killed_after(epochs: int) -> Any:
 def test_keeps_the_best_epoch(tmp_path: Path, equal_weights: Any) -> None:
     lines: list[str] = []
     net = fresh()
-    result = fit(net, module(), RECIPE, tmp_path / "a.ckpt", seed=1, device="cpu", title="mine", write=lines.append)
+    result = fit(
+        net, module(), RECIPE, tmp_path / "a.ckpt", seed=1, device="cpu", title="mine", progress=Progress(lines.append)
+    )
     accuracies = [record["val/top1"] for record in result.history]
     assert len(accuracies) == 4 and accuracies[result.best_epoch] == max(accuracies)
     assert result.best_epoch == accuracies.index(max(accuracies)) and not result.stopped_early and not net.training
     assert {"epoch", "seconds", "train/loss", "train/top1", "val/loss", "val/exit0_top1"} <= set(result.history[0])
     assert [line.split(",")[0] for line in lines] == [f"mine: epoch {number}/4" for number in range(1, 5)]
     assert equal_weights(net.state_dict(), best_weights(tmp_path / "a.ckpt"))
-    scored = net(module().dataset("select").__getitems__(list(range(360)))[0]).argmax(1)
-    right = (scored == module().dataset("select").labels).double().mean()
+    scored = net(module().dataset("val").__getitems__(list(range(360)))[0]).argmax(1)
+    right = (scored == module().dataset("val").labels).double().mean()
     assert float(right) == pytest.approx(max(accuracies), abs=0.003)
     assert result.to_dict()["epochs"] == 4
 
@@ -69,13 +76,17 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, equal_weig
     whole, broken = fresh(), fresh()
     expected = fit(whole, module(), recipe, tmp_path / "whole.ckpt", seed=1, device="cpu")
     with pytest.raises(_Killed):
-        fit(broken, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", write=killed_after(2))
+        fit(
+            broken, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", progress=Progress(killed_after(2))
+        )
     kept = torch.load(tmp_path / "broken.ckpt", weights_only=True)
     assert len(kept["callbacks"]["RunCheckpoint"]["history"]) == 2
     other = networks.build("resnet_small", 10, 1)  # whatever the weights are when it goes on
     other.set_exit_weights(ExitWeights.mixed(4))
     lines: list[str] = []
-    result = fit(other, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", write=lines.append)
+    result = fit(
+        other, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", progress=Progress(lines.append)
+    )
     assert [line.split(",")[0] for line in lines] == ["training: epoch 3/4", "training: epoch 4/4"]
     assert equal_weights(other.state_dict(), whole.state_dict())
     for ours, theirs in zip(result.history, expected.history, strict=True):
@@ -88,7 +99,9 @@ def test_a_finished_training_is_not_begun_again(tmp_path: Path, equal_weights: A
     first = fit(fresh(), module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu")
     lines: list[str] = []
     net = fresh()
-    second = fit(net, module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu", write=lines.append)
+    second = fit(
+        net, module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu", progress=Progress(lines.append)
+    )
     assert lines == [] and second.history == first.history
     assert equal_weights(net.state_dict(), best_weights(tmp_path / "a.ckpt"))
 
@@ -102,10 +115,7 @@ def test_early_stop_is_remembered(tmp_path: Path) -> None:
 
 
 def test_checkpoint_holds_tensors_and_plain_values(tmp_path: Path) -> None:
-    lines: list[str] = []
-    options = {"device": "cpu", "progress_bar": True, "title": "mine", "write": lines.append}
-    fit(fresh(), module(), replace(RECIPE, epochs=1), tmp_path / "a.ckpt", **options)
-    assert lines == ["mine: up to 1 epochs"]
+    fit(fresh(), module(), replace(RECIPE, epochs=1), tmp_path / "a.ckpt", device="cpu")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert {"state_dict", "optimizer_states", "loops", "callbacks"} <= set(state)
     keeper = RunCheckpoint(tmp_path / "b.ckpt")
@@ -121,7 +131,7 @@ def test_interrupt(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(fresh(), module(), RECIPE, tmp_path / "a.ckpt", device="cpu", write=write)
+        fit(fresh(), module(), RECIPE, tmp_path / "a.ckpt", device="cpu", progress=Progress(write))
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -136,5 +146,5 @@ def test_a_training_that_diverges_stops_at_once_and_says_so(tmp_path: Path, pati
     lines: list[str] = []
     recipe = replace(RECIPE, lr=1e30, patience=patience)
     with pytest.raises(UserError, match=r"^mine: the training diverged.*smaller learning rate than 1e\+30"):
-        fit(fresh(), module(), recipe, tmp_path / "a.ckpt", device="cpu", title="mine", write=lines.append)
+        fit(fresh(), module(), recipe, tmp_path / "a.ckpt", device="cpu", title="mine", progress=Progress(lines.append))
     assert len(lines) == 1

@@ -50,7 +50,7 @@ def test_validation_is_a_mean_over_samples_without_class_weights(data: ImageData
     module = JointLightningModule(net, ExitWeights.mixed(4), class_weight=torch.rand(10) + 0.5)
     with quiet_lightning():
         trainer().validate(module, datamodule=data, verbose=False)
-    images, target = data.dataset("select").__getitems__(list(range(360)))
+    images, target = data.dataset("val").__getitems__(list(range(360)))
     net.eval()
     with torch.no_grad():
         logits = net.exit_logits(images)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +20,42 @@ import torch
 pytest.importorskip("lightning", reason="the training needs lightning")
 pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
-from aep_ext import deploy
-from aep_ext.pruning import SubsetScores, count_macs, count_parameters, prune
-from aep_ext.training import ImageDataModule, UserError, run
-from aep_ext.training.callbacks import best_weights
+from aep_ext.export import load
+from aep_ext.pruning import SubsetScores, count_macs, count_parameters
+from aep_ext.training import ImageDataModule, Progress, UserError, calibrate_run, run
 from aep_ext.training.summary import spread
 
 Finished = tuple[Path, dict[str, Any], list[str]]
 ROOT = Path(__file__).parents[2]
 
 
+def parts_of(results: dict[str, Any]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    for entry in results["seeds"]:
+        for name, part in entry["methods"].items():
+            yield entry["seed"], name, part
+
+
+def answers_of(folder: Path, seed: int, name: str) -> dict[str, Any]:
+    return dict(np.load(folder / f"seed-{seed}" / name / "predictions.npz"))
+
+
 def test_files_of_the_contract(finished: Finished) -> None:
     folder, results, _ = finished
     wanted = ["config.json", "results.json", "report.html", "model.safetensors", "model.json", "full/model.safetensors"]
-    wanted += ["baseline/model.json", "checkpoints/seed-1/mixed.ckpt", "seed-0/ascending/pruned/model.json"]
+    wanted += ["baseline/model.json", "pruned/model.json", "examples.npz", "checkpoints/seed-1/mixed.ckpt"]
+    wanted += ["seed-0/ascending/pruned/model.json", "seed-0/baseline/full/model.json", "seed-1/mixed/gated.json"]
     assert [name for name in wanted if not (folder / name).is_file()] == []
-    assert {path.name for path in (folder / "figures").iterdir()} == {"tradeoff.png", "curves.png", "accuracy.png"}
     assert [path for path in folder.rglob("*") if path.name.startswith(".") or "lightning_logs" in path.name] == []
     assert json.loads((folder / "results.json").read_text()) == {k: v for k, v in results.items() if k != "output"}
+    assert (results["format"], results["version"]) == ("aep_ext.run", 2)
 
 
-def test_progress_is_a_line_an_epoch(finished: Finished) -> None:
-    assert len(finished[2]) == 2 * 3 * 2
-    assert finished[2][0].startswith("seed 0 / baseline: epoch 1/2, validation loss ")
+def test_progress_is_a_line_an_epoch_and_one_a_calibration(finished: Finished) -> None:
+    lines = finished[2]
+    assert len(lines) == 2 * 3 * 2 + 4 and lines[0].startswith("seed 0 / baseline: epoch 1/2, validation loss ")
+    assert [line.partition(": ")[0] for line in lines[-4:]] == [
+        f"seed {seed} / {name}" for seed in (0, 1) for name in ("mixed", "ascending")
+    ]
 
 
 def test_every_seed_trains_one_baseline_and_every_family(finished: Finished) -> None:
@@ -54,84 +68,66 @@ def test_every_seed_trains_one_baseline_and_every_family(finished: Finished) -> 
 
 def test_summary_is_of_the_seeds(finished: Finished) -> None:
     _, results, _ = finished
+    baseline = results["summary"]["baseline"]
     for family, method in results["summary"]["methods"].items():
-        for kind in ("full", "pruned"):
-            values = [seed["methods"][family][kind]["report"]["top1"] for seed in results["seeds"]]
+        for kind in ("full", "pruned", "gated"):
+            values = [entry["methods"][family][kind]["test"]["top1"] for entry in results["seeds"]]
             assert method[kind]["top1"] == spread(values)
             assert method[kind]["top1"]["std"] == pytest.approx(np.std(values, ddof=1))
-            baseline = results["summary"]["baseline"]["top1"]["mean"]
-            assert method[kind]["verdict"]["difference"] == pytest.approx(np.mean(values) - baseline)
-            assert method[kind]["verdict"]["samples"] == 540 and method[kind]["verdict"]["seeds"] == 2
-        assert len(method["subsets"]) == 15
-        assert all(row["latency_ms"] > 0 for row in method["subsets"])
-    assert results["summary"]["baseline"]["latency"]["ratio"] == 1.0
+            compared = method[kind]["non_inferiority"]
+            assert compared["difference"] == pytest.approx(np.mean(values) - baseline["top1"]["mean"])
+            assert compared["samples"] == 540 and compared["seeds"] == 2 and compared["margin"] == 0.08
+            assert set(method[kind]["latency"]) == {"mean", "median", "p95", "ratio"}
+        costs = [entry["methods"][family]["gated"]["test"]["mean_macs"] for entry in results["seeds"]]
+        assert method["gated"]["macs"]["values"] == costs
+        saved = [
+            1 - cost / entry["baseline"]["full"]["macs"] for cost, entry in zip(costs, results["seeds"], strict=True)
+        ]
+        assert method["gated"]["saving"]["values"] == pytest.approx(saved)
+        assert len(method["subsets"]) == 15 and all(row["latency_ms"] > 0 for row in method["subsets"])
+    assert baseline["latency"]["ratio"] == 1.0 and baseline["latency"]["mean"] > 0
 
 
 def test_pruning_follows_the_scores(finished: Finished) -> None:
-    _, results, _ = finished
-    for seed in results["seeds"]:
-        for part in seed["methods"].values():
-            best = SubsetScores.from_dict(part["scores"]).best()
-            pruned = part["pruned"]
-            assert pruned["exits"] == list(best.exits)
-            assert (pruned["parameters"], pruned["macs"]) == (best.parameters, best.macs)
-            assert pruned["select"]["correct1"] == best.correct1 and pruned["select"]["correct5"] == best.correct5
-            assert part["full"]["select"]["correct1"] == part["scores"]["counts"][-1][0]
+    for _, _, part in parts_of(finished[1]):
+        best = SubsetScores.from_dict(part["scores"]).best()
+        pruned = part["pruned"]
+        assert pruned["exits"] == list(best.exits)
+        assert (pruned["parameters"], pruned["macs"]) == (best.parameters, best.macs)
+        assert pruned["val"]["correct1"] == best.correct1 and pruned["val"]["correct5"] == best.correct5
+        assert part["full"]["val"]["correct1"] == part["scores"]["counts"][-1][0]
+        assert [row["macs"] for row in part["full"]["each_exit"]] == [
+            part["scores"]["macs"][m - 1] for m in (1, 3, 7, 15)
+        ]
 
 
 def test_stored_answers_and_models_agree_with_the_figures(finished: Finished) -> None:
     folder, results, _ = finished
-    data = ImageDataModule("digits", image_size=8, train_samples=96)
-    images, labels = data.dataset("report").__getitems__(list(range(540)))
-    for seed in results["seeds"]:
-        number = seed["seed"]
-        for name, kinds in (("baseline", ("full",)), ("mixed", ("full", "pruned")), ("ascending", ("full", "pruned"))):
-            part = seed["baseline"] if name == "baseline" else seed["methods"][name]
-            stored = np.load(folder / f"seed-{number}" / name / "predictions.npz")
-            assert (stored["report_labels"] == labels.numpy()).all()
-            for kind in kinds:
-                figures = part if name == "baseline" else part[kind]
-                right = stored[f"report_right_{kind}"]
-                assert int(right.sum()) == figures["report"]["correct1"] and right.dtype == bool
-                place = folder / f"seed-{number}" / name / ("" if name == "baseline" else kind)
-                net = deploy.load(place).eval()
-                with torch.no_grad():
-                    answers = net(images).argmax(1) == labels
-                assert int((answers.numpy() != right).sum()) <= 1  # batches of another size may round otherwise
-                assert count_parameters(net) == figures["parameters"]
-                assert count_macs(net, (1, 8, 8)) == figures["macs"]
+    images, labels = images_of_the_test()
+    models = [(entry["seed"], "baseline", entry["baseline"]) for entry in results["seeds"]] + list(parts_of(results))
+    for seed, name, part in models:
+        stored = answers_of(folder, seed, name)
+        assert (stored["test_labels"] == labels.numpy()).all()
+        for kind in ("full",) if name == "baseline" else ("full", "pruned"):
+            right = stored[f"test_correct_{kind}"]
+            assert int(right.sum()) == part[kind]["test"]["correct1"] and right.dtype == bool
+            net = load(folder / f"seed-{seed}" / name / kind).eval()
+            with torch.no_grad():
+                answers = net(images).argmax(1) == labels
+            assert int((answers.numpy() != right).sum()) <= 1  # batches of another size may round otherwise
+            assert count_parameters(net) == part[kind]["parameters"]
+            assert count_macs(net, (1, 8, 8)) == part[kind]["macs"]
 
 
-def test_delivered_models(finished: Finished) -> None:
-    folder, results, _ = finished
-    chosen = results["delivered"]
-    unit = folder / f"seed-{chosen['seed']}" / chosen["exit_weights"]
-    for source, target in (
-        (unit / "full", "full"),
-        (unit / "pruned", "."),
-        (folder / f"seed-{chosen['seed']}/baseline", "baseline"),
-    ):
-        for name in ("model.safetensors", "model.json"):
-            assert (source / name).read_bytes() == (folder / target / name).read_bytes()
-    best = max(part["pruned"]["select"]["top1"] for seed in results["seeds"] for part in seed["methods"].values())
-    delivered = next(seed for seed in results["seeds"] if seed["seed"] == chosen["seed"])["methods"][
-        chosen["exit_weights"]
-    ]
-    assert delivered["pruned"]["select"]["top1"] == best
-    kept = deploy.load(folder)
-    assert list(kept.exit_ids) == chosen["exits"] == delivered["pruned"]["exits"]
-    metadata = deploy.describe(folder)["metadata"]
-    assert (
-        metadata["image_size"] == 8
-        and len(metadata["classes"]) == 10
-        and set(metadata["normalisation"]) == {"mean", "std"}
-    )
+def images_of_the_test() -> tuple[torch.Tensor, torch.Tensor]:
+    return ImageDataModule("digits", image_size=8, train_samples=300).dataset("test").__getitems__(list(range(540)))
 
 
 def test_results_name_no_path(finished: Finished) -> None:
     folder, results, _ = finished
     assert str(folder) not in (folder / "results.json").read_text()
-    assert results["data"]["roles"]["fit"]["samples"] == 96 and len(results["data"]["roles"]["report"]["sha256"]) == 64
+    splits = results["data"]["splits"]
+    assert splits["train"]["samples"] == 300 and len(splits["test"]["sha256"]) == 64
     assert "output" not in results["config"] and results["config"]["data"] == "digits"
 
 
@@ -139,7 +135,7 @@ def test_resuming_a_finished_run_makes_the_report_again(finished: Finished) -> N
     folder, results, _ = finished
     (folder / "report.html").unlink()
     lines: list[str] = []
-    again = run({"output": str(folder)}, resume=True, write=lines.append)
+    again = run({"output": str(folder)}, resume=True, progress=Progress(lines.append))
     assert again == results and lines == [] and (folder / "report.html").is_file()
     with pytest.raises(UserError, match="holds another run"):
         run({"output": str(folder), "epochs": 7}, resume=True)
@@ -152,49 +148,40 @@ def test_a_run_that_lost_its_last_parts_does_only_those(finished: Finished, tmp_
     (copy / "results.json").unlink()
     (copy / "seed-1" / "ascending" / "part.json").unlink()
     lines: list[str] = []
-    again = run({"output": str(copy)}, resume=True, write=lines.append)
-    assert lines == []  # its training was over
-    assert again["seeds"][0] == results["seeds"][0]
-    assert again["seeds"][1]["methods"]["ascending"]["pruned"] == results["seeds"][1]["methods"]["ascending"]["pruned"]
+    again = run({"output": str(copy)}, resume=True, progress=Progress(lines.append))
+    assert [line.partition(":")[0] for line in lines if "epoch" in line] == []  # its training was over
+    for one, other in zip(parts_of(again), parts_of(results), strict=True):
+        assert one[2]["pruned"] == other[2]["pruned"] and one[2]["gated"] == other[2]["gated"]
+    assert again["test_looks"] == results["test_looks"]
 
 
-def test_smallest_subset_within_a_wide_margin(tmp_path: Path) -> None:
-    results = run(
-        {
-            "output": str(tmp_path / "run"),
-            "image_size": 8,
-            "train_samples": 64,
-            "epochs": 1,
-            "batch_size": 32,
-            "device": "cpu",
-            "margin": 99.0,
-            "class_weights": True,
-            "threads": 1,
-        }
+def test_the_published_method_alone(tmp_path: Path) -> None:
+    given = {"image_size": 8, "train_samples": 64, "epochs": 1, "batch_size": 32, "device": "cpu", "threads": 1}
+    asked = {"margin": 99.0, "class_weights": True, "terminate": False, "static": ("0.5",)}
+    results = run({**given, **asked, "output": str(tmp_path / "run")})
+    method = results["summary"]["methods"]["mixed"]
+    assert method["smallest"]["exits"] == [[0]] and method["smallest"]["non_inferiority"]["non_inferior"]
+    assert len(results["data"]["class_weight"]) == 10 and results["calibration"] is method["gated"] is None
+    assert results["delivered"]["kind"] == "pruned" and results["test_looks"] == 0
+    kept = load(tmp_path / "run")
+    assert (
+        list(kept.exit_ids)
+        == results["delivered"]["exits"]
+        == results["seeds"][0]["methods"]["mixed"]["pruned"]["exits"]
     )
-    compact = results["summary"]["methods"]["mixed"]["compact"]
-    assert compact["exits"] == [0] and compact["verdict"]["non_inferior"] and compact["latency"]["median"] > 0
-    assert len(results["data"]["class_weight"]) == 10
-    small = deploy.load(tmp_path / "run" / "compact")
-    assert list(small.exit_ids) == [0] and count_macs(small, (1, 8, 8)) == compact["macs"]["mean"]
-    full = deploy.load(tmp_path / "run" / "full")
-    full.load_state_dict(best_weights(tmp_path / "run" / "checkpoints" / "seed-0" / "mixed.ckpt"))
-    image = torch.randn(3, 1, 8, 8)
-    assert torch.equal(prune(full.eval(), (0,))(image), small.eval()(image))
+    static = results["static"][0]
+    small = load(tmp_path / "run" / "seed-0" / "static" / "resnet_small@0.5" / "full")
+    assert (static["name"], static["network"]) == ("resnet_small at width 0.5", "resnet_small@0.5")
+    assert static["macs"] == count_macs(small, (1, 8, 8)) < results["summary"]["baseline"]["macs"]["mean"] / 2
+    later = calibrate_run(tmp_path / "run", {"objective": "published"})
+    assert later["test_looks"] == 1 and later["delivered"] == {**results["delivered"], "notice": ""}
+    assert later["seeds"][0]["methods"]["mixed"]["gated"]["agreement"]["differing_elsewhere"] == 0
+    assert later["static"] == results["static"]
 
 
 def test_jpeg_archive_as_data(archive: Path, tmp_path: Path) -> None:
-    results = run(
-        {
-            "output": str(tmp_path / "run"),
-            "data": str(archive),
-            "image_size": 8,
-            "epochs": 1,
-            "batch_size": 16,
-            "device": "cpu",
-            "threads": 1,
-        }
-    )
+    given = {"image_size": 8, "epochs": 1, "batch_size": 16, "device": "cpu", "threads": 1, "terminate": False}
+    results = run({**given, "output": str(tmp_path / "run"), "data": str(archive)})
     assert results["config"]["data"] == "images.npz" and results["data"]["spec"] == "images.npz"
     assert str(tmp_path) not in (tmp_path / "run" / "results.json").read_text()
     page = (tmp_path / "run" / "report.html").read_text()
@@ -220,23 +207,10 @@ def test_errors_leave_no_folder(given: dict[str, Any], message: str, tmp_path: P
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="the system has no SIGKILL")
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    given = [
-        "--image-size",
-        "8",
-        "--train-samples",
-        "96",
-        "--batch-size",
-        "32",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--epochs",
-        "4",
-    ]
     options = {"image_size": 8, "train_samples": 96, "batch_size": 32, "device": "cpu", "threads": 1, "epochs": 4}
     whole = run({**options, "output": str(tmp_path / "whole")})
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    given = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "aep_ext", "run", "--output", str(tmp_path / "killed"), *given]
     checkpoint = tmp_path / "killed" / "checkpoints" / "seed-0" / "mixed.ckpt"
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -248,14 +222,20 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert checkpoint.is_file(), errors
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "killed" / "results.json").exists()
     lines: list[str] = []
-    resumed = run({"output": str(tmp_path / "killed")}, resume=True, write=lines.append)
-    assert 0 < len(lines) < 4 and all(line.startswith("mixed: ") for line in lines)
+    resumed = run({"output": str(tmp_path / "killed")}, resume=True, progress=Progress(lines.append))
+    epochs = [line for line in lines if ": epoch " in line]
+    assert 0 < len(epochs) < 4 and all(line.startswith("mixed: ") for line in lines)
 
     def comparable(results: dict[str, Any]) -> list[Any]:
         part = results["seeds"][0]
         rows = [part["baseline"], part["methods"]["mixed"]]
-        histories = [[{**epoch, "seconds": 0} for epoch in row["fit"]["history"]] for row in rows]
-        return [histories, rows[0]["report"], rows[1]["full"], rows[1]["pruned"], rows[1]["scores"]["counts"]]
+        histories = [[{**epoch, "seconds": 0} for epoch in row["training"]["history"]] for row in rows]
+        return [
+            histories,
+            rows[0]["full"],
+            *(rows[1][key] for key in ("full", "pruned", "gated")),
+            rows[1]["scores"]["counts"],
+        ]
 
     assert comparable(resumed) == comparable(whole)
     assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (
