@@ -157,7 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     gate = run.add_argument_group("stopping early")
     gate.add_argument(
-        "--no-terminate", action="store_false", dest="terminate", help="no gates: train, score and prune alone"
+        "--no-terminate",
+        action="store_false",
+        dest="terminate",
+        default=argparse.SUPPRESS,
+        help="no gates: train, score and prune alone",
     )
     _gate_options(gate)
     where = run.add_argument_group("where")

@@ -64,11 +64,11 @@ def _network(name: str, rows: int) -> tuple[Net, Tensor]:
     return (compile(net, x) if name.endswith(ON_ENGINE) else net), x
 
 
-def _gated(net: Net, threshold: float, *, only_first: bool = False, mode: str = "auto") -> GatedNet:
+def _gated(net: Net, threshold: float, *, only_first: bool = False) -> GatedNet:
     """Gates by confidence, at all exits or at the first only."""
     weights = net.output_weights.tolist()
     enabled = [e == 0 or not only_first for e in range(len(weights) - 1)]
-    return GatedNet(net, ExitPolicy(output_weights=weights, thresholds=threshold, enabled=enabled), mode=mode)
+    return GatedNet(net, ExitPolicy(output_weights=weights, thresholds=threshold, enabled=enabled))
 
 
 def _for_its_cost(function: Callable[[], object], answer: Tensor) -> Callable[[], Tensor]:
@@ -149,20 +149,19 @@ def test_gated_nobody_leaves(paired_timing, benchmark, about, name, rows):
 @pytest.mark.parametrize("name, rows", BATCHES)
 @torch.no_grad()
 def test_gated_few_leave(paired_timing, benchmark, about, name, rows):
-    """One of eight, or one of 64, leaves at the first exit: mode "auto" by measured costs, and cut down always.
+    """One of eight, or one of 64, leaves at the first exit: measured ("auto"), and gated always ("compact").
 
-    Where cutting down does not pay, "auto" must cost no more beyond the ungated network than the gates alone, the
+    Where gates do not pay, "auto" must cost no more beyond the ungated network than the gates alone, the
     baseline ``nobody``.
     """
     net, x = _network(name, rows)
     about(name, rows, net)
     threshold = _threshold(net, x, 1)
-    auto, compact = (_gated(net, threshold, only_first=True, mode=mode) for mode in ("auto", "compact"))
-    nobody = _gated(net, NEVER, only_first=True, mode="mask")
-    profile = auto.measure(x)
-    opened = auto.live[0] and auto.gates_at(rows)
+    auto, compact = (_gated(net, threshold, only_first=True) for _ in range(2))
+    nobody = _gated(net, NEVER, only_first=True)
+    auto.measure(x)
+    opened = auto.gates_at(rows)
     benchmark.extra_info["auto_gates"] = opened
-    benchmark.extra_info["auto_cuts_down"] = opened and profile.compacts(0, rows, rows - 1)
     answer = auto(x).logits
     others = {
         "compact": (lambda: compact(x).logits) if opened else _for_its_cost(lambda: compact(x), answer),
@@ -193,11 +192,11 @@ def test_gated_all_leave_at_the_first_exit(paired_timing, about, name, rows):
 @pytest.mark.parametrize("name, rows", BATCHES)
 @torch.no_grad()
 def test_gated_half_leave_at_the_first_exit(paired_timing, about, name, rows):
-    """Compacted, against carrying all on, a loop as a user writes it, and for comparison the whole network."""
+    """Compacted, against a loop as a user writes it, and for comparison the whole network."""
     net, x = _network(name, rows)
     about(name, rows, net)
     threshold = _threshold(net, x, rows // 2)
-    compact, mask = (_gated(net, threshold, only_first=True, mode=mode) for mode in ("compact", "mask"))
+    compact = _gated(net, threshold, only_first=True)
     weights = net.output_weights.tolist()
 
     def naive() -> Tensor:
@@ -216,5 +215,5 @@ def test_gated_half_leave_at_the_first_exit(paired_timing, about, name, rows):
         return answers
 
     answer = compact(x).logits
-    others = {"mask": lambda: mask(x).logits, "naive": naive, "ungated": _for_its_cost(lambda: net(x), answer)}
+    others = {"naive": naive, "ungated": _for_its_cost(lambda: net(x), answer)}
     paired_timing(Comparison(lambda: compact(x).logits, others))

@@ -7,7 +7,6 @@ from aep_ext.calibration.budgets import AccuracyBudget, Budget, CostBudget, Risk
 from aep_ext.calibration.cached_logits import CachedLogits
 from aep_ext.calibration.calibrate import Calibration, calibrate
 from aep_ext.calibration.metrics import ExitMetrics, exit_metrics, expected_calibration_error, failure_auroc
-from aep_ext.calibration.risk_control import conformal_risk_control, learn_then_test
 from aep_ext.calibration.selection import Candidate
 from aep_ext.calibration.temperature import fit_temperature, fit_temperatures
 from aep_ext.calibration.terminate import terminate
@@ -22,12 +21,10 @@ __all__ = [
     "ExitMetrics",
     "RiskBudget",
     "calibrate",
-    "conformal_risk_control",
     "exit_metrics",
     "expected_calibration_error",
     "failure_auroc",
     "fit_temperature",
     "fit_temperatures",
-    "learn_then_test",
     "terminate",
 ]

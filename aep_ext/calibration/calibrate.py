@@ -247,21 +247,23 @@ def calibrate(
                 f"got {selection.costs_of(subset).tolist()} for exits {list(subset)}"
             )
     if reference is None:
-        whole = range(count)
-        right = replace(selection, logits=logits).table(whole, *selection.fit(whole)).correct[-1]
+        right = ExitTable.of(logits, selection.fit(range(count))).correct[-1]
     else:
         right = _reference(reference, n)
     selection = replace(selection, reference=right[chosen_on])
     candidates = selection.candidates(subsets, progress)
     best = candidates[0]
-    own_weights, temperatures = selection.fit(best.exits)
-    own_costs = selection.costs_of(best.exits)
-    table = replace(selection, logits=logits).table(best.exits, own_weights, temperatures)
-    front = search_thresholds(table.select(chosen_on), own_costs)
-    tested = table.select(tested_on)
+    policy, own_costs = selection.fit(best.exits), selection.costs_of(best.exits)
+    part = logits.select_exits(best.exits)
+    table = ExitTable.of(part, policy)
+    seen, tested = table.select(chosen_on), table.select(tested_on)
+    front = search_thresholds(seen, own_costs)
     guarantee = notice = ""
     if isinstance(wanted, RiskBudget):
-        thresholds, enabled, guarantee = _tested_step(wanted, front, tested, own_costs, right[tested_on], seed)
+        path = front
+        if wanted.loss == "degradation":  # where the reference is wrong nothing is lost
+            path = search_thresholds(replace(seen, correct=seen.correct | ~right[chosen_on]), own_costs)
+        thresholds, enabled, guarantee = _tested_step(wanted, path, tested, own_costs, right[tested_on], seed)
         feasible = bool(guarantee)
     else:
         feasible = best.qualifies
@@ -272,19 +274,10 @@ def calibrate(
     mean_cost = float(own_costs[taken].mean())
     if isinstance(wanted, RiskBudget):
         best = replace(selection, reference=right[tested_on]).candidate(best.exits, None, correct, mean_cost)
-    own_exits = tuple(logits.exits[e] for e in best.exits)
     if not feasible:
-        notice = _notice(wanted, selection, best, own_exits, len(tested_on))
+        notice = _notice(wanted, selection, best, policy.exits, len(tested_on))
     return Calibration(
-        policy=ExitPolicy(
-            output_weights=own_weights,
-            thresholds=thresholds.tolist(),
-            criterion=criterion,
-            criterion_on=criterion_on,
-            temperatures=temperatures,
-            enabled=enabled.tolist(),
-            exits=own_exits,
-        ),
+        policy=replace(policy, thresholds=thresholds.tolist(), enabled=enabled.tolist()),
         feasible=feasible,
         notice=notice,
         budget=wanted,
@@ -301,11 +294,11 @@ def calibrate(
         candidates=tuple(replace(one, exits=tuple(logits.exits[e] for e in one.exits)) for one in candidates),
         curve=_curve(front),
         guarantee=guarantee,
-        data={"role": logits.role, "n": n, "fingerprint": logits.select_exits(best.exits).fingerprint},
+        data={"role": logits.role, "n": n, "fingerprint": part.fingerprint},
         num_std_errors=selection.num_std_errors,
         folds=selection.folds,
         seed=seed,
-        _hashes=logits.select_exits(best.exits).row_hashes,
+        _hashes=part.row_hashes,
     )
 
 

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from aep_ext.calibration.budgets import AccuracyBudget, CostBudget
 from aep_ext.calibration.cached_logits import CachedLogits
-from aep_ext.calibration.temperature import fit_temperatures
+from aep_ext.calibration.temperature import BOUNDS, fit_temperatures
 from aep_ext.calibration.thresholds import ExitTable, ParetoFront, search_thresholds
 from aep_ext.ensemble.output_weights import fit_output_weights
+from aep_ext.inference.exit_policy import ExitPolicy
 from aep_ext.pruning.non_inferiority import non_inferiority_test
 from aep_ext.pruning.subsets import mask_of_exits
 
@@ -113,8 +114,9 @@ class Selection:
         depth = min(self.limit, 0.0) - 3.0 - 200 / np.sqrt(len(self.logits)) - self.limit
         return (self.limit + depth * steps).tolist()
 
-    def fit(self, exits: Sequence[int], rows: NDArray[np.int64] | None = None) -> tuple[list[float], list[float]]:
-        """Output weights that sum to 1, and temperatures, of a subset, fitted on some rows or all: float32 numbers."""
+    def fit(self, exits: Sequence[int], rows: NDArray[np.int64] | None = None) -> ExitPolicy:
+        """Output weights that sum to 1, and temperatures, of a subset, fitted on some rows or all: float32 numbers, in
+        a policy whose gates are all disabled."""
         part = self.logits.select_exits(exits)
         if rows is not None:
             part = part.select(torch.from_numpy(rows))
@@ -125,18 +127,20 @@ class Selection:
             fit = fit_output_weights(part.logits, part.target, tolerance=1e-4)
             weights = fit.weights
             if self.criterion_on == "ensemble":
-                temperatures = [min(max(value, 0.05), 100.0) for value in fit.temperatures]
+                temperatures = [min(max(value, BOUNDS[0]), BOUNDS[1]) for value in fit.temperatures]
         else:
             kept = [self.output_weights[e] for e in exits]
             weights = [value / sum(kept) for value in kept]
         if temperatures is None:
             temperatures = fit_temperatures(part, weights, criterion_on=self.criterion_on)
-        return torch.tensor(weights).tolist(), torch.tensor(temperatures).tolist()
-
-    def table(self, exits: Sequence[int], weights: Sequence[float], temperatures: Sequence[float]) -> ExitTable:
-        """What a subset's exits decide and answer, for all samples."""
-        part = self.logits.select_exits(exits)
-        return ExitTable.of(part, weights, temperatures, self.criterion, self.criterion_on)
+        return ExitPolicy(
+            output_weights=torch.tensor(weights).tolist(),
+            temperatures=torch.tensor(temperatures).tolist(),
+            criterion=self.criterion,
+            criterion_on=self.criterion_on,
+            enabled=False,
+            exits=part.exits,
+        )
 
     def point(self, front: ParetoFront, target: float, reference: NDArray[np.bool_]) -> int:
         """The front's point for a target on the samples that the front was found on."""
@@ -152,14 +156,14 @@ class Selection:
         Returns:
             (T+1, N) bool, whether the answer is right; (T+1,) float64, the mean cost.
         """
-        n, costs = len(self.logits), self.costs_of(exits)
+        n, costs, part = len(self.logits), self.costs_of(exits), self.logits.select_exits(exits)
         order = np.random.default_rng(self.seed).permutation(n)
         correct = np.empty((len(targets) + 1, n), dtype=bool)
         cost = np.zeros(len(targets) + 1)
         for fold in np.array_split(order, self.folds):
             seen = np.setdiff1d(order, fold) if self.folds > 1 else order
             shuffled = np.random.default_rng(self.seed).permutation(seen)
-            table = self.table(exits, *self.fit(exits, shuffled[:_FIT_ROWS]))
+            table = ExitTable.of(part, self.fit(exits, shuffled[:_FIT_ROWS]))
             front = search_thresholds(table.select(seen), costs)
             left_out = table.select(fold)
             points = [self.point(front, target, self.reference[seen]) for target in targets]
@@ -176,10 +180,10 @@ class Selection:
     def promising(self, subsets: Sequence[tuple[int, ...]], progress: Callable[[], None]) -> list[tuple[int, ...]]:
         """The most promising subsets by a search on part of the data."""
         rows = np.random.default_rng(self.seed).permutation(len(self.logits))[:_SCREENING_ROWS]
-        reference = self.reference[rows]
+        part, reference = self.logits.select(torch.from_numpy(rows)), self.reference[rows]
         keys = {}
         for subset in subsets:
-            table = self.table(subset, *self.fit(subset, rows)).select(rows)
+            table = ExitTable.of(part.select_exits(subset), self.fit(subset, rows))
             front = search_thresholds(table, self.costs_of(subset))
             point = self.point(front, self.limit, reference)
             lost, cost = int(reference.sum()) - int(front.correct[point]), float(front.cost[point])

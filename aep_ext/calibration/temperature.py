@@ -14,37 +14,33 @@ from torch import Tensor
 from aep_ext._utils import per_exit
 from aep_ext.calibration.cached_logits import CachedLogits, check_labels
 
+BOUNDS = (0.05, 100.0)
+"""The smallest and the largest temperature."""
 
-def fit_temperature(
-    logits: Tensor, target: Tensor, *, bounds: tuple[float, float] = (0.05, 100.0), max_iterations: int = 100
-) -> float:
+
+def fit_temperature(logits: Tensor, target: Tensor) -> float:
     """The temperature T that minimises the mean negative log-likelihood of ``softmax(logits / T)``.
 
-    L-BFGS on log 1/T in float64; the likelihood is convex in 1/T, so this is the optimum within the bounds. Where every
-    answer is right it rises for ever as T falls to 0, and T is the lower bound. 1 where the likelihood does not depend
-    on T, or no row can be used: one with NaN or +inf, or whose label's logit is -inf, is left out.
+    L-BFGS on log 1/T in float64; the likelihood is convex in 1/T, so this is the optimum within :data:`BOUNDS`. Where
+    every answer is right it rises for ever as T falls to 0, and T is the lower bound. 1 where the likelihood does not
+    depend on T, or no row can be used: one with NaN or +inf, or whose label's logit is -inf, is left out.
 
     Args:
         logits: (N, K) floating.
         target: (N,) integers within 0..K-1.
-        bounds: smallest and largest T.
-        max_iterations: evaluations of the likelihood.
 
     Raises:
-        ValueError: a shape, a label or a bound is out of its range.
+        ValueError: a shape or a label breaks these rules.
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
         found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"fit_temperature: logits must be floating of shape [N, K], got {found}")
     check_labels("fit_temperature", target, *logits.shape)
-    low, high = (float(bound) for bound in bounds)
-    if not 0 < low <= high < math.inf:
-        raise ValueError(f"fit_temperature: bounds must be positive, finite and in order, got {bounds}")
     with torch.inference_mode(False):  # what is made in inference mode takes no gradient
-        return min(max(_fit(logits.detach(), target.to(logits.device, torch.int64), max_iterations), low), high)
+        return min(max(_fit(logits.detach(), target.to(logits.device, torch.int64)), BOUNDS[0]), BOUNDS[1])
 
 
-def _fit(logits: Tensor, target: Tensor, max_iterations: int) -> float:
+def _fit(logits: Tensor, target: Tensor) -> float:
     shifted = logits - logits.amax(dim=1, keepdim=True)  # NaN where a logit is NaN or the largest one infinite
     own = shifted.gather(1, target[:, None])[:, 0]
     usable = ~shifted.isnan().any(dim=1) & own.isfinite()
@@ -59,8 +55,7 @@ def _fit(logits: Tensor, target: Tensor, max_iterations: int) -> float:
     free = torch.zeros((), dtype=torch.float64, device=logits.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [free],
-        max_iter=max_iterations,
-        max_eval=max_iterations,
+        max_iter=100,
         tolerance_grad=1e-9,
         tolerance_change=1e-12,
         line_search_fn="strong_wolfe",

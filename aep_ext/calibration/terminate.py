@@ -26,7 +26,6 @@ def terminate(
     budget: Budget | float = 0.5,
     reference: str | Tensor | NDArray[np.bool_] = "ensemble",
     costs: Sequence[float] | Tensor | None = None,
-    mode: str | Sequence[str] = "auto",
     device: torch.device | str | None = None,
     **options: Any,
 ) -> GatedNet:
@@ -47,7 +46,6 @@ def terminate(
             right answers of any other classifier on the samples, in the loader's order.
         costs: see ``calibrate``. By default the multiply-adds of every subset, counted on the loader's first image;
             above 16 exits they must be given.
-        mode: of :class:`GatedNet`.
         device: where to collect logits; by default where the network is.
         options: further arguments of ``calibrate``: criterion, criterion_on, exits, output_weights, num_std_errors,
             folds, seed, progress.
@@ -72,7 +70,7 @@ def terminate(
     result = calibrate(logits, costs=prices, budget=budget, reference=reference, **options)
     if not result.feasible:
         warnings.warn(f"terminate: {result.notice}", stacklevel=2)
-    gated = GatedNet.from_policy(net, result.policy, mode)
+    gated = GatedNet.from_policy(net, result.policy)
     gated.calibration = result
     return gated.to(net.output_weights.device).eval()
 

@@ -2,8 +2,8 @@
 
 Who reaches a gate depends on all earlier ones, and what leaving is worth on all later ones. With all gates but one
 held, however, the best threshold is found exactly by one running sum over the samples in the order of their scores. The
-search takes such steps, gate after gate, on ``right answers - price * cost`` for a row of prices and from several
-starts. Whatever it sees on the way is a point of accuracy and cost; those that no other beats are the front.
+search takes such steps, gate after gate, on ``right answers - price * cost`` for a row of prices and from two starts.
+Whatever it sees on the way is a point of accuracy and cost; those that no other beats are the front.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from aep_ext.calibration.cached_logits import CachedLogits
-from aep_ext.inference.criteria import CRITERIA, STATELESS, criterion_name, gate_step, initial_state
+from aep_ext.inference.criteria import STATELESS, gate_step, initial_state
+from aep_ext.inference.exit_policy import ExitPolicy
 
 _PRICES = 16
 _SWEEPS = 30
@@ -43,23 +44,10 @@ class ExitTable:
     num_classes: int
 
     @classmethod
-    def of(
-        cls,
-        logits: CachedLogits,
-        output_weights: Sequence[float],
-        temperatures: Sequence[float],
-        criterion: str = "confidence",
-        criterion_on: str = "ensemble",
-    ) -> ExitTable:
-        """By the step that simulator and executors take, with every gate disabled.
-
-        Raises:
-            ValueError: the criterion is not one of the five, so nobody knows how to search its thresholds.
-        """
-        if criterion not in CRITERIA:
-            raise ValueError(
-                f"calibration: criterion must be one of {', '.join(CRITERIA)}, got {criterion_name(criterion)}"
-            )
+    def of(cls, logits: CachedLogits, policy: ExitPolicy) -> ExitTable:
+        """By the step that simulator and executors take, with every gate disabled. ``logits`` are of the policy's
+        exits; its criterion is a name."""
+        criterion = str(policy.criterion)
         exits, samples, classes = logits.logits.shape
         indices, features = torch.arange(samples), torch.zeros(samples, 1)
         running, state = torch.zeros(samples, classes), initial_state(criterion, samples, classes)
@@ -70,7 +58,7 @@ class ExitTable:
             for e in range(exits):
                 step = gate_step(
                     criterion,
-                    criterion_on,
+                    policy.criterion_on,
                     features,
                     running,
                     weight_sum,
@@ -78,9 +66,9 @@ class ExitTable:
                     state,
                     logits.logits[e],
                     exit_index=e,
-                    weight=float(output_weights[e]),
+                    weight=policy.output_weights[e],
                     threshold=0.0,
-                    temperature=float(temperatures[e]),
+                    temperature=policy.temperatures[e],
                     enabled=False,
                 )
                 running, state, weight_sum = step.running, step.state, step.weight_sum

@@ -49,9 +49,8 @@ def save(
     """Write ``net`` to ``folder`` as ``model.safetensors`` and ``model.json``; earlier ones are replaced.
 
     Args:
-        net: a full, pruned or gated network, on any real device. Of a gated one the :class:`ExitPolicy` and the modes
-            are written too, and its ``calibration`` if it has one, but not the measured profile, which belongs to a
-            machine.
+        net: a full, pruned or gated network, on any real device. Of a gated one the :class:`ExitPolicy` is written
+            too, and its ``calibration`` if it has one, but not the measured profile, which belongs to a machine.
         folder: made if absent.
         metadata: JSON-able values of the user's own (class names, preprocessing), returned by :func:`describe`.
 
@@ -125,7 +124,7 @@ def save(
 def _gates(gated: GatedNet) -> dict[str, Any]:
     """The entries of a gated net."""
     try:
-        entries: dict[str, Any] = {"exit_policy": gated.policy.to_dict(), "mode": list(gated.mode)}
+        entries: dict[str, Any] = {"exit_policy": gated.policy.to_dict()}
     except ValueError as error:
         raise ValueError(f"save: a user's own criterion cannot be written to a file ({error})") from error
     calibration = gated.calibration
@@ -139,16 +138,19 @@ def _gated(net: MultiExitNet, description: dict[str, Any], old: dict[str, Tensor
     try:
         if "gate" in description:
             entries = description["gate"]
+            live = [flag and mode != "off" for flag, mode in zip(old["enabled"].tolist(), entries["mode"], strict=True)]
             policy = ExitPolicy(
                 output_weights=net.output_weights.tolist(),
+                thresholds=old["thresholds"],
                 criterion=entries["policy"],
                 criterion_on=entries["on"],
+                temperatures=old["temperatures"],
+                enabled=live,
                 exits=net.exit_ids,
-                **{name: old[f"gate.{name}"] for name in ("thresholds", "temperatures", "enabled")},
             )
         else:
             entries, policy = description, ExitPolicy.from_dict(description["exit_policy"])
-        gated = GatedNet(net, policy, entries["mode"])
+        gated = GatedNet(net, policy)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"load: the gates in {DESCRIPTION} cannot be read: {error}") from error
     gated.calibration = entries.get("calibration")
@@ -303,7 +305,8 @@ def load(
     net.fused = bool(description["fused"])
     net.origin = description["origin"]
     tensors = library.load(data)
-    old = {name: tensors.pop(name) for name in list(tensors) if "gate" in description and name.startswith("gate.")}
+    names = [name for name in tensors if "gate" in description and name.startswith("gate.")]
+    old = {name.removeprefix("gate."): tensors.pop(name) for name in names}
     _fill(net, tensors, description)
     # Only now, with the stored weights in place, can the gates be checked against them.
     gated = "gate" in description or "exit_policy" in description

@@ -20,7 +20,7 @@ class _Pool:
     """Rows that wait at one exit, with their features: first in, first out, ascending numbers."""
 
     def __init__(self) -> None:
-        self.parts: deque[tuple[Tensor, Rows]] = deque()
+        self.parts: list[tuple[Tensor, Rows]] = []
         self.count = 0
 
     def add(self, features: Tensor, rows: Rows) -> None:
@@ -33,23 +33,12 @@ class _Pool:
 
     def take(self, wanted: int) -> tuple[Tensor, Rows]:
         """The first ``wanted`` rows, or all there are."""
-        taken: list[tuple[Tensor, ...]] = []
-        while wanted and self.parts:
-            features, rows = self.parts.popleft()
-            self.count -= len(features)
-            part = (features, *rows)
-            if len(features) > wanted:
-                # Cloned, or the rows that stay would keep the memory of those that go.
-                self.add(features[wanted:].clone(), Rows(*(column[wanted:].clone() for column in rows)))
-                self.parts.rotate(1)
-                part = tuple(column[:wanted] for column in part)
-            taken.append(part)
-            wanted -= len(part[0])
-        if len(taken) == 1:
-            features, *columns = taken[0]
-        else:
-            features, *columns = (torch.cat(column) for column in zip(*taken, strict=True))
-        return features, Rows(*columns)
+        features, *columns = (torch.cat(c) for c in zip(*((f, *rows) for f, rows in self.parts), strict=True))
+        self.parts, self.count = [], 0
+        if len(features) > wanted:
+            # Cloned, or the rows that stay would keep the memory of those that go.
+            self.add(features[wanted:].clone(), Rows(*(column[wanted:].clone() for column in columns)))
+        return features[:wanted], Rows(*(column[:wanted] for column in columns))
 
 
 class _Batch:

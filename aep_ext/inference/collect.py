@@ -33,7 +33,7 @@ def collect_logits(
 
     Raises:
         TypeError: ``net`` is no MultiExitNet, or the loader yields something else.
-        ValueError: no sample, or labels of another type, shape or range; said at the batch that holds them.
+        ValueError: no sample, or labels of another type or shape; said at the batch that holds them.
     """
     if not isinstance(net, MultiExitNet):
         raise TypeError(f"collect_logits: net must be a MultiExitNet, got {type(net).__name__}")
@@ -47,7 +47,13 @@ def collect_logits(
                 if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[0], Tensor):
                     raise TypeError(f"collect_logits: loader must yield (x, y) batches, got {type(batch).__name__}")
                 found = net.exit_logits(batch[0].to(where, non_blocking=True))
-                labels.append(_labels(batch[1], found.shape[1], found.shape[2], len(labels)))
+                target = torch.as_tensor(batch[1]).detach().cpu()
+                if target.shape != found.shape[1:2] or target.is_floating_point() or target.dtype == torch.bool:
+                    raise ValueError(
+                        f"collect_logits: labels must be integers of shape [{found.shape[1]}], got {target.dtype} of "
+                        f"shape {list(target.shape)} in batch {len(labels)}"
+                    )
+                labels.append(target.to(torch.int64))
                 logits.append(found.to("cpu", torch.float32))
                 done += found.shape[1]
                 if progress is not None:
@@ -58,24 +64,3 @@ def collect_logits(
         raise ValueError("collect_logits: loader must yield at least one sample, got none")
     # Joined outside inference mode: these tensors can then be used like any others.
     return torch.cat(logits, 1), torch.cat(labels)
-
-
-def _labels(found: Any, samples: int, classes: int, batch: int) -> Tensor:
-    """A batch's labels on the CPU, looked at before the next batch is computed."""
-    try:
-        labels = torch.as_tensor(found).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"collect_logits: labels must be integers, got {type(found).__name__} in batch {batch}"
-        ) from None
-    if tuple(labels.shape) != (samples,) or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            f"collect_logits: labels must be integers of shape [{samples}], "
-            f"got {labels.dtype} of shape {list(labels.shape)} in batch {batch}"
-        )
-    if samples and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(
-            f"collect_logits: labels must be within 0..{classes - 1}, "
-            f"got {int(labels.min())}..{int(labels.max())} in batch {batch}"
-        )
-    return labels.to(torch.int64)

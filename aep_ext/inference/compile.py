@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,10 +14,11 @@ from aep_ext.inference.backends import BACKENDS, build, missing
 from aep_ext.inference.backends.engine import Engine, Settings
 from aep_ext.inference.compiled_net import CompiledNet, difference
 from aep_ext.inference.gated_net import GatedNet
-from aep_ext.inference.segments import Segment, cut, frozen_copy, segment_inputs
+from aep_ext.inference.segments import Segment, cut, segment_inputs
 from aep_ext.surgery.multi_exit import MultiExitNet
 
 _ENGINES = ("openvino", "onnxruntime")  # on the CPU, float32
+_AUTO = (*_ENGINES, "eager")
 _ROUNDS, _SECONDS = 15, 3.0  # how long `auto` measures: rounds at most, and seconds at most for all of them
 _TOLERANCE = {"float32": 1e-3, "engine": 0.1}
 
@@ -24,12 +26,11 @@ _TOLERANCE = {"float32": 1e-3, "engine": 0.1}
 def compile(
     net: MultiExitNet | GatedNet,
     example: Tensor,
-    backend: str = "auto",
+    backend: str | Sequence[str] = "auto",
     *,
     threads: int | None = None,
     precision: str = "float32",
     batches: Sequence[int] | None = None,
-    candidates: Sequence[str] | None = None,
 ) -> CompiledNet | GatedNet:
     """Compiles the stages up to every exit, with its head, on an inference engine, and keeps the network's interface.
 
@@ -37,8 +38,7 @@ def compile(
     the engine's logits are compared with the network's on ``example``.
 
     Inputs that are not finite are not promised the network's logits: OpenVINO's ReLU maps NaN to 0, so that a sample of
-    NaN may get finite logits there, and leave at a gate where the network's would not. One such sample is tried, and
-    ``notices`` tell where its logits come out finite. Who needs to find broken inputs looks at the inputs.
+    NaN may get finite logits there, and leave at a gate where the network's would not.
 
     Args:
         net: full, pruned or gated, in either mode. "openvino" and "onnxruntime" take float32 networks on the CPU;
@@ -46,18 +46,16 @@ def compile(
         example: images (N, C, H, W), N >= 1, in the network's dtype and on its device. Channels, height and width are
             fixed by it, the batch is not. Real images make the comparison worth more than noise.
         backend: "openvino", "onnxruntime", "inductor" (torch.compile with frozen weights: compiles for minutes, needs a
-            C++ compiler), "eager" (torch, BatchNorm folded), or "auto": those of ``candidates`` that work are timed on
-            the example in turn, and the fastest is kept.
+            C++ compiler) or "eager" (torch, BatchNorm folded). Of several names those that work are timed on the
+            example in turn, and the fastest is kept; "auto" stands for all but "inductor".
         threads: of an engine; default ``torch.get_num_threads()`` now. "inductor" and "eager" follow torch's number.
         precision: "float32", or "engine": what the engine thinks best (OpenVINO computes in bfloat16 on CPUs that have
             it; logits then move in the second or third digit).
         batches: batch sizes that get stages compiled for them alone, usually faster than those for any batch, which
             there always are; each costs another copy of the packed weights. Default: 1 and the example's.
-        candidates: for "auto"; default: "openvino", "onnxruntime" and "eager" as far as installed, and "inductor" only
-            if neither of the engines works, since it compiles for minutes.
 
     Returns:
-        A :class:`CompiledNet`; for a gated net a :class:`GatedNet` around it, with its policy and modes as they are.
+        A :class:`CompiledNet`; for a gated net a :class:`GatedNet` around it, with its policy as it is.
 
     Raises:
         TypeError: ``net`` or ``example`` is not what it should be.
@@ -68,46 +66,39 @@ def compile(
             ``precision="engine"`` and for half precision), or by not being finite.
     """
     if isinstance(net, GatedNet):
-        options = {"threads": threads, "precision": precision, "batches": batches, "candidates": candidates}
-        compiled = GatedNet(compile(net.net, example, backend, **options), net.policy, net.mode)
+        options = {"threads": threads, "precision": precision, "batches": batches}
+        compiled = GatedNet(compile(net.net, example, backend, **options), net.policy)
         compiled.calibration = net.calibration
         return compiled
-    _check(net, example, backend, precision)
+    several = backend == "auto" or not isinstance(backend, str)
+    names = _AUTO if backend == "auto" else tuple(dict.fromkeys(backend)) if several else (backend,)
+    _check(net, example, names, precision)
     threads = torch.get_num_threads() if threads is None else threads
     batches = (1, len(example)) if batches is None else batches
     for name, values in (("threads", [threads]), ("batches", batches)):
         for value in values:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"compile: {name} must be whole numbers of at least 1, got {value!r}")
-    names = _names(backend, candidates)
-
-    reference = frozen_copy(net)
+    reference = copy.deepcopy(net).eval().requires_grad_(False)
     segments = cut(reference)
     example = example.detach().resolve_neg().contiguous()
     inputs = segment_inputs(segments, example)
     settings = Settings(threads, precision, tuple(sorted(set(batches))))
     engines: dict[str, Engine] = {}
     gaps: dict[str, float] = {}
-    failures: dict[str, str] = {}
     notices: list[str] = []
     for name in names:
-        if name == "inductor" and candidates is None and engines.keys() & set(_ENGINES):
-            notices.append("inductor: left out, an engine is there and it compiles for minutes; candidates= adds it")
-            continue
         try:
-            _fits(name, inputs[0])
             engines[name], gaps[name] = _build(name, segments, inputs, settings, reference)
         except Exception as error:
-            if backend != "auto":
+            if not several:
                 raise
-            failures[name] = _reason(error)
-            notices.append(f"{name}: {failures[name]}")
+            notices.append(f"{name}: {_reason(error)}")
     if not engines:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise RuntimeError(f"compile: no backend can run this network: {listed}")
-    timings = _time_in_turn(engines, example, len(segments)) if backend == "auto" else {}
-    chosen = min(timings, key=timings.__getitem__) if timings else backend
-    if chosen == "eager" and backend == "auto" and len(engines) == 1:
+        raise RuntimeError(f"compile: no backend can run this network: {'; '.join(notices)}")
+    timings = _time_in_turn(engines, example, len(segments)) if several else {}
+    chosen = min(timings, key=timings.__getitem__) if timings else names[0]
+    if backend == "auto" and list(engines) == ["eager"]:
         notices.append("eager is all there is: pip install 'aep_ext[openvino]' or 'aep_ext[onnxruntime]' for an engine")
     return CompiledNet(
         reference,
@@ -122,7 +113,7 @@ def compile(
     )
 
 
-def _check(net: MultiExitNet, example: Tensor, backend: str, precision: str) -> None:
+def _check(net: MultiExitNet, example: Tensor, names: Sequence[str], precision: str) -> None:
     if not isinstance(net, MultiExitNet):
         raise TypeError(f"compile: net must be a MultiExitNet, got {type(net).__name__}")
     if not isinstance(example, Tensor):
@@ -131,8 +122,8 @@ def _check(net: MultiExitNet, example: Tensor, backend: str, precision: str) -> 
         raise TypeError(f"compile: example must be a dense (strided) tensor, got {example.layout}")
     if example.dim() != 4 or min(example.shape) < 1:
         raise ValueError(f"compile: example must have shape [N, C, H, W], none of them 0, got {list(example.shape)}")
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"compile: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    if not names or not set(names) <= set(BACKENDS):
+        raise ValueError(f"compile: backend must be auto, or of {', '.join(BACKENDS)}, got {', '.join(names)!r}")
     if precision not in _TOLERANCE:
         raise ValueError(f"compile: precision must be one of {', '.join(_TOLERANCE)}, got {precision!r}")
     anchor = next((p for p in net.parameters() if p.is_floating_point()), None)
@@ -142,41 +133,24 @@ def _check(net: MultiExitNet, example: Tensor, backend: str, precision: str) -> 
         raise ValueError(f"compile: example must be on the network's device, {anchor.device}, got {example.device}")
 
 
-def _names(backend: str, candidates: Sequence[str] | None) -> Sequence[str]:
-    if backend != "auto":
-        if candidates is not None:
-            raise ValueError(f"compile: candidates go with backend 'auto', got backend {backend!r}")
-        return (backend,)
-    if candidates is None:
-        return BACKENDS
-    if isinstance(candidates, str) or not candidates or not set(candidates) <= set(BACKENDS):
-        raise ValueError(f"compile: candidates must be some of {', '.join(BACKENDS)}, got {candidates!r}")
-    return tuple(dict.fromkeys(candidates))
-
-
-def _fits(backend: str, example: Tensor) -> None:
-    """Raises what speaks against a backend before anything is compiled."""
-    absent = missing(backend)
-    if absent:
-        raise ImportError(f"compile: {absent}")
-    if backend in _ENGINES and (example.device.type != "cpu" or example.dtype != torch.float32):
-        raise ValueError(
-            f"compile: backend '{backend}' must be given a float32 network on the CPU, got {example.dtype} on "
-            f"{example.device} (backends 'inductor' and 'eager' take it)"
-        )
-
-
 def _build(
     name: str, segments: Sequence[Segment], inputs: Sequence[Tensor], settings: Settings, reference: MultiExitNet
 ) -> tuple[Engine, float]:
-    """The engine, and how far its logits are from the network's: on every kind of unit that it has compiled."""
+    """The engine, and how far its logits are from the network's: on every kind of batch that it was compiled for."""
+    example, absent = inputs[0], missing(name)
+    if absent:
+        raise ImportError(f"compile: {absent}")
+    if name in _ENGINES and (example.device.type != "cpu" or example.dtype != torch.float32):
+        raise ValueError(
+            f"compile: backend '{name}' must be given a float32 network on the CPU, got {example.dtype} on "
+            f"{example.device} (backends 'inductor' and 'eager' take it)"
+        )
     try:
         engine = build(name, segments, inputs, settings)
     except Exception as error:
         raise RuntimeError(f"compile: backend '{name}' cannot run this network: {_reason(error)}") from error
-    example = inputs[0]
     gap, scale = 0.0, 1.0
-    # One sample, the example's batch, and a batch that has no units of its own.
+    # One sample, the example's batch, and a batch that nothing was compiled for alone.
     for n in sorted({1, len(example), *settings.batches, max(len(example), 1, *settings.batches) + 1}):
         x = example[torch.arange(n, device=example.device) % len(example)]
         with torch.no_grad():
@@ -191,20 +165,7 @@ def _build(
             f"compile: backend '{name}' must give the network's logits up to {tolerance * scale:.3g}, got a "
             f"difference of {gap:.3g}"
         )
-    engine.notices = [*engine.notices, *_nan_notices(name, engine, example, reference)]
     return engine, gap
-
-
-def _nan_notices(name: str, engine: Engine, example: Tensor, reference: MultiExitNet) -> list[str]:
-    """What a sample of NaN is to the engine, where it is not what it is to the network."""
-    x = torch.full_like(example[:1], torch.nan)
-    with torch.no_grad():
-        broken = ~reference.exit_logits(x).isfinite().all(-1)
-    found = engine.exit_logits(x, reference.num_exits)
-    exits = (broken & found.isfinite().all(-1)).any(-1).nonzero().flatten().tolist()
-    if not exits:
-        return []
-    return [f"{name}: an input of NaN gives finite logits (exits {', '.join(map(str, exits))}), unlike the network's"]
 
 
 def _time_in_turn(engines: dict[str, Engine], example: Tensor, exits: int) -> dict[str, float]:
@@ -230,5 +191,4 @@ def _time_in_turn(engines: dict[str, Engine], example: Tensor, exits: int) -> di
 
 def _reason(error: BaseException) -> str:
     """An engine's message in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 500 else f"{text[:500]} ..."
+    return " ".join(str(error).split())[:500] or type(error).__name__

@@ -12,7 +12,6 @@ from torch import Tensor
 from aep_ext import ops
 from aep_ext.inference.backends.engine import Chain, Engine
 from aep_ext.inference.batching import images_of
-from aep_ext.inference.stages import take_rows
 from aep_ext.surgery.multi_exit import MultiExitNet
 
 _CHUNK = 64
@@ -24,12 +23,8 @@ class Verification(NamedTuple):
     n: int
     same_predictions: int
     """Samples for which the ensemble's argmax is the same."""
-    same_exit_predictions: tuple[int, ...]
-    """The same for each exit's own argmax."""
     max_logit_difference: float
     """Over all exits and samples; a value that is finite on one side only counts as infinite."""
-    max_logit: float
-    """The original's largest absolute finite logit, to judge the difference by."""
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -85,7 +80,8 @@ class CompiledNet:
         self.max_logit_difference = max_logit_difference
         self._reference, self._engine = reference, engine
         self._shape, self._dtype, self._device = tuple(example.shape[1:]), example.dtype, example.device
-        self._turn = _Turn()
+        self._lock = threading.Lock()
+        self._holder: int | None = None  # the thread that is at work
 
     def __repr__(self) -> str:
         return (
@@ -109,8 +105,11 @@ class CompiledNet:
         x = self._checked(x)
         if len(x) == 0:
             return x.new_empty(self.num_exits, 0, self.num_classes)
-        with self._turn:
+        self._take_turn()
+        try:
             return self._engine.exit_logits(x, self.num_exits)
+        finally:
+            self._give_turn()
 
     def begin(self, owning: bool = False) -> CompiledRun:
         """The stages for one pass of a batch, as executors take them: without copies between them.
@@ -131,23 +130,31 @@ class CompiledNet:
         Raises:
             TypeError: the loader gives something else.
         """
-        n = same = 0
-        same_exits = torch.zeros(self.num_exits, dtype=torch.int64)
-        gap = largest = 0.0
+        n, same, gap = 0, 0, 0.0
         for item in loader.split(_CHUNK) if isinstance(loader, Tensor) else loader:
             x = self._checked(images_of("CompiledNet.verify", item))
-            if not len(x):
-                continue
             ours = self.exit_logits(x)
             with torch.no_grad():
                 theirs = self._reference.exit_logits(x)
             n += len(x)
             ensembles = [ops.ensemble(logits, self.output_weights).argmax(-1) for logits in (ours, theirs)]
             same += int((ensembles[0] == ensembles[1]).sum())
-            same_exits += (ours.argmax(-1) == theirs.argmax(-1)).sum(-1).cpu()
             gap = max(gap, difference(ours, theirs))
-            largest = max(largest, float(torch.where(theirs.isfinite(), theirs, 0).abs().max()))
-        return Verification(n, same, tuple(same_exits.tolist()), gap, largest)
+        return Verification(n, same, gap)
+
+    def _take_turn(self) -> None:
+        """Waits until no other thread is at work here."""
+        if self._holder == threading.get_ident():  # it would wait for itself, for ever
+            raise RuntimeError(
+                "CompiledNet: must not be called while it is at work on a batch of the same thread (by a user's "
+                "criterion); compile the network a second time for that"
+            )
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def _give_turn(self) -> None:
+        self._holder = None
+        self._lock.release()
 
     def _checked(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -166,30 +173,6 @@ class CompiledNet:
         return x.detach().resolve_neg().contiguous()
 
 
-class _Turn:
-    """A lock that its holder cannot take again: instead of waiting for itself for ever, a thread gets an error."""
-
-    __slots__ = ("_holder", "_lock")
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder: int | None = None
-
-    def __enter__(self) -> None:
-        me = threading.get_ident()
-        if self._holder == me:
-            raise RuntimeError(
-                "CompiledNet: must not be called while it is at work on a batch of the same thread (by a user's "
-                "criterion); compile the network a second time for that"
-            )
-        self._lock.acquire()
-        self._holder = me
-
-    def __exit__(self, *exception: object) -> None:
-        self._holder = None
-        self._lock.release()
-
-
 class CompiledRun:
     """The stages for one pass (:class:`aep_ext.inference.stages.StageRun`); the network is its own until it is closed.
 
@@ -201,7 +184,7 @@ class CompiledRun:
 
     def __init__(self, net: CompiledNet, owning: bool) -> None:
         self._net, self._owning, self._e = net, owning, 0
-        net._turn.__enter__()
+        net._take_turn()
 
     def __call__(self, e: int, features: Any) -> tuple[Any, Tensor]:
         net = self._net
@@ -219,17 +202,11 @@ class CompiledRun:
 
     def take(self, features: Any, positions: Tensor) -> Any:
         """Goes on with the rows at ``positions`` only, on the stages that are fastest for so many."""
-        if self._owning:
-            return take_rows(features, positions)
         chain = self._net._engine.chain(len(positions))
-        rows = self._chain.features(self._e)
-        if chain is self._chain:  # its memory cannot be read and written at once
-            chain.load(self._e + 1, rows.index_select(0, positions))
-        else:
-            chain.gather(self._e + 1, rows, positions)
+        chain.load(self._e + 1, self._chain.features(self._e).index_select(0, positions))
         self._chain = chain
         return self
 
     def close(self) -> None:
         """Lets other threads have the network."""
-        self._net._turn.__exit__()
+        self._net._give_turn()

@@ -1,13 +1,12 @@
 """The executor: a batch goes from exit to exit, and who is sure enough leaves.
 
 The decisions are made by :func:`~aep_ext.inference.criteria.gate_step` on those that are still under way, in their
-order, exactly as the simulator makes them. The features are no part of that step: they follow it only where carrying
-fewer rows pays.
+order, exactly as the simulator makes them. The features are no part of that step: they are cut down after it, and only
+where somebody has left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,9 +18,6 @@ from aep_ext.inference.criteria import STATELESS, gate_step, initial_state
 from aep_ext.inference.exit_policy import ExitPolicy
 from aep_ext.inference.stages import StageRun
 from aep_ext.ops import GateResult
-
-Compacts = Callable[[int, int, int], bool]
-"""``compacts(e, rows, stay)``: whether ``rows`` rows of features at exit e are cut down to the ``stay`` that go on."""
 
 _CPU = torch.device("cpu")  # said always: the default device may be another
 _ACC = {
@@ -106,13 +102,13 @@ class Executor:
         self._in_place = isinstance(policy.criterion, str) and policy.criterion in STATELESS
         self._singles: dict[torch.dtype, list[tuple[tuple[Any, ...], Tensor]]] = {}
 
-    def __call__(self, run: StageRun, x: Tensor, compacts: Compacts) -> GatedOutput:
+    def __call__(self, run: StageRun, x: Tensor) -> GatedOutput:
         """Answers a batch, (n, ...) of any size; closes the run."""
         try:
             features, logits = run(0, x)
             if self._in_place and logits.shape[0] == 1 and logits.is_cpu and logits.dtype in _ACC:
                 return self._single(run, features, logits)
-            return self._batch(run, features, logits, compacts)
+            return self._batch(run, features, logits)
         finally:
             run.close()
 
@@ -148,17 +144,13 @@ class Executor:
             return 0
         return int(result.count.item()) if self.live[e] else len(rows.indices)
 
-    def _batch(self, run: StageRun, features: Any, logits: Tensor, compacts: Compacts) -> GatedOutput:
+    def _batch(self, run: StageRun, features: Any, logits: Tensor) -> GatedOutput:
         n, dtype = len(logits), logits.dtype
         rows = self.start(logits, torch.arange(n, device=logits.device))
         answers: Answers | None = None
-        carried = n  # rows of features
-        places: Tensor | None = None  # where among these the rows are; None: they are all of them, in order
         for e in range(self.last + 1):
             if e:
                 features, logits = run(e, features)
-                if places is not None:
-                    logits = logits.index_select(0, places)
             result, present = self.step(e, rows, logits), len(rows.indices)
             stay = self.stay(e, rows, result)
             if stay == 0 and answers is None:  # all leave together, in order
@@ -170,11 +162,8 @@ class Executor:
                 answers.write(e, result.indices[stay:], result.running[stay:], result.stats[stay:])
                 if stay == 0:
                     break
-                positions = torch.searchsorted(rows.indices, result.indices[:stay])
-                places = positions if places is None else places.index_select(0, positions)
+                features = run.take(features, torch.searchsorted(rows.indices, result.indices[:stay]))
             rows = Rows(result.running[:stay], result.indices[:stay], result.state[:stay])
-            if places is not None and compacts(e, carried, stay):
-                features, places, carried = run.take(features, places), None, stay
         return answers.output()
 
     def _single(self, run: StageRun, features: Any, logits: Tensor) -> GatedOutput:

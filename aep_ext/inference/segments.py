@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -41,19 +40,6 @@ def cut(net: MultiExitNet) -> list[Segment]:
         segments.append(Segment(net.stages[start : end + 1], head, end == net.exit_stages[-1]).eval())
         start = end + 1
     return segments
-
-
-def frozen_copy(net: MultiExitNet) -> MultiExitNet:
-    """A copy of ``net`` in eval mode, without gradients: whatever becomes of ``net`` later, it stays as it is."""
-    gradients = {parameter: parameter.grad for parameter in net.parameters()}
-    try:
-        for parameter in gradients:
-            parameter.grad = None  # not to be copied: they may be as large as the weights
-        copied = copy.deepcopy(net)
-    finally:
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-    return copied.eval().requires_grad_(False)
 
 
 def segment_inputs(segments: Iterable[Segment], x: Tensor) -> list[Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aep_ext import ops
 from aep_ext._utils import per_exit
 from aep_ext.inference.criteria import criterion_name, gate_step, initial_state
 from aep_ext.inference.exit_policy import ExitPolicy
@@ -154,37 +155,19 @@ def near_threshold(exit_logits: Tensor, policy: ExitPolicy, tolerance: float = 1
             "comes to another decision cannot be known"
         )
     taken = simulate(exit_logits, policy).exit
-    exits, samples, classes = exit_logits.shape
-    device = exit_logits.device
-    acc = torch.float64 if exit_logits.dtype == torch.float64 else torch.float32
-    running = torch.zeros(samples, classes, dtype=acc, device=device)
-    indices, state = torch.arange(samples, device=device), initial_state("confidence", samples, classes, device)
-    near = torch.zeros(samples, dtype=torch.bool, device=device)
+    near = torch.zeros_like(taken, dtype=torch.bool)
     column = {"confidence": 0, "entropy": 1, "margin": 2}.get(policy.criterion)
-    weight_sum: float | Tensor = 0.0
-    with torch.no_grad():
-        for e in range(exits - 1):
-            step = gate_step(
-                "confidence",
-                policy.criterion_on,
-                running.new_zeros(samples, 0),
-                running,
-                weight_sum,
-                indices,
-                state,
-                exit_logits[e],
-                exit_index=e,
-                weight=policy.output_weights[e],
-                threshold=0.0,
-                temperature=policy.temperatures[e],
-                enabled=False,
-            )
-            running, weight_sum = step.running, step.weight_sum
-            if column is None:
-                close = step.stats[:, 2] <= tolerance
-            elif policy.enabled[e]:
-                close = (step.stats[:, column].double() - policy.thresholds[e]).abs() <= tolerance
-            else:
-                continue
-            near |= close & (taken >= e)
+    for e in range(policy.num_exits - 1):
+        first = e if policy.criterion_on == "exit" else 0
+        weights = torch.tensor(policy.output_weights[first : e + 1], dtype=torch.float64, device=exit_logits.device)
+        stats = ops.ensemble_stats(
+            exit_logits[first : e + 1].detach(),
+            weights,
+            normalizer=float(weights.sum()),
+            temperature=policy.temperatures[e],
+        ).stats
+        if column is None:
+            near |= (stats[:, 2] <= tolerance) & (taken >= e)
+        elif policy.enabled[e]:
+            near |= ((stats[:, column].double() - policy.thresholds[e]).abs() <= tolerance) & (taken >= e)
     return near

@@ -102,12 +102,6 @@ class RunCheckpoint(_callbacks.Checkpoint):
         self.history, self.best = list(state_dict["history"]), state_dict["best"]
 
 
-def best_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The network's weights of the best epoch so far, from a file of :class:`RunCheckpoint`."""
-    states = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
-    return states[RunCheckpoint.__qualname__]["best"]["weights"]
-
-
 class TrainingProgress(_callbacks.Callback):
     """Shows how far a training is: a bar over all its steps with the time left, or one plain line an epoch.
 

@@ -9,6 +9,7 @@ import inspect
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,9 @@ class Source:
         return len(self.labels)
 
 
-class _Pixels:
-    """Images held as one uint8 array (N, H, W)."""
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-
-    def __call__(self, index: int) -> Image.Image:
-        return require("PIL.Image", "train", "reading images").fromarray(self.pixels[index])
+def _from_pixels(pixels: np.ndarray, index: int) -> Image.Image:
+    """An image of one uint8 array (N, H, W)."""
+    return require("PIL.Image", "train", "reading images").fromarray(pixels[index])
 
 
 def _opened(file: Path | io.BytesIO, name: str) -> Image.Image:
@@ -66,35 +62,18 @@ def _opened(file: Path | io.BytesIO, name: str) -> Image.Image:
         raise UserError(f"no such data: {name} cannot be read as an image ({_one_line(error)})") from error
 
 
-class _EncodedFiles:
-    """Images held as encoded files, one after another in one uint8 array."""
-
-    def __init__(self, data: np.ndarray, offsets: np.ndarray) -> None:
-        self.data, self.offsets = data, offsets
-
-    def __call__(self, index: int) -> Image.Image:
-        encoded = self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
-        return _opened(io.BytesIO(encoded), f"file {index} of the archive")
+def _from_bytes(data: np.ndarray, offsets: np.ndarray, index: int) -> Image.Image:
+    """An image of encoded files, one after another in one uint8 array."""
+    return _opened(io.BytesIO(data[offsets[index] : offsets[index + 1]].tobytes()), f"file {index} of the archive")
 
 
-class _Files:
-    """Images as files on disk."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
-
-    def __call__(self, index: int) -> Image.Image:
-        return _opened(self.paths[index], str(self.paths[index]))
+def _from_files(paths: Sequence[Path], index: int) -> Image.Image:
+    return _opened(paths[index], str(paths[index]))
 
 
-class _Items:
-    """Images as the first entry of a torchvision data set's items."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __call__(self, index: int) -> Image.Image:
-        return self.dataset[index][0]
+def _from_items(dataset: Any, index: int) -> Image.Image:
+    """The first entry of an item of a torchvision data set."""
+    return dataset[index][0]
 
 
 def digits() -> Source:
@@ -102,7 +81,9 @@ def digits() -> Source:
     bunch = require("sklearn.datasets", "train", "the digits").load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     return Source(
-        _Pixels(pixels), torch.from_numpy(bunch.target.astype(np.int64)), tuple(str(n) for n in bunch.target_names)
+        partial(_from_pixels, pixels),
+        torch.from_numpy(bunch.target.astype(np.int64)),
+        tuple(str(n) for n in bunch.target_names),
     )
 
 
@@ -126,7 +107,9 @@ def jpeg_archive(path: Path) -> dict[str, Source]:
                 data, offsets, labels = (archive[f"{split}_{part}"] for part in ("bytes", "offsets", "labels"))
                 if len(offsets) != len(labels) + 1 or offsets[-1] > len(data):
                     raise ValueError(f"{split}_offsets do not fit {split}_labels and {split}_bytes")
-                result[split] = Source(_EncodedFiles(data, offsets), torch.from_numpy(labels.astype(np.int64)), classes)
+                result[split] = Source(
+                    partial(_from_bytes, data, offsets), torch.from_numpy(labels.astype(np.int64)), classes
+                )
     except (KeyError, ValueError, OSError) as error:
         raise UserError(f"no such data: {path} is not an archive of image files ({error})") from error
     return result
@@ -164,17 +147,8 @@ def image_folder(path: Path) -> dict[str, Source]:
         if not found:
             raise UserError(f"no such data: {folder} has no images in class sub-folders")
         labels = torch.tensor([label for _, label in found], dtype=torch.int64)
-        result[role] = Source(_Files([file for file, _ in found]), labels, tuple(classes))
+        result[role] = Source(partial(_from_files, [file for file, _ in found]), labels, tuple(classes))
     return result
-
-
-def torchvision_names() -> list[str]:
-    """The names of torchvision's image classification data sets that can be asked for, or none without torchvision."""
-    try:
-        module = require("torchvision.datasets", "models", "torchvision's data sets")
-    except UserError:
-        return []
-    return sorted(name for name in module.__all__ if _dataset_class(module, name) is not None)
 
 
 def _dataset_class(module: Any, name: str) -> Any | None:
@@ -239,7 +213,9 @@ def _torchvision_source(dataset: Any) -> Source:
             f"no such data: {type(dataset).__name__} is not a classification data set: {_one_line(error)}"
         ) from error
     names = getattr(dataset, "classes", None) or [str(label) for label in range(int(labels.max()) + 1)]
-    return Source(_Items(dataset), labels, tuple(" / ".join(n) if isinstance(n, tuple) else str(n) for n in names))
+    return Source(
+        partial(_from_items, dataset), labels, tuple(" / ".join(n) if isinstance(n, tuple) else str(n) for n in names)
+    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -13,12 +13,18 @@ from torch import Tensor
 
 from aep_ext._version import __version__
 from aep_ext.inference import ExitPolicy, simulate
-from aep_ext.pruning import SubsetScores, exits_of_mask, score_logits
+from aep_ext.pruning import (
+    SubsetCosts,
+    SubsetScores,
+    exits_of_mask,
+    non_inferiority_test,
+    score_logits,
+    smallest_non_inferior,
+)
 from aep_ext.training.config import CALIBRATION_FIELDS, RUNTIME_FIELDS, RunConfig
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.evaluate import right_answers
 from aep_ext.training.folder import BASELINE, RunFolder
-from aep_ext.training.verdict import paired_verdict, smallest_within_margin
 
 Latencies = Mapping[tuple[str, str], Mapping[str, float]]
 """Of one seed: for each model's name and kind of network its mean, median, p95 and ratio to the baseline's."""
@@ -49,12 +55,10 @@ def _model(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _scores(predictions: dict[str, Tensor], split: str, part: dict[str, Any]) -> SubsetScores:
     """Every subset's answers on one split, from the stored exit logits."""
-    stored = SubsetScores.from_dict(part["scores"])
     weights = torch.tensor(part["exit_weights"]["output"], dtype=torch.float32)
-    scores = score_logits(predictions[f"{split}_logits"], weights, predictions[f"{split}_labels"], keep_correct=True)
-    return SubsetScores(
-        scores.counts, scores.n, stored.exit_ids, parameters=stored.parameters, macs=stored.macs, correct=scores.correct
-    )
+    costs = SubsetCosts(tuple(part["scores"]["parameters"]), tuple(part["scores"]["macs"]))
+    logits, labels = predictions[f"{split}_logits"], predictions[f"{split}_labels"]
+    return score_logits(logits, weights, labels, costs=costs, keep_correct=True)
 
 
 def _smallest(
@@ -66,7 +70,7 @@ def _smallest(
         for split in ("val", "test")
     )
     reference = [right_answers(arrays["val_logits"][0], arrays["val_labels"]) for arrays in baselines]
-    found = smallest_within_margin(val, torch.stack(reference), margin)
+    found = smallest_non_inferior(val, torch.stack(reference), margin)
     if found is None:
         return None
     score, _ = found
@@ -82,7 +86,7 @@ def _smallest(
     ]
     answers = torch.stack([one.correct[score.mask - 1] for one in test])
     baseline = torch.stack([arrays["test_correct_full"] for arrays in baselines])
-    return {**_model(rows), "non_inferiority": paired_verdict(answers, baseline, margin)}
+    return {**_model(rows), "non_inferiority": non_inferiority_test(answers, baseline, margin).to_dict()}
 
 
 def _subsets(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -122,7 +126,7 @@ def _gated(
     costs = zip(rows, baselines, strict=True)
     return {
         **_model(rows),
-        "non_inferiority": paired_verdict(torch.stack(answers), reference, margin),
+        "non_inferiority": non_inferiority_test(torch.stack(answers), reference, margin).to_dict(),
         "saving": spread([1 - row["macs"] / baseline["full"]["macs"] for row, baseline in costs]),
         "feasible": sum(row["feasible"] for row in rows),
     }
@@ -151,7 +155,7 @@ def summarise(folder: RunFolder, seeds: list[dict[str, Any]], margin: float) -> 
         }
         for kind in ("full", "pruned"):
             right = torch.stack([arrays[f"test_correct_{kind}"] for arrays in predictions])
-            compared = paired_verdict(right, reference, margin)
+            compared = non_inferiority_test(right, reference, margin).to_dict()
             methods[name][kind] = {**_model([part[kind] for part in parts]), "non_inferiority": compared}
         if parts[0]["gated"]:
             methods[name]["gated"] = _gated(parts, predictions, baselines, reference, margin)
@@ -167,41 +171,25 @@ def add_latencies(summary: dict[str, Any], timed: Sequence[Latencies]) -> None:
 
 
 def delivered(config: RunConfig, seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Which network is delivered: of the exit weights whose gated networks cost the least, the seed with the highest
-    validation top-1; or, with the published objective and where no gates keep the budget, the pruned network with the
-    highest validation top-1. The first of several."""
-    parts = [(entry["seed"], name, part) for entry in seeds for name, part in entry["methods"].items()]
-    gated = [one for one in parts if one[2]["gated"] and one[2]["gated"]["feasible"]]
-    notice = ""
+    """Which network is delivered: of the exit weights whose gates keep the budget for most seeds, and then at the least
+    mean cost, the seed with the highest top-1 on the calibration images. With the published objective, and where no
+    gates keep the budget, the pruned network with the highest validation top-1. The first of several."""
+    models = [(entry["seed"], name, part) for entry in seeds for name, part in entry["methods"].items()]
+    gated = [one for one in models if one[2]["gated"] and one[2]["gated"]["feasible"]]
     if config.objective == "gated" and gated:
-        cost = {
-            name: (
-                -sum(one[1] == name for one in gated),
-                statistics.fmean(one[2]["gated"]["calibration"]["mean_cost"] for one in gated if one[1] == name),
-            )
-            for name in dict.fromkeys(name for _, name, _ in gated)
-        }
-        cheapest = min(cost, key=lambda name: cost[name])
-        seed, name, part = max(
-            (one for one in gated if one[1] == cheapest), key=lambda one: one[2]["gated"]["calibration"]["correct"]
-        )
-        return {
-            "seed": seed,
-            "exit_weights": name,
-            "kind": "gated",
-            "exits": part["gated"]["policy"]["exits"],
-            "notice": notice,
-        }
-    seed, name, part = max(parts, key=lambda one: one[2]["pruned"]["val"]["correct1"])
-    if config.objective == "gated" and part["gated"]:
-        notice = f"no gates keep the budget, so the published choice is delivered: {part['gated']['notice']}"
-    return {
-        "seed": seed,
-        "exit_weights": name,
-        "kind": "pruned",
-        "exits": part["pruned"]["exits"],
-        "notice": notice,
-    }
+        costs: dict[str, list[float]] = {}
+        for _, name, part in gated:
+            costs.setdefault(name, []).append(part["gated"]["calibration"]["mean_cost"])
+        best = min(costs, key=lambda name: (-len(costs[name]), statistics.fmean(costs[name])))
+        among = [one for one in gated if one[1] == best]
+        seed, name, part = max(among, key=lambda one: one[2]["gated"]["calibration"]["correct"])
+        kind, exits, notice = "gated", part["gated"]["policy"]["exits"], ""
+    else:
+        seed, name, part = max(models, key=lambda one: one[2]["pruned"]["val"]["correct1"])
+        kind, exits, notice = "pruned", part["pruned"]["exits"], ""
+        if config.objective == "gated" and part["gated"]:
+            notice = f"no gates keep the budget, so the published choice is delivered: {part['gated']['notice']}"
+    return {"seed": seed, "exit_weights": name, "kind": kind, "exits": exits, "notice": notice}
 
 
 def calibration_settings(config: RunConfig, data: ImageDataModule) -> dict[str, Any]:

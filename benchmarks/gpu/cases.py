@@ -128,9 +128,9 @@ def _fit_statistics(net: MultiExitNet, x: Tensor) -> None:
         last.weight.mul_(3 / logits.std())
 
 
-def gated(net: MultiExitNet, thresholds: float | list[float] = NEVER, mode: str = "auto") -> GatedNet:
+def gated(net: MultiExitNet, thresholds: float | list[float] = NEVER) -> GatedNet:
     """The network with gates by confidence."""
-    return GatedNet(net, ExitPolicy(output_weights=net.output_weights.tolist(), thresholds=thresholds), mode=mode)
+    return GatedNet(net, ExitPolicy(output_weights=net.output_weights.tolist(), thresholds=thresholds))
 
 
 def leaving(net: MultiExitNet, xs: list[Tensor], e: int, share: float) -> list[float]:

@@ -62,8 +62,6 @@ def test_graphed(record, case):
             late[name] = {who: latency(function, inputs) for who, function in beside.items()}
         nobody, everybody = stream["0%"], stream["100% at exit 0"]
         found = {
-            "path": graphed.path,
-            "reason": graphed.reason,
             "stream_us": stream,
             "latency_us": late,
             "left_at": shares,

@@ -91,7 +91,7 @@ def small(monkeypatch):
 
 def test_thresholds_let_the_share_go_at_the_exit(small):
     net, xs = small
-    gated = cases.gated(net, mode="mask")
+    gated = cases.gated(net)
     graphed = CudaGraphGatedNet(gated, xs[0], backend=FakeBackend())
     for name, e, share in cases.scenarios(4):
         gated.thresholds.copy_(torch.tensor(cases.leaving(net, xs, e, share)))

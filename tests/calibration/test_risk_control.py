@@ -10,8 +10,10 @@ import torch
 from scipy.stats import binom
 from synthetic_exits import ascending, cached_logits
 
-from aep_ext.calibration import RiskBudget, calibrate, conformal_risk_control, learn_then_test, risk_control
+from aep_ext.calibration import RiskBudget, calibrate
+from aep_ext.calibration.risk_control import betting_p_value, conformal_risk_control, learn_then_test
 from aep_ext.calibration.thresholds import ExitTable, search_thresholds
+from aep_ext.inference import ExitPolicy
 
 COSTS = [1.0, 2.0, 3.0, 4.0]
 RESAMPLINGS = 1000
@@ -21,8 +23,8 @@ RESAMPLINGS = 1000
 def answers():
     """(M, N) right answers of a path that was fixed on other data, and (N,) of the reference, on a whole population."""
     others, people = cached_logits(4, 3000, seed=12), cached_logits(4, 20_000, seed=11)
-    front = search_thresholds(ExitTable.of(others, ascending(4), [1.0] * 4), COSTS)
-    table = ExitTable.of(people, ascending(4), [1.0] * 4)
+    front = search_thresholds(ExitTable.of(others, ExitPolicy(output_weights=ascending(4))), COSTS)
+    table = ExitTable.of(people, ExitPolicy(output_weights=ascending(4)))
     path = np.unique(np.linspace(0, len(front) - 1, 40).astype(int))[::-1]
     right = np.stack([table.answers(front.thresholds[step], front.enabled[step])[1] for step in path])
     return right, table.correct[-1]
@@ -124,10 +126,10 @@ def test_betting_p_values():
         stake = min(max(math.sqrt(2 * math.log(10) / (4 * variance)), kelly), 0.75 / (1 - epsilon))
         capital *= 1 - stake * (x - epsilon)
         largest = max(largest, capital)
-    assert risk_control.betting_p_value(values, epsilon) == pytest.approx(1 / largest)
-    assert risk_control.betting_p_value([], 0.5) == 1.0
+    assert betting_p_value(values, epsilon) == pytest.approx(1 / largest)
+    assert betting_p_value([], 0.5) == 1.0
     steady = np.full(500, 0.5)
-    assert risk_control.betting_p_value(steady, 0.52) < 0.1 < math.exp(-2 * 500 * 0.02**2)
+    assert betting_p_value(steady, 0.52) < 0.1 < math.exp(-2 * 500 * 0.02**2)
 
 
 def test_conformal_risk_control_by_hand():
@@ -155,7 +157,7 @@ def test_the_whole_way_keeps_the_promise(method):
             continue
         assert found.guarantee.startswith("the probability that only the reference is right is at most 0.04")
         policy = found.policy
-        table = ExitTable.of(people.select_exits(policy.exits), policy.output_weights, policy.temperatures)
+        table = ExitTable.of(people.select_exits(policy.exits), policy)
         right = table.answers(policy.thresholds, policy.enabled)[1]
         risks.append(float((reference.numpy() & ~right).mean()))
         misses += risks[-1] > 0.04
@@ -166,21 +168,23 @@ def test_the_whole_way_keeps_the_promise(method):
         assert np.mean(risks) <= 0.04 + 3 * np.std(risks, ddof=1) / math.sqrt(runs)
 
 
+def test_a_path_made_for_a_loss_begins_without_it():
+    """A small risk of degradation can be kept, where a path of accuracy alone begins with too many exchanged answers."""
+    logits = cached_logits(4, 6000, seed=15)
+    reference = logits.logits[-1].argmax(1) == logits.target
+    found = calibrate(
+        logits,
+        costs=COSTS,
+        budget=RiskBudget(0.004, 0.1, "degradation"),
+        reference=reference,
+        exits=range(4),
+        output_weights=[0.001, 0.001, 0.001, 1.0],
+        folds=2,
+    )
+    assert found.feasible and found.mean_cost < 4.0
+
+
 def test_a_promise_that_cannot_be_made_is_not_made():
     found = calibrate(cached_logits(2, 60), costs=[1.0, 2.0], budget=RiskBudget(0.001, 0.05), folds=2)
     assert not found.feasible and found.guarantee == "" and found.n == 30
     assert "no policy could be shown to keep a risk of 0.001 with 30 samples" in found.notice
-
-
-def test_arguments():
-    losses = np.zeros((2, 3))
-    with pytest.raises(ValueError, match=r"losses must have shape \[M, N\] with both at least 1, got \[3\]"):
-        learn_then_test(np.zeros(3), 0.1, 0.1)
-    with pytest.raises(ValueError, match=r"losses must be within \[-1, 1\], got 0.0..2.0"):
-        learn_then_test([[0.0, 2.0]], 0.1, 0.1)
-    with pytest.raises(ValueError, match=r"losses must be within \[0, 1\]"):
-        conformal_risk_control([[-1.0, 0.0]], 0.1)
-    with pytest.raises(ValueError, match=r"epsilon and delta must be within \(0, 1\), got 0 and 0.1"):
-        learn_then_test(losses, 0, 0.1)
-    with pytest.raises(ValueError, match="epsilon must be within"):
-        conformal_risk_control(losses, 1)

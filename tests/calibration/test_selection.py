@@ -9,7 +9,7 @@ from synthetic_exits import cached_logits, logits_and_labels, subset_macs
 
 from aep_ext.calibration import AccuracyBudget, CachedLogits, CostBudget, selection
 from aep_ext.calibration.selection import Candidate, Selection, candidate_subsets
-from aep_ext.calibration.thresholds import search_thresholds
+from aep_ext.calibration.thresholds import ExitTable, search_thresholds
 
 
 def problem(logits: CachedLogits, **options) -> Selection:
@@ -49,19 +49,18 @@ def test_candidate_subsets():
 def test_weights_and_temperatures_are_those_of_the_subset(criterion_on):
     logits = cached_logits(3, 800)
     given = problem(logits, output_weights=(1.0, 5.0, 3.0), criterion_on=criterion_on)
-    weights, temperatures = given.fit((0, 2))
-    assert weights == pytest.approx([0.25, 0.75]) and len(temperatures) == 2
+    assert given.fit((0, 2)).output_weights == pytest.approx((0.25, 0.75))
     fitted = problem(logits, output_weights="fitted", criterion_on=criterion_on)
-    weights, temperatures = fitted.fit((0, 2))
+    policy = fitted.fit((0, 2))
+    weights, temperatures = policy.output_weights, policy.temperatures
+    assert policy.exits == (0, 2) and policy.criterion_on == criterion_on and policy.enabled == (False,)
     assert sum(weights) == pytest.approx(1) and weights[1] > 0.7
     # Fitted with the weights or on their own, a temperature is the same optimum.
-    again, _ = problem(logits, output_weights=(weights[0], 1.0, weights[1]), criterion_on=criterion_on).fit((0, 2))
-    assert again == pytest.approx(weights)
-    other = problem(logits, output_weights=(weights[0], 1.0, weights[1]), criterion_on=criterion_on)
-    assert other.fit((0, 2))[1] == pytest.approx(temperatures, rel=1e-2)
+    again = problem(logits, output_weights=(weights[0], 1.0, weights[1]), criterion_on=criterion_on).fit((0, 2))
+    assert again.output_weights == pytest.approx(weights)
+    assert again.temperatures == pytest.approx(temperatures, rel=1e-2)
     assert all(np.float32(value) == value for value in [*weights, *temperatures])
-    some = np.arange(100)
-    assert fitted.fit((0, 2), some)[0] != weights
+    assert fitted.fit((0, 2), np.arange(100)).output_weights != weights
 
 
 def test_cross_validation_is_by_hand_the_same():
@@ -74,8 +73,7 @@ def test_cross_validation_is_by_hand_the_same():
     total = np.zeros(3)
     for fold in np.array_split(order, 3):
         seen = np.array([row for row in range(90) if row not in fold])
-        weights, temperatures = chosen.fit((0, 2), seen)
-        table = chosen.table((0, 2), weights, temperatures)
+        table = ExitTable.of(logits.select_exits((0, 2)), chosen.fit((0, 2), seen))
         front = search_thresholds(table.select(seen), chosen.costs_of((0, 2)))
         for row, target in enumerate([1.0, 5.0]):
             point = front.cheapest(chosen.reference[seen].sum() - target * 0.6)
@@ -136,7 +134,7 @@ def test_labels_of_which_logits_say_nothing():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 300, 5, generator=generator)
     chosen = problem(CachedLogits(logits, torch.randint(0, 5, (300,), generator=generator)))
-    table = chosen.table((0, 1, 2), *chosen.fit((0, 1, 2)))
+    table = ExitTable.of(chosen.logits, chosen.fit((0, 1, 2)))
     front = search_thresholds(table, chosen.costs_of((0, 1, 2)))
     correct, _ = chosen.cross_validate((0, 1, 2), [-100.0], lambda: None)
     assert front.correct[-1] > table.correct.sum(axis=1).max() + 3
@@ -153,12 +151,13 @@ def test_plain_search_is_optimistic_and_cross_validation_is_not():
         chosen = problem(CachedLogits(logits[:, rows], target[rows]), num_std_errors=1.0)
         best = chosen.candidates([(0, 1, 2), (0, 2)])[0]
         assert best.qualifies
-        weights, temperatures = chosen.fit(best.exits)
-        front = search_thresholds(chosen.table(best.exits, weights, temperatures), chosen.costs_of(best.exits))
-        judge = people.table(best.exits, weights, temperatures)
+        policy = chosen.fit(best.exits)
+        table = ExitTable.of(chosen.logits.select_exits(best.exits), policy)
+        front = search_thresholds(table, chosen.costs_of(best.exits))
+        elsewhere = ExitTable.of(people.logits.select_exits(best.exits), policy)
         for target_points, found in ((best.target, dropped), (2.0, naive)):
             point = chosen.point(front, target_points, chosen.reference)
-            right = judge.answers(front.thresholds[point], front.enabled[point])[1]
+            right = elsewhere.answers(front.thresholds[point], front.enabled[point])[1]
             found.append(100 * (people.reference.mean() - right.mean()))
     assert np.mean(dropped) <= 2.0 < np.mean(naive)
 

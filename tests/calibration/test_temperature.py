@@ -57,7 +57,6 @@ def test_degenerate_data_are_bounded():
     assert fit_temperature(logits, logits.argmax(1)) == 0.05
     assert fit_temperature(1000 * logits, logits.argmax(1)) == 0.05
     assert fit_temperature(logits, logits.argmin(1)) == 100
-    assert fit_temperature(logits, logits.argmin(1), bounds=(0.5, 2)) == 2
     for flat in (torch.ones(5, 4), torch.randn(5, 1), torch.full((5, 3), math.nan), torch.zeros(0, 3)):
         assert fit_temperature(flat, torch.zeros(len(flat), dtype=torch.int64)) == 1
 
@@ -104,8 +103,3 @@ def test_every_exits_prefix_or_own_logits():
 def test_arguments(arguments, message):
     with pytest.raises(ValueError, match=f"fit_temperature: {message}"):
         fit_temperature(*arguments)
-
-
-def test_bounds():
-    with pytest.raises(ValueError, match=r"bounds must be positive, finite and in order, got \(3, 2\)"):
-        fit_temperature(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64), bounds=(3, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def tied(exits: int, samples: int, seed: int, classes: int = 3) -> CachedLogits:
 
 
 def table_of(logits: CachedLogits, criterion: str = "confidence", **options: str) -> ExitTable:
-    return ExitTable.of(logits, ascending(logits.num_exits), [1.0] * logits.num_exits, criterion, **options)
+    return ExitTable.of(logits, ExitPolicy(output_weights=ascending(logits.num_exits), criterion=criterion, **options))
 
 
 def every_point(table: ExitTable, costs: list[float]) -> list[tuple[int, float]]:
@@ -54,19 +55,15 @@ def test_the_table_decides_as_the_simulator(seed, exits, samples, criterion, cri
     rng = np.random.default_rng(seed)
     weights, temperatures = (np.float32(rng.uniform(0.3, 2, exits)).tolist() for _ in range(2))
     costs = np.cumsum(rng.uniform(0.1, 2, exits)).tolist()
-    table = ExitTable.of(logits, weights, temperatures, criterion, criterion_on)
+    policy = ExitPolicy(
+        output_weights=weights, criterion=criterion, criterion_on=criterion_on, temperatures=temperatures
+    )
+    table = ExitTable.of(logits, policy)
     front = search_thresholds(table, costs)
     for point in {0, len(front) // 2, len(front) - 1}:
         thresholds, enabled = front.thresholds[point].tolist(), front.enabled[point].tolist()
-        policy = ExitPolicy(
-            output_weights=weights,
-            thresholds=thresholds,
-            criterion=criterion,
-            criterion_on=criterion_on,
-            temperatures=temperatures,
-            enabled=enabled,
-        )
-        seen = simulate(logits.logits, policy, target=logits.target, costs=costs)
+        gated = replace(policy, thresholds=thresholds, enabled=enabled)
+        seen = simulate(logits.logits, gated, target=logits.target, costs=costs)
         taken, right = table.answers(thresholds, enabled)
         assert seen.exit.tolist() == taken.tolist() and seen.correct.tolist() == right.tolist()
         assert int(seen.correct.sum()) == front.correct[point]
@@ -177,15 +174,6 @@ def test_one_exit_has_nothing_to_search():
     front = search_thresholds(table, [5.0])
     assert front.cost.tolist() == [5.0] and front.thresholds.shape == (1, 0)
     assert front.correct.tolist() == [int(table.correct.sum())]
-
-
-def test_a_rule_of_the_users_own_has_no_thresholds():
-    with pytest.raises(ValueError, match="criterion must be one of confidence, .*, got my_rule"):
-        ExitTable.of(cached_logits(2, 3), [1.0, 1.0], [1.0, 1.0], my_rule)
-
-
-def my_rule(state):
-    return state.stats[:, 0] > 0.5
 
 
 def test_one_step_of_a_gate_equals_logits_of_any_order():

@@ -56,7 +56,7 @@ def test_run_and_report(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("baseline: epoch 1/1, validation loss ") and lines[1].startswith("mixed: epoch 1/1")
-    assert "MIX, pruned" in done.stdout
+    assert "MIX, pruned" in done.stdout and "MIX, gated" in done.stdout
     assert lines[-1].startswith(f"report: {Path('runs/digits-resnet_small/report.html')} (")
     noise = [line for line in done.stderr.splitlines() if "aep_ext" not in line and "use_native" not in line]
     assert noise == []  # of Lightning: no greetings, no advice
@@ -103,9 +103,12 @@ def test_errors_are_one_line_and_exit_code_2(
 
 def test_a_folder_that_holds_another_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="aep run needs lightning")
-    (tmp_path / "config.json").write_text(json.dumps({"data": "digits", "epochs": 5}))
+    (tmp_path / "config.json").write_text(json.dumps({"version": 2, "data": "digits", "epochs": 5}))
     assert cli.main(["run", "--output", str(tmp_path), "--epochs", "6"]) == 2
     assert "holds another run" in one_line(capsys)
+    (tmp_path / "config.json").write_text(json.dumps({"data": "digits", "epochs": 5}))
+    assert cli.main(["run", "--output", str(tmp_path), "--resume"]) == 2
+    assert "holds a run of version 1" in one_line(capsys)
     (tmp_path / "config.json").unlink()
     (tmp_path / "precious.txt").write_text("")
     assert cli.main(["run", "--output", str(tmp_path), "--resume"]) == 2
@@ -115,29 +118,30 @@ def test_a_folder_that_holds_another_run(capsys: pytest.CaptureFixture[str], tmp
 def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightning", reason="aep run needs lightning")
     monkeypatch.chdir(tmp_path)
-    gate = ["--budget", "20", "--caution", "0", "--static", "none"]
-    assert cli.main(["run", *QUICK, "--quiet", "--output", "r", "--terminate", *gate, "--images", "select"]) == 0
+    assert cli.main(["run", *QUICK, "--quiet", "--output", "r", "--margin", "20"]) == 0
     out = capsys.readouterr().out
-    assert "MIX, pruned" in out and "mean multiply-adds" in out and "report: r/report.html" in out
-    gates = json.loads((tmp_path / "r" / "gates.json").read_text())
-    assert gates["settings"]["budget"] == {"kind": "accuracy", "points": 20.0} and gates["static"] == []
+    assert "MIX, gated" in out and "report: r/report.html" in out and "epoch" not in out
+    results = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert results["calibration"]["budget"] == {"kind": "accuracy", "points": 20.0} and results["static"] == []
     # Finished: nothing is done again.
-    assert cli.main(["run", "--output", "r", "--resume", "--terminate", *gate, "--images", "select"]) == 0
-    assert json.loads((tmp_path / "r" / "gates.json").read_text()) == gates
+    assert cli.main(["run", "--output", "r", "--resume"]) == 0
+    assert json.loads((tmp_path / "r" / "results.json").read_text()) == results
+    asked = ["--budget", "30", "--reference", "ensemble", "--criterion", "margin", "--criterion-on", "exit"]
     capsys.readouterr()
-    assert cli.main(["calibrate", "r", "--budget", "30", "--policy", "margin", "--judge", "exit", "--quiet"]) == 0
-    assert "looked at 2 times" in capsys.readouterr().out
-    gates = json.loads((tmp_path / "r" / "gates.json").read_text())
-    assert gates["settings"]["policy"] == "margin" and gates["settings"]["judge"] == "exit"
+    assert cli.main(["calibrate", "r", *asked, "--quiet"]) == 0
+    found = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert found["test_looks"] == 2 and found["calibration"]["reference"] == "ensemble"
+    assert found["calibration"]["criterion"] == "margin" and found["calibration"]["criterion_on"] == "exit"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["calibrate", "nowhere"], "no such run: nowhere holds none"),
-        (["calibrate", "nowhere", "--policy", "luck"], "no such policy: 'luck'"),
-        (["run", "--budget", "1"], "go with --terminate"),
-        (["run", "--terminate", "--risk", "2"], "risk must be a fraction"),
+        (["bench", "nowhere"], "no such run: nowhere holds none"),
+        (["run", "--criterion", "luck"], "no such criterion: 'luck'"),
+        (["run", "--static", "resnet9000"], "no such static network: 'resnet9000'"),
+        (["run", "--risk", "2"], "risk must be a fraction"),
     ],
 )
 def test_errors_of_calibrate(
@@ -155,18 +159,16 @@ def test_errors_of_calibrate(
 
 
 def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    import types
+    pytest.importorskip("lightning", reason="aep bench needs lightning")
+    from aep_ext.training import bench
 
     seen: list[Any] = []
-    module = types.ModuleType("aep_ext.bench")
-    module.bench_run = lambda folder, **options: seen.append((folder, options)) or {}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "aep_ext.bench", module)
+    monkeypatch.setattr(bench, "bench_run", lambda folder, **options: seen.append((folder, options)))
     assert cli.main(["bench", "r"]) == 0
-    assert (
-        cli.main(["bench", "r", "--batches", "1,2", "--backend", "openvino", "--threads", "2", "--seconds", "1"]) == 0
-    )
+    asked = ["--batches", "1,2", "--backend", "openvino", "--threads", "2", "--seconds", "1"]
+    assert cli.main(["bench", "r", *asked]) == 0
     (folder, first), (_, second) = seen
-    assert folder == "r" and callable(first.pop("write"))
+    assert folder == "r" and callable(first.pop("progress").write)
     assert first == {"batches": (1, 4, 16, 64, 256), "backend": "eager", "threads": 1, "samples": 512, "seconds": 10.0}
     assert second["batches"] == (1, 2) and second["backend"] == "openvino" and second["seconds"] == 1.0
 
@@ -177,7 +179,7 @@ def test_report_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    from aep_ext.report import UserError
+    from aep_ext._utils import UserError
 
     with pytest.raises(UserError, match="holds no results"):
         cli.main(["report", str(tmp_path), "--debug"])
@@ -214,10 +216,13 @@ def test_options_become_fields_of_the_configuration(monkeypatch: pytest.MonkeyPa
     )
     given, options = seen.pop()
     assert given == {"seeds": (7,), "exit_weights": ("MIX", "DESC"), "lr": 0.1, "class_weights": False}
-    assert options == {"resume": False, "write": None}
-    assert cli.main(["run", "--seeds", "0,1,2", "--resume", "--output", "x"]) == 0
+    assert options["resume"] is False and options["progress"].write is None
+    gates = ["--no-terminate", "--static", "0.5,vgg16", "--calibration-samples", "100", "--num-std-errors", "1"]
+    assert cli.main(["run", "--seeds", "0,1,2", "--resume", "--output", "x", *gates]) == 0
     given, options = seen.pop()
-    assert given == {"seeds": (0, 1, 2), "output": "x"} and options["resume"] and callable(options["write"])
+    asked = {"terminate": False, "static": ("0.5", "vgg16"), "calibration_samples": 100, "num_std_errors": 1.0}
+    assert given == {"seeds": (0, 1, 2), "output": "x", **asked}
+    assert options["resume"] and callable(options["progress"].write)
     assert training.RunConfig.from_dict(given).seeds == (0, 1, 2)
 
 

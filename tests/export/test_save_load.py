@@ -1,22 +1,22 @@
 from __future__ import annotations
 
-import builtins
 import hashlib
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-import aep_ext
-from aep_ext import ExitWeights, MultiExitNet, prune
-from aep_ext.deploy import describe, load, save
+from aep_ext import ExitPolicy, ExitWeights, GatedNet, MultiExitNet, load, prune, save
+from aep_ext.export import describe
 from aep_ext.pruning import single_exit
 from aep_ext.surgery.heads import PooledLinearHead
 from aep_ext.surgery.networks import build
 
-pytest.importorskip("safetensors", reason="deploy's files are safetensors")
+pytest.importorskip("safetensors", reason="the files are safetensors")
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_broken_folders_are_refused(net, tmp_path):
     origin = json.loads(good)["origin"]
     for changes, message in (
         ({"format": "other"}, "must have format 'aep_ext.model', got 'other'"),
-        ({"version": 2}, "must have version 1, got 2"),
+        ({"version": 3}, "must have version 1 to 2, got 3"),
         ({"sha256": "0" * 64}, "must have the SHA-256 that model.json names, 000000000000..., got"),
         ({"origin": origin | {"name": "resnet_huge"}}, "resnet_huge"),
         ({"origin": origin | {"kind": "magic"}}, "for a network of origin 'magic', got None"),
@@ -211,7 +211,7 @@ def test_what_cannot_be_saved_leaves_the_old_files(net, tmp_path, monkeypatch):
         save(other, tmp_path, metadata={"model": net})
     with pytest.raises(ValueError, match="net must be on a real device, got '.*' on meta"):
         save(prune(net, (0,)).to("meta"), tmp_path)
-    with pytest.raises(TypeError, match="net must be a MultiExitNet, got Linear"):
+    with pytest.raises(TypeError, match="save: net must be a MultiExitNet or a GatedNet of one, got Linear"):
         save(nn.Linear(1, 1), tmp_path)
 
     def broken(descriptor: int) -> None:
@@ -224,15 +224,8 @@ def test_what_cannot_be_saved_leaves_the_old_files(net, tmp_path, monkeypatch):
 
 
 def test_without_safetensors_the_extra_is_named(net, tmp_path, monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *arguments, **keywords):
-        if name.startswith("safetensors"):
-            raise ImportError(name)
-        return original(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"needs safetensors: pip install 'aep_ext\[deploy\]'"):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"aep_ext.save needs safetensors: pip install 'aep_ext\[deploy\]'"):
         save(net, tmp_path)
 
 
@@ -244,81 +237,90 @@ def test_torchvision_networks(tmp_path, name):
     same(net, load(tmp_path), torch.randn(1, 3, 64, 64))
 
 
-@pytest.mark.parametrize("exits", [None, (0, 2), (1,)])
-def test_gated_networks(net, tmp_path, exits):
-    from aep_ext.termination import GatedNet, Patience
-
-    pruned = net if exits is None else prune(net, exits)
-    count = pruned.num_exits
-    gated = GatedNet(
-        pruned,
-        Patience("exit"),
-        [1 + 0.1 * e for e in range(count - 1)],
-        [0.7] * count,
-        [e != 1 for e in range(count - 1)],
-        ["mask"] * (count - 1),
+def gated_net(net: MultiExitNet, exits: tuple[int, ...] = (0, 1, 2, 3)) -> GatedNet:
+    count = len(exits)
+    policy = ExitPolicy(
+        output_weights=[0.1 * (e + 1) for e in range(count)],
+        thresholds=[1 + 0.1 * e for e in range(count - 1)],
+        criterion="patience",
+        criterion_on="exit",
+        temperatures=0.7,
+        enabled=[e != 1 for e in range(count - 1)],
+        exits=exits,
     )
-    x = torch.randn(5, 1, 12, 12)
+    return GatedNet.from_policy(net, policy)
+
+
+@pytest.mark.parametrize("exits", [(0, 1, 2, 3), (0, 2), (1,)])
+def test_gated_networks(net, tmp_path, exits):
+    gated, x = gated_net(net, exits), torch.randn(5, 1, 12, 12)
     gated.measure(x, repeats=1)
     assert save(gated, tmp_path, metadata={"a": 1}) == tmp_path
     loaded = load(tmp_path)
-    assert isinstance(loaded, GatedNet) and not loaded.training and loaded.costs is None
-    same(pruned, loaded.net, x)
-    assert loaded.policy == gated.policy and loaded.mode == gated.mode and describe(tmp_path)["metadata"] == {"a": 1}
-    for name in ("thresholds", "temperatures", "enabled"):
-        ours, theirs = getattr(gated, name), getattr(loaded, name)
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    assert isinstance(loaded, GatedNet) and not loaded.training
+    assert loaded.profile is None and loaded.calibration is None
+    same(gated.net, loaded.net, x)
+    assert loaded.policy == gated.policy
+    description = describe(tmp_path)
+    assert description["metadata"] == {"a": 1} and ExitPolicy.from_dict(description["exit_policy"]) == gated.policy
     for a, b in zip(gated(x), loaded(x), strict=True):
         assert torch.equal(a, b)
-    save(loaded, tmp_path)
     save(loaded.net, tmp_path)  # and back to the net without gates
-    assert isinstance(load(tmp_path), MultiExitNet) and "gate" not in describe(tmp_path)
+    assert isinstance(load(tmp_path), MultiExitNet) and "exit_policy" not in describe(tmp_path)
+
+
+def test_gates_of_the_first_format(net, tmp_path):
+    """Thresholds, temperatures and flags were tensors of the file, and the output weights only the network's own."""
+    from safetensors.torch import load_file
+    from safetensors.torch import save as written
+
+    gated, x = gated_net(net), torch.randn(5, 1, 12, 12)
+    save(gated.net, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {f"gate.{name}": getattr(gated, name) for name in ("thresholds", "temperatures", "enabled")}
+    data = written(tensors)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    gate = {"policy": "patience", "on": "exit", "mode": ["mask", "auto", "off"], "calibration": {"seed": 7}}
+    _edit(tmp_path, version=1, gate=gate, sha256=hashlib.sha256(data).hexdigest())
+    loaded = load(tmp_path)
+    gated.enabled[2] = False  # a mode "off" was the same
+    assert loaded.policy == gated.policy and loaded.calibration == {"seed": 7}
+    for a, b in zip(gated(x), loaded(x), strict=True):
+        assert torch.equal(a, b)
+    for change, message in (
+        ({"policy": "luck"}, "criterion must be one of confidence, .* got 'luck'"),
+        ({"on": "both"}, "criterion_on must be 'ensemble' or 'exit', got 'both'"),
+        ({"mode": []}, "zip"),
+    ):
+        _edit(tmp_path, gate=gate | change)
+        with pytest.raises(ValueError, match=f"load: the gates in model.json cannot be read: .*{message}"):
+            load(tmp_path)
+    _edit(tmp_path, gate={"policy": "vote"})
+    with pytest.raises(ValueError, match="cannot be read: 'mode'"):
+        load(tmp_path)
 
 
 def test_gates_that_no_file_can_hold_and_broken_ones(net, tmp_path):
-    from aep_ext.termination import Confidence, GatedNet
-
-    class Mine(Confidence):
-        pass
-
-    for policy in (lambda judged: judged.stats[:, 0] > 0.5, Mine()):
-        with pytest.raises(ValueError, match="deploy.save: the policy must be one of confidence, .* a rule in Python"):
-            save(GatedNet(net, policy, 0.5), tmp_path)
+    own = GatedNet(net, ExitPolicy(output_weights=net.output_weights, criterion=lambda state: state.indices > 0))
+    with pytest.raises(ValueError, match="save: a user's own criterion cannot be written to a file .*<lambda>"):
+        save(own, tmp_path)
     assert not os.listdir(tmp_path)
-    with pytest.raises(TypeError, match="net must be a MultiExitNet, got Units"):
-        save(GatedNet(Units(), "confidence", []), tmp_path)
-    save(GatedNet(net, "confidence", 0.5), tmp_path)
-    good = describe(tmp_path)["gate"]
-    for gate, message in (
-        ({"policy": "luck"}, "must hold a built-in policy, its numbers and modes, got no 'luck'"),
-        ({"policy": "vote"}, "got no 'on'"),
-        ("gate", "got no string indices"),
-        (good | {"mode": ["no"] * 3}, "mode must be one of auto, compact, mask, off, got 'no'"),
-        (good | {"on": "both"}, "on must be 'ensemble' or 'exit', got 'both'"),
-        (None, "3 unknown"),
+    save(gated_net(net), tmp_path)
+    good = describe(tmp_path)
+    for change, message in (
+        ({"exit_policy": None}, "values must be a mapping, got NoneType"),
+        ({"exit_policy": good["exit_policy"] | {"luck": 1}}, r"differing: \['luck'\]"),
+        ({"exit_policy": good["exit_policy"] | {"output_weights": [1.0] * 4}}, "the network's output weights"),
     ):
-        _edit(tmp_path, gate=gate)
-        with pytest.raises(ValueError, match=message):
+        _edit(tmp_path, **change)
+        with pytest.raises(ValueError, match=f"load: the gates in model.json cannot be read: .*{message}"):
             load(tmp_path)
+        _edit(tmp_path, **good)
 
 
-def test_a_calibration_goes_with_the_gates(net, tmp_path):
-    with torch.no_grad():
-        batches = [(x, net(x).argmax(1)) for x in torch.randn(4, 16, 1, 12, 12)]
-    gated = aep_ext.terminate(net, batches, budget=1.0)
+def test_where_the_policy_comes_from_goes_with_it(net, tmp_path):
+    gated = gated_net(net)
+    gated.calibration = SimpleNamespace(to_dict=lambda: {"n": 64, "budget": {"points": 0.5}})
     loaded = load(save(gated, tmp_path / "calibrated"))
-    assert loaded.calibration.to_dict() == gated.calibration.to_dict()
-    again = load(save(loaded, tmp_path / "again"))
-    assert str(again.calibration) == str(gated.calibration)
-    gated.calibration = None
-    assert not hasattr(load(save(gated, tmp_path / "bare")), "calibration")
-    _edit(tmp_path / "again", gate=describe(tmp_path / "again")["gate"] | {"calibration": {"policy": None}})
-    with pytest.raises(ValueError, match="deploy.load: the calibration of the gates"):
-        load(tmp_path / "again")
-
-
-class Units:
-    """Not a MultiExitNet, but something a GatedNet takes."""
-
-    stages = (len,)
-    output_weights = (1.0,)
+    assert loaded.calibration == {"n": 64, "budget": {"points": 0.5}}
+    assert load(save(loaded, tmp_path / "again")).calibration == loaded.calibration

@@ -1,4 +1,4 @@
-"""GraphedGatedNet on a GPU: the same answers, one launch, nothing that waits, stages that stay out."""
+"""CudaGraphGatedNet on a GPU: the same answers, one launch, nothing that waits, stages that stay out."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import gc
 import subprocess
 import sys
 import textwrap
-from types import SimpleNamespace
 
 import pytest
 import torch
 from graphed_fake import run_exit
-from replay import numbered, replay_net
+from replay import gate, numbered, replay_net
 from torch import nn
 
 from aep_ext import ExitWeights, MultiExitNet, _load
-from aep_ext.inference.cuda_graph_backend import ExitPlan, Walk
+from aep_ext.inference import CRITERIA, GatedNet
+from aep_ext.inference.criteria import initial_state
+from aep_ext.inference.cuda_graph import CudaGraphGatedNet
+from aep_ext.inference.cuda_graph_capture import StaticPass
 from aep_ext.surgery.heads import PooledLinearHead
 from aep_ext.surgery.networks import build
-from aep_ext.termination import POLICIES, GatedNet, GraphedGatedNet
 
 pytestmark = pytest.mark.gpu
 EXITS, SAMPLES, CLASSES = 4, 64, 10
@@ -43,8 +44,8 @@ def logits() -> torch.Tensor:
     return torch.randn(EXITS, SAMPLES, CLASSES) * 2
 
 
-def gated_on(logits: torch.Tensor, policy="confidence", thresholds=0.6, **options) -> GatedNet:
-    return GatedNet(replay_net(logits, WEIGHTS), policy, thresholds, **options).cuda()
+def gated_on(logits: torch.Tensor, criterion="confidence", thresholds=0.6, **options) -> GatedNet:
+    return gate(replay_net(logits, WEIGHTS), criterion, thresholds, **options).cuda()
 
 
 class Counted(nn.Module):
@@ -79,7 +80,7 @@ def agrees(answer, gated: GatedNet, x: torch.Tensor, atol: float = 1e-3) -> None
     sure = ~gated.near_threshold(logits, 1e-3)  # algorithms of convolution differ by more than rounding
     assert sure.any()
     for exits, confidences, sums in (
-        (lambda s: (s.exits, s.confidences, s.logits))(gated.simulate(logits)),
+        (lambda s: (s.exit, s.confidence, s.logits))(gated.simulate(logits)),
         (lambda g: (g.exit, g.confidence, g.logits))(gated(x)),
     ):
         assert torch.equal(answer.exit[sure], exits[sure])
@@ -89,27 +90,24 @@ def agrees(answer, gated: GatedNet, x: torch.Tensor, atol: float = 1e-3) -> None
 
 @pytest.mark.parametrize("n", [1, 8, 64])
 @pytest.mark.parametrize("on", ["ensemble", "exit"])
-@pytest.mark.parametrize("policy", list(POLICIES))
-@pytest.mark.parametrize("path", ["one graph", "graph per stage"])
-def test_agrees_on_cached_logits(logits, policy, on, n, path):
-    limit = {"confidence": 0.6, "entropy": 0.9, "margin": 0.4}.get(policy, 2)
-    gated = gated_on(logits, POLICIES[policy](on), limit, temperatures=[1.0, 0.5, 2.0, 1.0])
-    graphed = GraphedGatedNet(gated, numbered(0, n).cuda(), path=path)
-    assert graphed.path == path
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_agrees_on_cached_logits(logits, criterion, on, n):
+    limit = {"confidence": 0.6, "entropy": 0.9, "margin": 0.4}.get(criterion, 2)
+    gated = gated_on(logits, criterion, limit, criterion_on=on, temperatures=[1.0, 0.5, 2.0, 1.0])
+    graphed = CudaGraphGatedNet(gated, numbered(0, n).cuda())
     for first in range(0, SAMPLES - n + 1, max(n, 8)):
         x = numbered(first, first + n).cuda()
         answer, simulated = graphed(x), gated.simulate(logits[:, first : first + n].cuda())
-        assert torch.equal(answer.exit, simulated.exits)
-        torch.testing.assert_close(answer.confidence, simulated.confidences, rtol=0, atol=1e-6)
+        assert torch.equal(answer.exit, simulated.exit)
+        torch.testing.assert_close(answer.confidence, simulated.confidence, rtol=0, atol=1e-6)
         torch.testing.assert_close(answer.logits, simulated.logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("n", [1, 8, 64])
 def test_agrees_on_a_living_network_through_changes_in_place(net, n):
     x = torch.randn(n, 3, 16, 16, device="cuda")
-    gated = GatedNet(net, "confidence", 0.7)
-    graphed = GraphedGatedNet(gated, torch.randn_like(x))
-    assert graphed.path == "one graph", graphed.reason
+    gated = gate(net, "confidence", 0.7)
+    graphed = CudaGraphGatedNet(gated, torch.randn_like(x))
     agrees(graphed(x), gated, x)
     gated.thresholds.fill_(2.0)
     answer = graphed(x)
@@ -130,15 +128,14 @@ def test_agrees_on_a_living_network_through_changes_in_place(net, n):
         weight.mul_(4)
 
 
-@pytest.mark.parametrize("path", ["one graph", "graph per stage"])
 @pytest.mark.parametrize("n", [1, 64])
-def test_stages_behind_the_last_row_do_not_run(logits, path, n):
+def test_stages_behind_the_last_row_do_not_run(logits, n):
     plain = replay_net(logits, WEIGHTS)
     stages = [Counted(stage) for stage in plain.stages]
     counted = MultiExitNet(stages, list(plain.exits), num_classes=CLASSES, output_weights=WEIGHTS).eval()
-    gated = GatedNet(counted, "confidence", 0.6).cuda()
+    gated = gate(counted, "confidence", 0.6).cuda()
     x = numbered(0, n).cuda()
-    graphed = GraphedGatedNet(gated, x, path=path)
+    graphed = CudaGraphGatedNet(gated, x)
     for thresholds in ([0.0, 2, 2], [2, 0.0, 2], [2, 2, 0.0], [2, 2, 2]):
         for stage in stages:
             stage.runs.zero_()
@@ -154,10 +151,9 @@ def test_stages_behind_the_last_row_do_not_run(logits, path, n):
 @pytest.mark.parametrize("thresholds", [0.0, 0.6, 2.0])
 def test_the_host_never_waits(net, thresholds, copy):
     """Behind a kernel that spins the device is busy: whoever waits for it comes back after the kernel's end."""
-    gated = GatedNet(net, "confidence", thresholds)
+    gated = gate(net, "confidence", thresholds)
     x = torch.randn(8, 3, 16, 16, device="cuda")
-    graphed = GraphedGatedNet(gated, x)
-    assert graphed.path == "one graph", graphed.reason
+    graphed = CudaGraphGatedNet(gated, x)
     expected = graphed(x)
     graphed(torch.zeros_like(x))
     torch.cuda.synchronize()
@@ -192,7 +188,7 @@ def test_an_exit_alone_does_what_the_operator_does(dtype, n, classes, policy):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     exit_logits = torch.randn(3, n, classes).mul(3).to(dtype)
     exit_logits[0, 0, 0] = float("nan")
-    state = POLICIES[policy]().initial_state(n, classes)
+    state = initial_state(policy, n, classes)
     tensors = {
         "thresholds": torch.tensor([0.5 if policy == "confidence" else 2.0] * 2, dtype=torch.float64),
         "temperatures": torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64),
@@ -208,10 +204,10 @@ def test_an_exit_alone_does_what_the_operator_does(dtype, n, classes, policy):
     }
     on_device = {name: tensor.cuda() for name, tensor in tensors.items()}
     handle = _load.extension.GatedGraph(on_device, policy, "ensemble")
-    walk = Walk(lambda e, x: (x, x), exit_logits[0], (ExitPlan(0, True),), tensors, policy, "ensemble")
+    static = StaticPass(lambda e, x: (x, x), exit_logits[0], 3, tensors, policy, "ensemble")
     for e in range(3):
         handle.run_exit(e, exit_logits[e].cuda(), True)
-        run_exit(walk, e, exit_logits[e], True)
+        run_exit(static, e, exit_logits[e], True)
         for name in ("exit", "remaining", "tally"):
             assert torch.equal(on_device[name].cpu(), tensors[name]), (e, name)
         left = tensors["exit"] >= 0
@@ -225,7 +221,7 @@ def test_an_exit_alone_does_what_the_operator_does(dtype, n, classes, policy):
 
 def test_what_the_native_class_refuses(logits):
     gated = gated_on(logits)
-    graphed = GraphedGatedNet(gated, numbered(0, 4).cuda())
+    graphed = CudaGraphGatedNet(gated, numbered(0, 4).cuda())
     tensors = graphed._make_tensors(logits[0, :4].cuda())
     make = _load.extension.GatedGraph
     for name, wrong, match in (
@@ -261,13 +257,10 @@ def test_a_node_that_cannot_stand_in_an_if_is_named(logits):
     plain = replay_net(logits, WEIGHTS)
     stages = [plain.stages[0], Recording(), plain.stages[2], plain.stages[3]]
     recording = MultiExitNet(stages, list(plain.exits), num_classes=CLASSES, output_weights=WEIGHTS).eval()
-    gated = GatedNet(recording, "confidence", 0.6).cuda()
+    gated = gate(recording, "confidence", 0.6).cuda()
     x = numbered(0, 8).cuda()
-    graphed = GraphedGatedNet(gated, x)
-    assert graphed.path == "graph per stage" and "stage 1 holds a node of kind 'event record'" in graphed.reason
-    assert torch.equal(graphed(x).exit, gated(x).exit)
-    with pytest.raises(RuntimeError, match="one graph cannot be made: stage 1 holds a node of kind 'event record'"):
-        GraphedGatedNet(gated, x, path="one graph")
+    with pytest.raises(RuntimeError, match="stage 1 holds a node of kind 'event record'"):
+        CudaGraphGatedNet(gated, x)
 
 
 class Noise(nn.Module):
@@ -280,59 +273,66 @@ def test_random_numbers_are_refused(logits):
     stages = [plain.stages[0], Noise(), plain.stages[2], plain.stages[3]]
     noisy = MultiExitNet(stages, list(plain.exits), num_classes=CLASSES, output_weights=WEIGHTS).eval()
     with pytest.raises(ValueError, match="must not draw random numbers"):
-        GraphedGatedNet(GatedNet(noisy, "confidence", 0.6).cuda(), numbered(0, 8).cuda())
+        CudaGraphGatedNet(gate(noisy, "confidence", 0.6).cuda(), numbered(0, 8).cuda())
 
 
 def test_a_stage_that_reads_a_value_back_is_named_and_the_process_goes_on():
     """In a process of its own: a capture that failed is not what later tests should start from."""
     script = """
         import torch
-        from types import SimpleNamespace
-        from aep_ext.termination import GatedNet, GraphedGatedNet
-        def gated(unit):
-            net = SimpleNamespace(stages=[unit, unit], output_weights=torch.ones(2, device="cuda"))
-            return GatedNet(net, "confidence", 2.0).cuda()
+        from torch import nn
+        from aep_ext import ExitPolicy, GatedNet, MultiExitNet
+        from aep_ext.inference.cuda_graph import CudaGraphGatedNet
+        class Stage(nn.Module):
+            def __init__(self, forward):
+                super().__init__()
+                self.forward = forward
+        def gated(head):
+            net = MultiExitNet([nn.Identity()] * 2, [Stage(head)] * 2, num_classes=3, output_weights=[1, 1])
+            policy = ExitPolicy(output_weights=[1, 1], thresholds=2.0)
+            return GatedNet(net.eval(), policy).cuda()
         x = torch.ones(2, 3, device="cuda")
         try:
-            GraphedGatedNet(gated(lambda x: (x, x * float(x.sum()))), x)
+            CudaGraphGatedNet(gated(lambda x: x * float(x.sum())), x)
         except RuntimeError as error:
             print(error)
         assert torch.cuda.current_stream() == torch.cuda.default_stream()
         assert torch.rand(9, device="cuda").unique().numel() > 1
-        graphed = GraphedGatedNet(gated(lambda x: (x, x @ x.new_ones(3, 3))), x)
-        print(graphed.path, graphed(x).exit.tolist(), graphed(x).logits.tolist())
+        graphed = CudaGraphGatedNet(gated(lambda x: x @ x.new_ones(3, 3)), x)
+        print(graphed(x).exit.tolist(), graphed(x).logits.tolist())
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120, check=False
     )
     told = done.stdout.strip().splitlines()
-    assert len(told) == 2 and "GraphedGatedNet: stage 0 cannot be captured" in told[0], done.stdout + done.stderr
+    assert len(told) == 2 and "CudaGraphGatedNet: stage 0 cannot be captured" in told[0], done.stdout + done.stderr
     assert "previous error during capture" not in told[0]  # the first error is told, not the one it led to
-    assert told[1] == "one graph [1, 1] [[6.0, 6.0, 6.0], [6.0, 6.0, 6.0]]"
+    assert told[1] == "[1, 1] [[3.0, 3.0, 3.0], [3.0, 3.0, 3.0]]"
+
+
+def own_net(stage: nn.Module, head: nn.Module, exits: int, classes: int) -> MultiExitNet:
+    return MultiExitNet([stage] * exits, [head] * exits, num_classes=classes, output_weights=[1.0] * exits).eval()
 
 
 def test_a_stage_of_no_kernel():
-    units = [lambda x: (x, x)] * 3
-    gated = GatedNet(SimpleNamespace(stages=units, output_weights=torch.ones(3, device="cuda")), "confidence", 0.9)
+    gated = gate(own_net(nn.Identity(), nn.Identity(), 3, 2), "confidence", 0.9).cuda()
     x = torch.tensor([[0.0, 9.0], [0.0, 1.0]], device="cuda")
-    graphed = GraphedGatedNet(gated.cuda(), x)
-    assert graphed.path == "one graph", graphed.reason
-    assert graphed(x).exit.tolist() == [0, 2] and graphed(x).logits.tolist() == [[0.0, 9.0], [0.0, 3.0]]
+    graphed = CudaGraphGatedNet(gated, x)
+    assert graphed(x).exit.tolist() == [0, 2] and graphed(x).logits.tolist() == [[0.0, 9.0], [0.0, 1.0]]
+
+
+class First(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :8].contiguous()
 
 
 def test_graphs_outlive_each_other_and_what_was_kept_for_other_streams():
     """More nets than torch has streams to give, half of which go: nobody's workspace goes with them."""
     torch.manual_seed(0)
-    weight = torch.randn(512, 512, device="cuda") / 16
-
-    def unit(x):
-        y = torch.addmm(x, x, weight).relu()
-        return y, y[:, :8].contiguous()
-
-    net = SimpleNamespace(stages=[unit] * 2, output_weights=torch.ones(2, device="cuda"))
+    stage = nn.Sequential(nn.Linear(512, 512), nn.ReLU())
     x = torch.randn(16, 512, device="cuda")
-    gated = GatedNet(net, "confidence", 2.0).cuda()
-    nets = [GraphedGatedNet(gated, x, warmup=1) for _ in range(34)]
+    gated = gate(own_net(stage, First(), 2, 8), "confidence", 2.0).cuda()
+    nets = [CudaGraphGatedNet(gated, x) for _ in range(34)]
     expected = [graphed(x).logits for graphed in nets]
     del nets[::2], expected[::2]
     gc.collect()
@@ -345,9 +345,9 @@ def test_graphs_outlive_each_other_and_what_was_kept_for_other_streams():
 
 
 def test_two_nets_in_one_process_do_not_disturb_each_other(net, logits):
-    first, second = GatedNet(net, "confidence", 0.7), gated_on(logits, "vote", 2)
+    first, second = gate(net, "confidence", 0.7), gated_on(logits, "vote", 2)
     x, y = torch.randn(8, 3, 16, 16, device="cuda"), numbered(0, 8).cuda()
-    a, b = GraphedGatedNet(first, x), GraphedGatedNet(second, y)
+    a, b = CudaGraphGatedNet(first, x), CudaGraphGatedNet(second, y)
     alone = a(x), b(y)
     for _ in range(5):
         both = a(x), b(y)
@@ -357,7 +357,7 @@ def test_two_nets_in_one_process_do_not_disturb_each_other(net, logits):
 
 def test_replays_hold_no_more_memory_and_the_pool_is_given_back(net):
     x = torch.randn(8, 3, 16, 16, device="cuda")
-    gated = GatedNet(net, "confidence", 0.7)
+    gated = gate(net, "confidence", 0.7)
     gated(x)
 
     def reserved() -> int:
@@ -366,10 +366,10 @@ def test_replays_hold_no_more_memory_and_the_pool_is_given_back(net):
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
-    del_me = GraphedGatedNet(gated, x)  # what libraries keep for good is counted from here
+    del_me = CudaGraphGatedNet(gated, x)  # what libraries keep for good is counted from here
     del del_me
     before = reserved()
-    graphed = GraphedGatedNet(gated, x)
+    graphed = CudaGraphGatedNet(gated, x)
     held = reserved()
     for _ in range(20):
         graphed(x, copy=False)
@@ -379,19 +379,19 @@ def test_replays_hold_no_more_memory_and_the_pool_is_given_back(net):
 
 
 def test_under_autocast_weights_are_cast_inside_the_graph(net):
-    gated = GatedNet(net, "confidence", 2.0)
+    gated = gate(net, "confidence", 2.0)
     x = torch.randn(8, 3, 16, 16, device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        graphed = GraphedGatedNet(gated, x)
+        graphed = CudaGraphGatedNet(gated, x)
         expected = gated(x)
     torch.cuda.empty_cache()
     torch.testing.assert_close(graphed(x).logits, expected.logits, rtol=0.05, atol=0.5)
 
 
 def test_on_another_stream_and_in_channels_last(net):
-    gated = GatedNet(net, "confidence", 0.7)
+    gated = gate(net, "confidence", 0.7)
     x = torch.randn(8, 3, 16, 16, device="cuda").contiguous(memory_format=torch.channels_last)
-    graphed = GraphedGatedNet(gated, x)
+    graphed = CudaGraphGatedNet(gated, x)
     expected = graphed(x)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -406,8 +406,8 @@ def test_half_precision_network():
     stages = [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)]
     net = MultiExitNet(stages, [PooledLinearHead(16, 5) for _ in stages], num_classes=5).eval().cuda().half()
     x = torch.randn(16, 3, 9, 9, device="cuda", dtype=torch.float16)
-    gated = GatedNet(net, "confidence", 2.0)
-    graphed = GraphedGatedNet(gated, x)
+    gated = gate(net, "confidence", 2.0)
+    graphed = CudaGraphGatedNet(gated, x)
     answer = graphed(x)
     assert answer.logits.dtype == torch.float16
     torch.testing.assert_close(answer.logits, gated(x).logits)

@@ -1,11 +1,17 @@
-"""BatchNorm folded into convolutions: same results, the module itself left alone, nothing folded that must not be."""
+"""Backends: BatchNorm folded only where the results stay the same; OpenVINO imported without its report."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor, nn
 
-from aep_ext.inference.fold import fold_batch_norm
+from aep_ext.inference.backends import missing
+from aep_ext.inference.backends.eager import fold_batch_norm
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -26,10 +32,11 @@ def check(module: nn.Module, left: int) -> nn.Module:
     x = torch.randn(3, 4, 8, 8)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     norms = count(module)
-    folded, reason = fold_batch_norm(module)
+    folded, reason = fold_batch_norm(module, x)
     with torch.no_grad():
-        torch.testing.assert_close(folded(x), module(x), rtol=1e-4, atol=1e-5)
-    assert reason is None and count(folded) == left and count(module) == norms
+        torch.testing.assert_close(folded(x), module(x), rtol=1e-4, atol=1e-4)
+    assert count(folded) == left and count(module) == norms
+    assert (folded is module) == (reason is not None)
     after = module.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
     return folded
@@ -97,5 +104,61 @@ class Decides(nn.Module):
 
 def test_untraceable_is_left_as_it_is() -> None:
     module = Decides().eval()
-    folded, reason = fold_batch_norm(module)
+    folded, reason = fold_batch_norm(module, torch.ones(1, 4, 2, 2))
     assert folded is module and "cannot be traced" in reason
+
+
+SCRIPT = """
+import multiprocessing, os, sys
+
+def refuse(*_, **__):
+    os.write(2, b"a process was started")
+    os._exit(7)
+
+os.fork = multiprocessing.Process.start = multiprocessing.process.BaseProcess.start = refuse
+
+import torch
+from torch import nn
+from aep_ext import MultiExitNet
+from aep_ext.inference import compile
+from aep_ext.surgery.heads import PooledLinearHead
+
+net = MultiExitNet([nn.Conv2d(1, 2, 1)], [PooledLinearHead(2, 2)], exit_stages=[0], num_classes=2)
+x = torch.randn(1, 1, 4, 4)
+assert compile(net, x, "openvino", threads=1, batches=[])(x).shape == (1, 2)
+import openvino.frontend.pytorch, openvino.tools.ovc
+assert "openvino_telemetry.backend" not in sys.modules and "openvino_telemetry" not in sys.modules
+assert openvino.tools.ovc.telemetry_utils.tm.__name__ == "openvino.tools.ovc.telemetry_stub"
+print("fine")
+"""
+
+
+def test_no_process_is_forked() -> None:
+    reason = missing("openvino")
+    if reason:
+        pytest.skip(reason)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "fine", done.stderr
+
+
+@pytest.mark.parametrize("before", [None, sys])
+def test_what_was_there_comes_back(monkeypatch: pytest.MonkeyPatch, before: object) -> None:
+    """Also where the import fails."""
+    from aep_ext.inference.backends import openvino
+
+    seen: list[object] = []
+
+    def load(name: str) -> None:
+        seen.append(sys.modules["openvino_telemetry"])
+        raise ImportError(name)
+
+    monkeypatch.setattr(openvino, "importlib", type("Fake", (), {"import_module": staticmethod(load)}))
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
+    if before is not None:
+        monkeypatch.setitem(sys.modules, "openvino_telemetry", before)
+    with pytest.raises(ImportError):
+        openvino.import_openvino()
+    assert seen == [before] and sys.modules.get("openvino_telemetry") is before

@@ -33,7 +33,7 @@ def test_late_stages_run_on_full_batches():
     first, second, third = (stage.rows for stage in gated.net.stages)
     assert first == [16] * 20 and second == [16] * 5 and third == [16] * 2 + [8]
     alone = gated_net(some_stay((4, 8), 320))
-    list(alone.predict(numbered(0, 320).split(16), continuous=False))
+    assert [len(alone(x).exit) for x in numbered(0, 320).split(16)] == [16] * 20
     assert alone.net.stages[2].rows == [2] * 20
 
 
@@ -111,10 +111,9 @@ def test_batches_of_any_size_and_form():
     assert gated.predict_all([numbered(0, 0)]).logits.shape == (0, 2)
     with pytest.raises(ValueError, match="loader must give at least one batch, got none"):
         gated.predict_all([])
-    for continuous in (True, False):
-        for item in ("images", {"x": 1}, (), ("a", "b")):
-            with pytest.raises(TypeError, match="GatedNet.predict: the loader must give tensors, or tuples that start"):
-                list(gated.predict([item], continuous=continuous))
+    for item in ("images", {"x": 1}, (), ("a", "b")):
+        with pytest.raises(TypeError, match="GatedNet.predict: the loader must give tensors, or tuples that start"):
+            list(gated.predict([item]))
     with pytest.raises(ValueError, match="ContinuousBatcher: capacity must be at least 1, got 0"):
         gated.batcher(capacity=0)
     with pytest.raises(ValueError, match="ContinuousBatcher: max_delay must be at least 0, got -1"):

@@ -1,19 +1,19 @@
-"""GraphedGatedNet without a GPU: what it refuses, and its pass on a backend that replays it on the CPU."""
+"""CudaGraphGatedNet without a GPU: what it refuses, and its pass on a backend that replays it on the CPU."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 from graphed_fake import FakeBackend
-from replay import numbered, replay_net
+from replay import gate, numbered, replay_net
 from torch import nn
 
 from aep_ext import MultiExitNet
-from aep_ext.inference.cuda_graph_driver import CudaBackend
+from aep_ext.inference import CRITERIA, GatedNet, compile
+from aep_ext.inference.cuda_graph import CudaGraphGatedNet
+from aep_ext.inference.cuda_graph_capture import CudaBackend
 from aep_ext.surgery.heads import PooledLinearHead
-from aep_ext.termination import POLICIES, GatedNet, GraphedGatedNet
+from aep_ext.surgery.networks import build
 
 EXITS, SAMPLES, CLASSES = 4, 24, 6
 WEIGHTS = [0.3, 0.7, 0.4, 1.0]
@@ -25,21 +25,21 @@ def logits() -> torch.Tensor:
     return torch.randn(EXITS, SAMPLES, CLASSES) * 2
 
 
-def gated_on(logits: torch.Tensor, policy="confidence", thresholds=0.6, **options) -> GatedNet:
-    return GatedNet(replay_net(logits, WEIGHTS[: len(logits)]), policy, thresholds, **options)
+def gated_on(logits: torch.Tensor, criterion="confidence", thresholds=0.6, **options) -> GatedNet:
+    return gate(replay_net(logits, WEIGHTS[: len(logits)]), criterion, thresholds, **options)
 
 
-def graphed_on(gated: GatedNet, n: int, **options) -> tuple[GraphedGatedNet, FakeBackend]:
+def graphed_on(gated: GatedNet, n: int) -> tuple[CudaGraphGatedNet, FakeBackend]:
     backend = FakeBackend()
-    return GraphedGatedNet(gated, numbered(0, n), backend=backend, **options), backend
+    return CudaGraphGatedNet(gated, numbered(0, n), backend=backend), backend
 
 
 @pytest.mark.parametrize("on", ["ensemble", "exit"])
-@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("n", [1, 8, SAMPLES])
-def test_agrees_with_the_gated_net_and_the_simulator(logits, policy, on, n):
-    limit = {"confidence": 0.6, "entropy": 0.9, "margin": 0.4}.get(policy, 2)
-    gated = gated_on(logits, POLICIES[policy](on), limit, temperatures=[1.0, 0.5, 2.0, 1.0])
+def test_agrees_with_the_gated_net_and_the_simulator(logits, criterion, on, n):
+    limit = {"confidence": 0.6, "entropy": 0.9, "margin": 0.4}.get(criterion, 2)
+    gated = gated_on(logits, criterion, limit, criterion_on=on, temperatures=[1.0, 0.5, 2.0, 1.0])
     graphed, _ = graphed_on(gated, n)
     for first in range(0, SAMPLES - n + 1, n):
         x = numbered(first, first + n)
@@ -48,7 +48,7 @@ def test_agrees_with_the_gated_net_and_the_simulator(logits, policy, on, n):
         assert torch.equal(answer.confidence, expected.confidence)
         assert torch.equal(answer.logits, expected.logits)
         simulated = gated.simulate(logits[:, first : first + n])
-        assert torch.equal(answer.exit, simulated.exits) and torch.equal(answer.logits, simulated.logits)
+        assert torch.equal(answer.exit, simulated.exit) and torch.equal(answer.logits, simulated.logits)
 
 
 def test_stages_behind_the_last_row_do_not_run(logits):
@@ -96,27 +96,15 @@ def test_copies_views_and_the_input_buffer(logits):
     assert shared is graphed.output and not torch.equal(kept.logits, shared.logits)
     graphed.input.copy_(numbered(0, 4))
     assert torch.equal(graphed(graphed.input).logits, kept.logits)
-    graphed.replay()
     assert torch.equal(shared.logits, kept.logits)
     x = numbered(0, 4).requires_grad_()
     assert torch.equal(graphed(x).logits, kept.logits) and not graphed.input.requires_grad
     with torch.inference_mode():
         assert torch.equal(graphed(numbered(0, 4)).logits, kept.logits)
-    assert "[4, 1, 1, 1] float64 on cpu, path='one graph'" in repr(graphed)
-
-
-def test_the_plan_knows_modes_but_not_flags(logits):
-    gated = gated_on(logits, enabled=[False, True, True], mode=["mask", "off", "auto"])
-    graphed, backend = graphed_on(gated, 4, warmup=2)
-    assert [tuple(entry) for entry in backend.built[0].walk.plan] == [(0, True), (1, False), (2, True), (3, False)]
-    assert backend.warmed == 2 and graphed.path == "one graph" and graphed.reason == ""
-    gated.mode = "mask"
-    graphed.recapture()
-    assert all(entry.may_leave for entry in backend.built[1].walk.plan[:-1])
 
 
 def test_one_exit_alone(logits):
-    gated = GatedNet(replay_net(logits[:1], [1.0]), "confidence", [])
+    gated = gate(replay_net(logits[:1], [1.0]), "confidence", [])
     graphed, _ = graphed_on(gated, 3)
     assert torch.equal(graphed(numbered(0, 3)).logits, gated(numbered(0, 3)).logits)
 
@@ -142,45 +130,27 @@ def test_what_a_call_refuses(logits):
 def test_what_cannot_be_made(logits):
     gated, x, fake = gated_on(logits), numbered(0, 4), FakeBackend()
     with pytest.raises(TypeError, match="gated must be a GatedNet, got MultiExitNet"):
-        GraphedGatedNet(gated.net, x, backend=fake)
+        CudaGraphGatedNet(gated.net, x, backend=fake)
     with pytest.raises(TypeError, match="example must be a torch.Tensor, got list"):
-        GraphedGatedNet(gated, [1.0], backend=fake)
-    with pytest.raises(ValueError, match="gated must be on a cuda device, got cpu"):
-        GraphedGatedNet(gated, x)
-    with pytest.raises(ValueError, match="example must be on a cpu device, got meta"):
-        GraphedGatedNet(gated, x.to("meta"), backend=fake)
+        CudaGraphGatedNet(gated, [1.0], backend=fake)
+    with pytest.raises(ValueError, match="gated must be on the cuda device of gated, got cpu"):
+        CudaGraphGatedNet(gated, x)
+    with pytest.raises(ValueError, match="example must be on the cpu device of gated, got meta"):
+        CudaGraphGatedNet(gated, x.to("meta"), backend=fake)
     with pytest.raises(ValueError, match="at least one row"):
-        GraphedGatedNet(gated, x[:0], backend=fake)
-    with pytest.raises(ValueError, match="path must be one of auto, one graph, graph per stage, got 'fast'"):
-        GraphedGatedNet(gated, x, path="fast", backend=fake)
-    with pytest.raises(ValueError, match="warmup must be at least 1, got 0"):
-        GraphedGatedNet(gated, x, warmup=0, backend=fake)
+        CudaGraphGatedNet(gated, x[:0], backend=fake)
+    with pytest.raises(ValueError, match="criterion must be a name, got surely"):
 
-    def surely(judged):
-        return judged.stats[:, 0] > 0.5
+        def surely(state):
+            return state.stats[:, 0] > 0.5
 
-    with pytest.raises(ValueError, match=r"policy must be built in, got 'custom' \(.*surely\)"):
-        GraphedGatedNet(gated_on(logits, surely, 0.0), x, backend=fake)
+        CudaGraphGatedNet(gated_on(logits, surely, 0.0), x, backend=fake)
+    compiled = compile(build("resnet_small", 3).eval(), torch.randn(2, 3, 16, 16), "eager")
+    with pytest.raises(ValueError, match="gated must be of a MultiExitNet, got CompiledNet"):
+        CudaGraphGatedNet(gate(compiled, "margin", 0.5), x, backend=fake)
     gated.net.train()
     with pytest.raises(RuntimeError, match="eval mode, got training mode"):
-        GraphedGatedNet(gated, x, backend=fake)
-
-
-def test_exits_must_agree_in_form(logits):
-    units = [lambda x: (x, torch.zeros(4, 3)), lambda x: (None, torch.zeros(4, 5))]
-    uneven = GatedNet(SimpleNamespace(stages=units, output_weights=[1.0, 1.0]), "confidence", 0.5)
-    with pytest.raises(ValueError, match=r"exit 1 must give logits like exit 0, \[4, 3\] float32 on cpu, got \[4, 5\]"):
-        GraphedGatedNet(uneven, numbered(0, 4), backend=FakeBackend())
-    flat = GatedNet(SimpleNamespace(stages=[lambda x: (None, x.view(-1))], output_weights=[1.0]), "confidence", [])
-    with pytest.raises(ValueError, match=r"exit 0 must give logits of shape \[4, K\]"):
-        GraphedGatedNet(flat, numbered(0, 4), backend=FakeBackend())
-
-
-def test_a_backend_that_cannot_says_which_path_it_took(logits):
-    backend = FakeBackend(refuses="stage 1 holds a node of kind 'host function'")
-    graphed = GraphedGatedNet(gated_on(logits), numbered(0, 4), backend=backend)
-    assert graphed.path == "graph per stage" and "host function" in graphed.reason
-    assert graphed_on(gated_on(logits), 4, path="graph per stage")[0].path == "graph per stage"
+        CudaGraphGatedNet(gated, x, backend=fake)
 
 
 def test_on_a_network_with_convolutions_and_in_bfloat16():
@@ -190,8 +160,8 @@ def test_on_a_network_with_convolutions_and_in_bfloat16():
     x = torch.randn(16, 3, 9, 9, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         first = torch.softmax(net.exit_logits(x)[0].float(), -1).amax(-1).sort().values
-    gated = GatedNet(net, "confidence", float(first[7:9].mean()))
-    graphed = GraphedGatedNet(gated, x, backend=FakeBackend())
+    gated = gate(net, "confidence", float(first[7:9].mean()))
+    graphed = CudaGraphGatedNet(gated, x, backend=FakeBackend())
     assert graphed.input.is_contiguous(memory_format=torch.channels_last)
     answer, expected = graphed(x), gated(x)
     assert answer.logits.dtype == torch.bfloat16 and graphed.output.exit.unique().numel() == 2

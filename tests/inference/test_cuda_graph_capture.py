@@ -8,12 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from graphed_fake import run_exit
 
-from aep_ext.inference.cuda_graph_backend import ExitPlan, Walk
-from aep_ext.inference.cuda_graph_capture import capture
-from aep_ext.inference.cuda_graph_driver import CudaBackend
-from aep_ext.termination import graphed_capture, graphed_cuda
+from aep_ext.inference import cuda_graph_capture
+from aep_ext.inference.cuda_graph_capture import CudaBackend, StaticPass, capture
 
 EXITS, ROWS, CLASSES = 3, 4, 5
 
@@ -80,7 +77,7 @@ def runtime(monkeypatch) -> Runtime:
 
     class Handle:
         def __init__(self, tensors, policy, on) -> None:
-            self.walk = Walk(None, None, (), tensors, policy, on)
+            assert (policy, on) == ("confidence", "ensemble") and "running" in tensors
 
         def add(self, captured, e, logits, may_leave, opens) -> None:
             runtime.log.append(("add", e, may_leave, opens))
@@ -92,15 +89,10 @@ def runtime(monkeypatch) -> Runtime:
         def launch(self) -> None:
             runtime.log.append(("launch",))
 
-        def run_exit(self, e, logits, may_leave) -> None:
-            runtime.log.append(("exit", e))
-            run_exit(self.walk, e, logits, may_leave)
-
     runtime.refusal = ""
     extension = SimpleNamespace(CaptureStream=Owner, GatedGraph=Handle, refused_node=lambda captured: "")
     load = SimpleNamespace(extension=extension)
-    monkeypatch.setattr(graphed_capture, "_load", load)
-    monkeypatch.setattr(graphed_cuda, "_load", load)
+    monkeypatch.setattr(cuda_graph_capture, "_load", load)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", runtime.graph_class())
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda address, device: Stream(address, device))
     monkeypatch.setattr(torch.cuda, "stream", runtime.on_stream)
@@ -119,32 +111,22 @@ class Stream:
         return "its own"
 
 
-def walk_of(run=None, plan=(True, True, False)) -> Walk:
+def static_pass(run=None) -> StaticPass:
     logits = torch.zeros(EXITS, ROWS, CLASSES)
-    tensors = {
-        "thresholds": torch.tensor([2.0, 0.0], dtype=torch.float64),
-        "temperatures": torch.ones(EXITS, dtype=torch.float64),
-        "enabled": torch.ones(EXITS - 1, dtype=torch.bool),
-        "weights": torch.ones(EXITS),
-        "running": torch.zeros(ROWS, CLASSES),
-        "state": torch.zeros(ROWS, 0, dtype=torch.int64),
-        "exit": torch.full((ROWS,), -1),
-        "logits": torch.zeros(ROWS, CLASSES),
-        "confidence": torch.zeros(ROWS),
-        "remaining": torch.zeros(EXITS, dtype=torch.int64),
-    }
-    exits = tuple(ExitPlan(e, may) for e, may in enumerate(plan))
-    return Walk(run or (lambda e, x: (x, logits[e])), torch.zeros(ROWS, 1), exits, tensors, "confidence", "ensemble")
+    tensors = {"running": torch.zeros(ROWS, CLASSES)}
+    return StaticPass(
+        run or (lambda e, x: (x, logits[e])), torch.zeros(ROWS, 1), EXITS, tensors, "confidence", "ensemble"
+    )
 
 
 def test_all_stages_share_a_pool_and_a_stream_that_lives_as_long(runtime):
-    captured = capture(walk_of())
-    assert len(captured.graphs) == len(captured.logits) == EXITS and all(graph.kept for graph in captured.graphs)
+    graphs, logits, owner = capture(static_pass())
+    assert len(graphs) == len(logits) == EXITS and all(graph.kept for graph in graphs)
     assert [(call[0], call[1], str(call[2]), *call[3:]) for call in runtime.log] == [
         ("capture", (0, 7), "its own", "thread_local", False)
     ] * EXITS
     assert runtime.stream == "the caller's" and gc.isenabled() and runtime.owners == 1
-    del captured
+    del owner
     assert runtime.owners == 0
 
 
@@ -155,7 +137,7 @@ def test_a_stage_that_raises_is_named_and_nothing_is_left_to_mend(runtime):
         return x, torch.zeros(ROWS, CLASSES)
 
     with pytest.raises(RuntimeError, match="stage 1 cannot be captured: KeyError: 'no such thing'") as raised:
-        capture(walk_of(run))
+        capture(static_pass(run))
     assert isinstance(raised.value.__cause__, KeyError)
     assert runtime.stream == "the caller's" and gc.isenabled()
     assert [call[0] for call in runtime.log] == ["capture", "capture"]
@@ -171,7 +153,7 @@ def test_a_capture_that_cannot_be_ended_is_mended(runtime, raises):
 
     what = "operation not permitted when stream is capturing$" if raises else "CUDA error: operation failed due"
     with pytest.raises(RuntimeError, match=f"stage 1 cannot be captured: RuntimeError: {what}"):
-        capture(walk_of(run))
+        capture(static_pass(run))
     assert runtime.stream == "the caller's" and gc.isenabled()
     calls = [call[0] for call in runtime.log]
     assert calls == ["capture", "capture", "_cuda_endAllocateToPool", "_cuda_releasePool", "capture"]
@@ -189,43 +171,29 @@ def test_a_version_that_ends_the_pool_itself_is_not_asked_to_release_it(runtime,
         return x, torch.zeros(ROWS, CLASSES)
 
     with pytest.raises(RuntimeError, match="stage 0 cannot be captured"):
-        capture(walk_of(run))
+        capture(static_pass(run))
     assert [call[0] for call in runtime.log] == ["capture", "capture"]
 
 
-def test_exits_that_let_nobody_go_open_nothing(runtime):
-    built = CudaBackend().build(walk_of(plan=(False, True, False)), "auto")
-    assert built.path == "one graph" and built.reason == ""
+def test_every_exit_but_the_last_opens_a_node_for_the_rest(runtime):
+    launch = CudaBackend().build(static_pass())
     assert [call for call in runtime.log if call[0] == "add"] == [
-        ("add", 0, False, False), ("add", 1, True, True), ("add", 2, False, False)
+        ("add", 0, True, True), ("add", 1, True, True), ("add", 2, False, False)
     ]  # fmt: skip
-    built.launch()
+    launch()
     assert runtime.log[-1] == ("launch",) and runtime.owners == 1
+    del launch
+    assert runtime.owners == 0
 
 
-def test_a_graph_that_the_runtime_refuses_goes_stage_by_stage(runtime, monkeypatch):
+def test_a_graph_that_the_runtime_refuses_is_an_error(runtime):
     runtime.refusal = "aep::GatedGraph: the graph cannot be instantiated: invalid argument"
-    walk = walk_of()
-    with pytest.raises(RuntimeError, match="one graph cannot be made: .*invalid argument"):
-        CudaBackend().build(walk, "one graph")
-    built = CudaBackend().build(walk, "auto")
-    assert built.path == "graph per stage" and built.reason == runtime.refusal
-    reads = []
-    item = torch.Tensor.item
-    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: reads.append(tensor.data_ptr()) or item(tensor))
-    runtime.log.clear()
-    built.launch()
-    ran = [call[0] for call in runtime.log]
-    assert ran == ["replay", "exit", "replay", "exit"]  # nobody at exit 0, all at exit 1
-    remaining = walk.tensors["remaining"]
-    assert [at for at in reads if at in (remaining.data_ptr(), remaining[1].data_ptr())] == [
-        remaining.data_ptr(), remaining[1].data_ptr()
-    ]  # fmt: skip
-    assert all(call[1].instantiated == 1 for call in runtime.log if call[0] == "replay")
+    with pytest.raises(RuntimeError, match="cannot be instantiated: invalid argument"):
+        CudaBackend().build(static_pass())
 
 
 def test_a_node_that_cannot_stand_in_an_if_is_named(runtime, monkeypatch):
     names = iter(["", "host function"])
-    monkeypatch.setattr(graphed_cuda._load.extension, "refused_node", lambda captured: next(names, ""))
-    built = CudaBackend().build(walk_of(), "auto")
-    assert built.path == "graph per stage" and "stage 1 holds a node of kind 'host function'" in built.reason
+    monkeypatch.setattr(cuda_graph_capture._load.extension, "refused_node", lambda captured: next(names, ""))
+    with pytest.raises(RuntimeError, match="stage 1 holds a node of kind 'host function', which the body of an IF"):
+        CudaBackend().build(static_pass())

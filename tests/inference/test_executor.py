@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import gate, numbered, replay_net
 from torch import Tensor
 
-from aep_ext import ops
-from aep_ext.inference import CRITERIA, GatedOutput, Simulation, StageProfile, simulate
+from aep_ext import GatedNet, ops
+from aep_ext.inference import CRITERIA, GatedOutput, Simulation, simulate
 
 
 def clever(state) -> Tensor:
@@ -52,24 +51,9 @@ def cases(draw, sizes=(0, 1, 7, 64, 257)):
     thresholds = draw(st.lists(limit, min_size=exits - 1, max_size=exits - 1))
     temperatures = draw(st.lists(st.sampled_from([0.5, 1.0, 1.7]), min_size=exits, max_size=exits))
     enabled = draw(st.lists(st.sampled_from([True, True, False]), min_size=exits - 1, max_size=exits - 1))
-    mode = draw(st.lists(st.sampled_from(["compact", "mask", "auto", "off"]), min_size=exits - 1, max_size=exits - 1))
     net = replay_net(logits.to(dtype), weights)
     options = {"criterion_on": on, "temperatures": temperatures, "enabled": enabled}
-    gated = gate(net, name, thresholds, mode, **options)
-    if draw(st.booleans()):
-        gated.use_profile(draw(profiles(exits)))
-    return gated, logits.to(dtype)
-
-
-@st.composite
-def profiles(draw, exits):
-    """Any table of times: whatever it says, answers must not depend on it."""
-    sizes = (1, 8, 300)
-
-    def table(rows: int) -> tuple[tuple[float, ...], ...]:
-        return tuple(tuple(draw(st.sampled_from([0.0, 0.1, 1.0, 5.0])) for _ in sizes) for _ in range(rows))
-
-    return StageProfile(sizes, table(exits), table(exits), table(exits - 1))
+    return gate(net, name, thresholds, **options), logits.to(dtype)
 
 
 @settings(deadline=None, max_examples=100)
@@ -79,7 +63,7 @@ def test_executor_and_simulator_agree_bit_for_bit(case):
     sharp = logits.dtype != torch.bfloat16
     output = gated(numbered(0, logits.shape[1]))
     same(output, gated.simulate(logits), sharp)
-    same(output, simulate(logits, replace(gated.policy, enabled=gated.live)), sharp)
+    same(output, simulate(logits, gated.policy), sharp)
 
 
 @settings(deadline=None, max_examples=60)
@@ -116,15 +100,10 @@ def test_pooled_batches_are_answered_as_alone(case, data):
 @given(cases())
 def test_with_every_gate_off_the_output_is_the_ensembles(case):
     gated, logits = case
-    gated.mode = "compact"
     gated.enabled.fill_(False)
     x = numbered(0, logits.shape[1])
-    off = gated(x)
-    gated.mode = "off"
-    gated.enabled.fill_(True)
-    by_mode = gated(x)
-    assert (off.exit == gated.num_exits - 1).all()
-    for output in (off, by_mode):
+    for output in (gated(x), GatedNet(gated.net, replace(gated.policy, enabled=False))(x)):
+        assert (output.exit == gated.num_exits - 1).all()
         acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
         weights = gated.net.output_weights
         total = sum(weights.to(acc).unbind(), torch.zeros((), dtype=acc))
@@ -132,34 +111,26 @@ def test_with_every_gate_off_the_output_is_the_ensembles(case):
         torch.testing.assert_close(output.logits, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_modes_settle_how_many_rows_the_stages_see():
+def test_stages_see_those_who_are_still_there():
     """Half leave at the first exit, the other half at the last."""
     logits = torch.zeros(3, 8, 2)
     logits[0, ::2, 0] = 9
-    for mode, expected in (
-        ("compact", [8, 4, 4]),
-        ("mask", [8, 8, 8]),
-        ("off", [8, 8, 8]),
-        (["mask", "compact"], [8, 8, 4]),
-        (["off", "compact"], [8, 8, 8]),
-    ):
+    for enabled, rows, exits in ((True, [8, 4, 4], [0, 2] * 4), (False, [8, 8, 8], [2] * 8)):
         net = replay_net(logits, [0.2, 0.3, 0.5])
-        output = gate(net, "confidence", [0.9, 1.1], mode)(numbered(0, 8))
-        assert [stage.rows[0] for stage in net.stages] == expected
-        assert output.exit.tolist() == ([2] * 8 if "off" in mode else [0, 2] * 4)
+        output = gate(net, "confidence", [0.9, 1.1], enabled=enabled)(numbered(0, 8))
+        assert [stage.rows[0] for stage in net.stages] == rows and output.exit.tolist() == exits
     net = replay_net(logits[:2] + logits[:1], [0.5, 0.5])
     assert gate(net, "confidence", 0.0)(numbered(0, 8)).exit.eq(0).all()
     assert net.stages[1].rows == []  # nobody went on
 
 
-@pytest.mark.parametrize("mode", ["compact", "mask"])
-def test_a_criterion_of_the_users_sees_those_who_are_there(mode):
+def test_a_criterion_of_the_users_sees_those_who_are_there():
     seen = []
 
     def rule(state):
         seen.append((state.exit_index, state.indices.tolist()))
         return state.indices >= 2
 
-    gated = gate(replay_net(torch.randn(3, 4, 2), [1.0] * 3), rule, 0.0, mode)
+    gated = gate(replay_net(torch.randn(3, 4, 2), [1.0] * 3), rule, 0.0)
     assert gated(numbered(0, 4)).exit.tolist() == [2, 2, 0, 0]
     assert seen == [(0, [0, 1, 2, 3]), (1, [0, 1])]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from replay import gate, numbered, replay_net
 from torch import nn
 
 from aep_ext import ExitPolicy, ExitWeights, GatedNet, MultiExitNet, _load, prune
+from aep_ext.inference import simulate
 from aep_ext.surgery.heads import PooledLinearHead
 from aep_ext.surgery.networks import build
-from aep_ext.inference import simulate
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +62,8 @@ def agrees(gated: GatedNet, x: torch.Tensor, atol: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("criterion", ["confidence", "entropy", "margin"])
-@pytest.mark.parametrize("mode", ["compact", "mask", ["mask", "compact", "mask"]])
-def test_live_network_and_simulator_agree(net, x, criterion, mode):
-    gated = gate(net, criterion, medians(net, x, criterion), mode)
+def test_live_network_and_simulator_agree(net, x, criterion):
+    gated = gate(net, criterion, medians(net, x, criterion))
     assert len(gated(x).exit.unique()) > 2
     for n in (0, 1, 7, 33):
         agrees(gated, x[:n])
@@ -85,14 +83,13 @@ def test_criteria_with_a_memory_on_a_live_network(net, x, criterion, on):
 def test_with_every_gate_off_it_is_the_network(net, x, n, fused):
     net = copy.deepcopy(net)
     net.fused = fused
-    by_mode, by_flag = gate(net, "confidence", 0.0, mode="off"), gate(net, "entropy", math.inf, enabled=False)
-    for gated in (by_mode, by_flag, gate(net, "confidence", 1.1)):
+    by_flag = gate(net, "entropy", math.inf, enabled=False)
+    for gated in (by_flag, gate(net, "confidence", 1.1)):
         with torch.no_grad():
             torch.testing.assert_close(gated(x[:n]).logits, net(x[:n]))
-        assert gated(x[:n]).exit.eq(3).all() and torch.equal(gated(x[:n]).logits, by_mode(x[:n]).logits)
-    assert by_mode.live == by_flag.live == (False,) * 3
+        assert gated(x[:n]).exit.eq(3).all() and torch.equal(gated(x[:n]).logits, by_flag(x[:n]).logits)
     if n:
-        assert torch.equal(next(iter(by_mode.predict([x[:n]]))).logits, by_mode(x[:n]).logits)
+        assert torch.equal(next(iter(by_flag.predict([x[:n]]))).logits, by_flag(x[:n]).logits)
 
 
 def test_a_single_exit_always_answers(net, x):
@@ -104,8 +101,7 @@ def test_a_single_exit_always_answers(net, x):
     assert torch.equal(gated.predict_all([x, x]).logits, torch.cat([gated.net(x)] * 2))
 
 
-@pytest.mark.parametrize("mode", ["compact", "mask"])
-def test_channels_last_stays(net, x, mode):
+def test_channels_last_stays(net, x):
     net, seen = copy.deepcopy(net).to(memory_format=torch.channels_last), []
     x = x.contiguous(memory_format=torch.channels_last)
 
@@ -114,7 +110,7 @@ def test_channels_last_stays(net, x, mode):
 
     for stage in net.stages[1:]:
         stage.register_forward_pre_hook(note)
-    gated = gate(net, "confidence", medians(net, x), mode=mode)
+    gated = gate(net, "confidence", medians(net, x))
     agrees(gated, x)
     gated.predict_all(x.split(5), capacity=8)
     assert len(seen) > 6 and all(seen)
@@ -136,7 +132,7 @@ def test_bfloat16(net, x, fused):
 def test_autocast(net, x):
     net = copy.deepcopy(net)
     net.fused = _load.extension is not None  # the reference of the fused heads takes no mixed dtypes
-    gated = gate(net, "confidence", medians(net, x), mode="compact")
+    gated = gate(net, "confidence", medians(net, x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, logits = gated(x), net.exit_logits(x)
         torch.testing.assert_close(gate(net, "confidence", 2.0)(x).logits, net(x), rtol=2e-2, atol=2e-2)
@@ -272,13 +268,11 @@ def test_the_policy_is_read_back(net, x):
         enabled=[True, False, True],
         criterion="margin",
     )
-    gated = GatedNet(net, policy, mode="mask")
-    assert gated.policy == policy and gated.mode == ("mask",) * 3 and gated.live == (True, False, True)
+    gated = GatedNet(net, policy)
+    assert gated.policy == policy
     assert "margin of the ensemble" in repr(gated)
     logits = net.exit_logits(x).detach()
     assert torch.equal(gated.simulate(logits).exit, simulate(logits, policy).exit)
-    gated.mode = ["off", "mask", "mask"]
-    assert gated.live == (False, False, True) and gated.policy == policy
 
 
 def test_a_full_network_is_pruned_to_the_policy(net, x):
@@ -301,14 +295,10 @@ def test_a_full_network_is_pruned_to_the_policy(net, x):
     ("change", "error", "message"),
     [
         ({"net": nn.Linear(2, 2)}, TypeError, "net must be a MultiExitNet or a CompiledNet, got Linear"),
-        ({"net": SimpleNamespace(_orig_mod=1)}, TypeError, "net must not be compiled as a whole"),
         ({"policy": "confidence"}, TypeError, "policy must be an ExitPolicy, got str"),
         ({"policy": ExitPolicy(output_weights=[0.5, 0.5])}, ValueError, r"network's exits \[0, 1, 2, 3\], got exits"),
         ({"policy": ExitPolicy(output_weights=[1] * 4, exits=(0, 1, 2, 5))}, ValueError, "got exits .*, 5"),
         ({"policy": ExitPolicy(output_weights=[0.25] * 4)}, ValueError, "network's output weights .*from_policy sets"),
-        ({"mode": "fast"}, ValueError, "mode must be one of auto, compact, mask, off, got 'fast'"),
-        ({"mode": ["mask", "no", "off"]}, ValueError, "mode must be one of auto, compact, mask, off, got 'no'"),
-        ({"mode": ["mask"]}, ValueError, "mode must have 3 entries, got 1"),
     ],
 )
 def test_bad_arguments_are_refused(net, change, error, message):
@@ -326,11 +316,10 @@ def test_weights_that_cannot_be_normalised_are_refused(net):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("criterion", ["confidence", "patience", "vote"])
-@pytest.mark.parametrize("mode", ["compact", "mask"])
-def test_on_a_gpu_executor_and_simulator_agree(net, x, criterion, mode):
+def test_on_a_gpu_executor_and_simulator_agree(net, x, criterion):
     logits = torch.randn(4, 65, 5) * 2
     net = replay_net(logits, net.output_weights.tolist()).to("cuda")
-    gated = gate(net, criterion, 0.6 if criterion == "confidence" else 2, mode)
+    gated = gate(net, criterion, 0.6 if criterion == "confidence" else 2)
     expected = gated.simulate(logits.cuda())
     for n in (0, 1, 65):
         for output in (gated(numbered(0, n).cuda()), gated.predict_all(numbered(0, n).split(9), capacity=16)):

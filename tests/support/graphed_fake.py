@@ -1,4 +1,4 @@
-"""A backend for GraphedGatedNet without a GPU: the pass is recorded as nodes and replayed on the CPU.
+"""A backend for CudaGraphGatedNet without a GPU: the pass is recorded as nodes and replayed on the CPU.
 
 Its exit is what the CUDA kernel is to compute: the gate operator on all rows, of which those under way are changed.
 """
@@ -13,24 +13,23 @@ import torch
 from torch import Tensor
 
 from aep_ext import ops
-from aep_ext.inference.cuda_graph_backend import Walk
+from aep_ext.inference.cuda_graph_capture import StaticPass
 
 
-def run_exit(walk: Walk, e: int, exit_logits: Tensor, may_leave: bool) -> None:
+def run_exit(static: StaticPass, e: int, exit_logits: Tensor, may_leave: bool) -> None:
     """Exit e on the tensors of the pass."""
-    t = walk.tensors
+    t = static.tensors
     rows, last, acc = len(t["exit"]), e == len(t["temperatures"]) - 1, t["running"].dtype
     if e == 0:
         t["exit"].fill_(-1)
         t["running"].zero_()
         t["state"].zero_()
-        if walk.policy == "patience":
+        if static.criterion == "patience":
             t["state"][:, 0] = -1
     factors = [torch.tensor(w, dtype=acc) for w in t["weights"].tolist()]
     before = torch.zeros((), dtype=acc)
     for factor in factors[:e]:
         before = before + factor
-    live = not last and may_leave and bool(t["enabled"][e])
     result = ops.gate(
         t["running"].new_empty(rows, 0),
         t["running"].clone(),
@@ -41,15 +40,17 @@ def run_exit(walk: Walk, e: int, exit_logits: Tensor, may_leave: bool) -> None:
         weight=factors[e],
         threshold=0.0 if last else float(t["thresholds"][e]),
         temperature=float(t["temperatures"][e]),
-        policy=walk.policy,
-        on=walk.on,
-        enabled=live,
+        policy=static.criterion,
+        on=static.criterion_on,
+        enabled=not last and may_leave and bool(t["enabled"][e]),
+        last=last,
     )
-    stay = 0 if last else int(result.count)
+    stay = int(result.count)
+    sums = t["running"] + exit_logits.to(acc) * factors[e]  # kept, also of rows that leave
     for place, row in enumerate(result.indices.tolist()):
         if t["exit"][row] >= 0:
             continue
-        t["running"][row], t["state"][row] = result.running[place], result.state[place]
+        t["running"][row], t["state"][row] = sums[row], result.state[place]
         if place >= stay:
             t["exit"][row] = e
             t["logits"][row] = result.running[place].to(t["logits"].dtype)
@@ -59,19 +60,17 @@ def run_exit(walk: Walk, e: int, exit_logits: Tensor, may_leave: bool) -> None:
 
 @dataclass
 class FakeBuilt:
-    walk: Walk
-    path: str
-    reason: str = ""
+    static: StaticPass
     ran: list[int] = field(default_factory=list)
 
     def launch(self) -> None:
         self.ran.clear()
-        features = self.walk.input
-        for e, may_leave in self.walk.plan:
-            features, logits = self.walk.run(e, features)
+        features = self.static.input
+        for e in range(self.static.num_exits):
+            features, logits = self.static.run(e, features)
             self.ran.append(e)
-            run_exit(self.walk, e, logits, may_leave)
-            if may_leave and not self.walk.tensors["remaining"][e]:
+            run_exit(self.static, e, logits, True)
+            if not self.static.tensors["remaining"][e]:
                 return
 
 
@@ -80,8 +79,8 @@ class FakeBackend:
 
     device_type = "cpu"
 
-    def __init__(self, refuses: str = "") -> None:
-        self.refuses, self.warmed, self.built = refuses, 0, []
+    def __init__(self) -> None:
+        self.warmed, self.built = 0, []
 
     def check(self) -> None:
         pass
@@ -95,7 +94,6 @@ class FakeBackend:
             found = once()
         return found
 
-    def build(self, walk: Walk, path: str) -> FakeBuilt:
-        taken = "graph per stage" if self.refuses or path == "graph per stage" else "one graph"
-        self.built.append(FakeBuilt(walk, taken, self.refuses))
-        return self.built[-1]
+    def build(self, static: StaticPass) -> Callable[[], None]:
+        self.built.append(FakeBuilt(static))
+        return self.built[-1].launch

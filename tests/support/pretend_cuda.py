@@ -312,9 +312,10 @@ class GatedGraph:
     """_C.GatedGraph: the exits on the CPU, graphs by their records."""
 
     def __init__(self, tensors: dict[str, Tensor], policy: str, on: str) -> None:
-        from aep_ext.inference.cuda_graph_backend import Walk
+        from aep_ext.inference.cuda_graph_capture import StaticPass
 
-        self.walk = Walk(lambda e, x: (x, x), tensors["logits"], (), tensors, policy, on)
+        exits = len(tensors["temperatures"])
+        self.static = StaticPass(lambda e, x: (x, x), tensors["logits"], exits, tensors, policy, on)
         self.parts: list[tuple[CUDAGraph, int, Tensor, bool, bool]] = []
 
     def add(self, raw: int, e: int, logits: Tensor, may_leave: bool, opens: bool) -> None:
@@ -328,14 +329,14 @@ class GatedGraph:
             for part, e, logits, may_leave, opens in self.parts:
                 part.replay()
                 self.run_exit(e, logits, may_leave)
-                if opens and not self.walk.tensors["remaining"][e]:
+                if opens and not self.static.tensors["remaining"][e]:
                     return
 
     def run_exit(self, e: int, logits: Tensor, may_leave: bool) -> None:
         from graphed_fake import run_exit
 
         with _on_the_device():
-            run_exit(self.walk, e, logits, may_leave)
+            run_exit(self.static, e, logits, may_leave)
 
 
 def install() -> None:

@@ -44,7 +44,7 @@ def numbered(first: int, end: int) -> Tensor:
     return torch.arange(first, end, dtype=torch.float64)[:, None, None, None]
 
 
-def gate(net: MultiExitNet | CompiledNet, criterion, thresholds, mode="auto", **options) -> GatedNet:
+def gate(net: MultiExitNet | CompiledNet, criterion, thresholds, **options) -> GatedNet:
     """A GatedNet with the network's own output weights."""
     policy = ExitPolicy(output_weights=net.output_weights, criterion=criterion, thresholds=thresholds, **options)
-    return GatedNet(net, policy, mode)
+    return GatedNet(net, policy)

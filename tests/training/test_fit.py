@@ -16,7 +16,7 @@ from aep_ext import ExitWeights, MultiExitNet
 from aep_ext._utils import UserError
 from aep_ext.surgery import networks
 from aep_ext.training import RECIPES, ImageDataModule, Progress, fit
-from aep_ext.training.callbacks import RunCheckpoint, best_weights
+from aep_ext.training.callbacks import RunCheckpoint
 from aep_ext.training.fit import accelerator_of
 
 RECIPE = replace(RECIPES["quick"], epochs=4, lr=3e-3, schedule="constant")
@@ -31,6 +31,11 @@ def fresh() -> MultiExitNet:
 
 def module() -> ImageDataModule:
     return ImageDataModule("digits", image_size=8, batch_size=32, train_samples=96, seed=1)
+
+
+def best_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of the best epoch so far, from a checkpoint."""
+    return torch.load(path, weights_only=True)["callbacks"]["RunCheckpoint"]["best"]["weights"]
 
 
 class _Killed(Exception):

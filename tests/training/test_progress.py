@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 pytest.importorskip("lightning", reason="the training needs lightning")
-rich_console = pytest.importorskip("rich.console", reason="the bars are rich's")
+pytest.importorskip("rich", reason="the bars are rich's")
+
+from rich.console import Console
 
 from aep_ext.training import Progress, progress
 
@@ -23,7 +25,7 @@ class Clock:
 
 
 def terminal() -> Any:
-    return rich_console.Console(file=io.StringIO(), force_terminal=True, width=100, force_interactive=True)
+    return Console(file=io.StringIO(), force_terminal=True, width=100, force_interactive=True)
 
 
 def test_a_terminal_shows_a_bar_with_the_time_left() -> None:
@@ -40,7 +42,7 @@ def test_a_terminal_shows_a_bar_with_the_time_left() -> None:
 
 def test_elsewhere_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, lines = Clock(monkeypatch), []
-    plain = rich_console.Console(file=io.StringIO())
+    plain = Console(file=io.StringIO())
     shown = Progress(lines.append, plain)
     assert shown.console is None
     with shown.task("training", 400) as task:

@@ -12,7 +12,6 @@ from aep_ext.inference.backends.engine import Engine, Settings
 from aep_ext.inference.segments import Segment
 
 BACKENDS = ("openvino", "onnxruntime", "inductor", "eager")
-"""In the order in which ``auto`` tries them."""
 
 _PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
 

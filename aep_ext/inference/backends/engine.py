@@ -39,10 +39,6 @@ class Chain(ABC):
     def features(self, e: int) -> Tensor:
         """The features that segment e gave when it ran last."""
 
-    def gather(self, e: int, source: Tensor, rows: Tensor) -> None:
-        """Makes ``source[rows]`` the input of segment e; ``source`` are features of another run, (m, ...)."""
-        self.load(e, source.index_select(0, rows))
-
 
 @dataclass
 class Engine:
@@ -119,9 +115,6 @@ class BoundChain(Chain):
         else:
             self._bind_images(x)
             self._images = x  # kept alive
-
-    def gather(self, e: int, source: Tensor, rows: Tensor) -> None:
-        torch.index_select(source, 0, rows, out=self._inputs[e - 1])
 
     def run(self, e: int) -> Tensor:
         self._calls[e]()

@@ -5,8 +5,6 @@ Any device. Threads are torch's own (``torch.set_num_threads``).
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 
 import torch
@@ -16,22 +14,8 @@ from aep_ext.inference.backends.engine import Engine, Settings, TorchChain
 from aep_ext.inference.segments import Segment
 
 
-def no_compiler(device: torch.device) -> str | None:
-    """Why Inductor cannot compile for ``device`` here; None if a C++ compiler is found (or none is needed)."""
-    if device.type != "cpu":
-        return None
-    wanted = os.environ.get("CXX")
-    names = [wanted] if wanted else ["g++", "clang++", "c++", "cl"]
-    if any(shutil.which(name.split()[0]) for name in names):
-        return None
-    return f"backend 'inductor' needs a C++ compiler at run time, found none of {', '.join(names)}"
-
-
 def build(segments: Sequence[Segment], inputs: Sequence[Tensor], settings: Settings) -> Engine:
     """See :func:`aep_ext.inference.backends.build`."""
-    reason = no_compiler(inputs[0].device)
-    if reason:
-        raise RuntimeError(reason)
     # A batch of one is a shape of its own to Inductor: compiled apart, it needs no guard on a free size either.
     return Engine(_compiled(segments, inputs, max(2, len(inputs[0]))), {1: _compiled(segments, inputs, 1)})
 

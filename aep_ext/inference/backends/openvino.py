@@ -33,23 +33,13 @@ def import_openvino() -> ModuleType:
     """
     if "openvino" not in sys.modules:
         with _LOCK:
-            _import_without_telemetry()
+            sys.modules.setdefault(_TELEMETRY, None)  # imports of it fail
+            try:
+                importlib.import_module("openvino")
+            finally:
+                if sys.modules.get(_TELEMETRY) is None:
+                    sys.modules.pop(_TELEMETRY, None)
     return importlib.import_module("openvino")  # waits where another thread is still importing it
-
-
-def _import_without_telemetry() -> None:
-    if "openvino" in sys.modules:
-        return
-    absent = object()
-    before = sys.modules.get(_TELEMETRY, absent)
-    sys.modules[_TELEMETRY] = None
-    try:
-        importlib.import_module("openvino")
-    finally:
-        if before is absent:
-            sys.modules.pop(_TELEMETRY, None)
-        else:
-            sys.modules[_TELEMETRY] = before
 
 
 def build(segments: Sequence[Segment], inputs: Sequence[Tensor], settings: Settings) -> Engine:

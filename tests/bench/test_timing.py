@@ -1,4 +1,4 @@
-"""How contestants are timed, on a clock that the test turns."""
+"""Paired timing, on a clock that the test turns."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from aep_ext.training.bench_racing import (
+from aep_ext.training.timing import (
     DISTINCT_BATCHES,
     LEAST_TURNS,
     Times,
     draw_batches,
     latency,
-    race,
     ratio_of_sums,
+    time_in_turn,
 )
 
 
@@ -30,7 +30,7 @@ def test_batches_use_every_sample_before_one_twice(samples, rows):
 
 
 class Clock:
-    """A clock that contestants move."""
+    """A clock that calls move."""
 
     def __init__(self) -> None:
         self.now, self.calls = 0.0, []
@@ -38,7 +38,7 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def contestant(self, name, seconds):
+    def network(self, name, seconds):
         def call(x):
             self.now += seconds * float(x)
             self.calls.append((name, float(x)))
@@ -46,11 +46,11 @@ class Clock:
         return call
 
 
-def test_contestants_take_turns_on_the_same_batches():
+def test_calls_take_turns_on_the_same_batches():
     clock = Clock()
     batches = [torch.tensor(v) for v in (1.0, 2.0, 3.0)]
-    times = race(
-        {"slow": clock.contestant("slow", 2.0), "fast": clock.contestant("fast", 1.0)}, batches, 60.0, clock=clock
+    times = time_in_turn(
+        {"slow": clock.network("slow", 2.0), "fast": clock.network("fast", 1.0)}, batches, 60.0, clock=clock
     )
     for b, value in enumerate((1.0, 2.0, 3.0)):
         assert set(times["slow"].batches[b]) == {2 * value} and set(times["fast"].batches[b]) == {value}
@@ -62,7 +62,7 @@ def test_contestants_take_turns_on_the_same_batches():
 
 def test_short_calls_follow_one_that_is_not_timed():
     clock = Clock()
-    times = race({"a": clock.contestant("a", 1e-4)}, [torch.tensor(1.0), torch.tensor(2.0)], 0.0, clock=clock)
+    times = time_in_turn({"a": clock.network("a", 1e-4)}, [torch.tensor(1.0), torch.tensor(2.0)], 0.0, clock=clock)
     assert clock.calls[2:6] == [("a", 2), ("a", 1), ("a", 1), ("a", 2)]  # the batch before, then the batch
     assert sum(map(len, times["a"].batches)) == LEAST_TURNS
     assert np.allclose(times["a"].typical(), [1e-4, 2e-4])
@@ -72,7 +72,7 @@ def test_fewer_batches_where_the_time_does_not_last_for_all():
     """An interruption can only be told by repeating."""
     for seconds, expected in ((0.0, 5), (10.0, 8), (100.0, 20), (1000.0, 40)):
         clock = Clock()
-        times = race({"a": clock.contestant("a", 1.0)}, [torch.tensor(1.0)] * 40, seconds, clock=clock)
+        times = time_in_turn({"a": clock.network("a", 1.0)}, [torch.tensor(1.0)] * 40, seconds, clock=clock)
         lengths = [len(taken) for taken in times["a"].batches if taken]
         assert len(lengths) == expected and max(lengths) - min(lengths) <= 1
         assert times["a"].batches[:expected] == tuple((1.0,) * n for n in lengths)
