@@ -208,8 +208,8 @@ def gate(
     weight: float | Tensor,
     threshold: float | Tensor,
     temperature: float | Tensor = 1.0,
-    policy: str = "confidence",
-    on: str = "ensemble",
+    criterion: str = "confidence",
+    criterion_on: str = "ensemble",
     enabled: bool = True,
     last: bool = False,
 ) -> GateResult:
@@ -222,12 +222,12 @@ def gate(
         running = (running.to(dtype) + own * weight).to(running.dtype)
         weight_sum = weight_sum + weight
         answer = running.argmax(-1)
-        if on == "ensemble":
-            judged, judged_class = running.to(dtype) / (weight_sum * temperature), answer
+        if criterion_on == "ensemble":
+            judged, decided_class = running.to(dtype) / (weight_sum * temperature), answer
         else:
-            judged, judged_class = own / temperature, own.argmax(-1)
+            judged, decided_class = own / temperature, own.argmax(-1)
         stats = _statistics(judged).float()
-        leaves, state = _decide(policy, stats, judged_class, state, threshold)
+        leaves, state = _decide(criterion, stats, decided_class, state, threshold)
         if last or not enabled:
             leaves = torch.full_like(leaves, last)
         answers = (running.to(dtype) / weight_sum).to(running.dtype)  # R_e
@@ -254,8 +254,8 @@ def gate_one_(
     weight: float,
     threshold: float,
     temperature: float,
-    policy: str,
-    on: str,
+    criterion: str,
+    criterion_on: str,
     enabled: bool,
     last: bool,
 ) -> None:
@@ -271,8 +271,8 @@ def gate_one_(
         weight=weight,
         threshold=threshold,
         temperature=temperature,
-        policy=policy,
-        on=on,
+        criterion=criterion,
+        criterion_on=criterion_on,
         enabled=enabled,
         last=last,
     )
@@ -283,7 +283,7 @@ def gate_one_(
 
 
 def _decide(
-    policy: str, stats: Tensor, judged_class: Tensor, state: Tensor, threshold: Tensor
+    criterion: str, stats: Tensor, decided_class: Tensor, state: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Which rows reach ``threshold`` (n,) bool, and the new state. A row without a distribution (NaN) never does.
 
@@ -291,16 +291,16 @@ def _decide(
     """
     confidence, entropy, margin = stats.unbind(-1)
     valid = ~confidence.isnan()
-    if policy == "confidence":
+    if criterion == "confidence":
         return confidence >= threshold.float(), state
-    if policy == "entropy":
+    if criterion == "entropy":
         return entropy <= threshold.float(), state
-    if policy == "margin":
+    if criterion == "margin":
         return margin >= threshold.float(), state
-    if policy == "patience":
+    if criterion == "patience":
         last, length = state.unbind(-1)
-        length = torch.where(judged_class == last, length + 1, 1).masked_fill(~valid, 0)
-        last = judged_class.masked_fill(~valid, -1)
+        length = torch.where(decided_class == last, length + 1, 1).masked_fill(~valid, 0)
+        last = decided_class.masked_fill(~valid, -1)
         return valid & (length.double() >= threshold.double()), torch.stack([last, length], -1)
-    votes = state.scatter_add(-1, judged_class[:, None], valid.to(torch.int64)[:, None])
+    votes = state.scatter_add(-1, decided_class[:, None], valid.to(torch.int64)[:, None])
     return valid & (votes.amax(-1).double() >= threshold.double()), votes
