@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,19 +20,6 @@ from aep_ext.inference.cuda_graph import CudaGraphGatedNet
 from benchmarks.gpu import cases, measure, result_file
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operator", list(SIZES))
-def test_all_functions_of_an_operator_give_the_same(operator, dtype, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    torch.manual_seed(0)
-    comparison = cases.OperatorCase(operator, replace(SIZES[operator], dtype=dtype)).comparison("cpu")
-    functions, left_out = measure.functions_of(comparison)
-    assert left_out == {} or (list(left_out) == ["liger"] and "not installed" in left_out["liger"])
-    functions.pop("liger", None)  # it needs a GPU
-    kept, broken = measure.compared(operator, dtype, comparison, functions, comparison.make())
-    assert broken == {} and list(kept) == ["fused", *comparison.baselines, "inductor"]
 
 
 def test_cases_have_names_of_their_own():

@@ -14,11 +14,9 @@ import pytest
 
 from benchmarks import compare
 from benchmarks.aggregate import ResultError, aggregate, load, main, merge, save
-from benchmarks.sweep import case_name, outcomes, pieces, run_all
+from benchmarks.sweep import pieces
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = [f"benchmarks/test_{file}.py::test_{file}[{i}]" for file in "ab" for i in range(3)]
-NAMES = [case_name(node) for node in NODES]
 EXTRA = {
     "operator": "gate", "case": {"size": "8"}, "marks": ["goal"], "threads": 1, "rounds": 25,
     "fused_median_us": 12.345678, "eager_median_us": 24.7, "ratio_eager": 2.000123, "paired_ratio_eager": 1.9,
@@ -69,64 +67,6 @@ def test_merging_keeps_the_newer_case_and_forgets_skips_that_ran(make_case, make
         merge(old, make_result({}, torch="10.0"))
 
 
-@pytest.fixture
-def runner(make_case, make_result):
-    """Stands for pytest: remembers what it ran, and is killed before a case of the test's choice."""
-
-    class Runner:
-        def __init__(self) -> None:
-            self.ran: list[str] = []
-            self.killed_at = self.skips = self.fails = ""
-
-        def __call__(self, piece):
-            names = [case_name(node) for node in piece]
-            if self.killed_at in names:
-                raise KeyboardInterrupt
-            self.ran += names
-            ran = [name for name in names if name not in (self.skips, self.fails)]
-            result = make_result({name: make_case(best_eager=2.0) for name in ran}) if ran else None
-            skipped = {self.skips: "not there"} if self.skips in names else {}
-            return result, skipped, [self.fails] if self.fails in names else []
-
-    return Runner()
-
-
-def test_after_a_kill_the_sweep_goes_on_where_it_was(tmp_path, runner):
-    assert pieces(NODES, 2) == [NODES[:2], NODES[2:3], NODES[3:5], NODES[5:]]
-    runner.killed_at = NAMES[3]
-    with pytest.raises(KeyboardInterrupt):
-        run_all(tmp_path / "r.json", NODES, 2, runner, lambda text: None)
-    assert sorted(load(tmp_path / "r.json")["cases"]) == NAMES[:3]
-    runner.killed_at = ""
-    assert run_all(tmp_path / "r.json", NODES, 2, runner, lambda text: None) == 0
-    assert runner.ran == NAMES  # each once
-    assert sorted(load(tmp_path / "r.json")["cases"]) == NAMES
-
-
-def test_what_was_skipped_or_failed_is_tried_again(tmp_path, runner):
-    said: list[str] = []
-    runner.skips, runner.fails = NAMES[0], NAMES[4]
-    assert run_all(tmp_path / "r.json", NODES, 3, runner, said.append) == 1
-    result = load(tmp_path / "r.json")
-    assert result["skipped"] == {NAMES[0]: "not there"} and NAMES[4] not in result["cases"]
-    assert "1 skipped" in said[1] and f"FAILED: {NAMES[4]}" in said[2]
-    runner.skips, runner.fails, runner.ran = "", "", []
-    assert run_all(tmp_path / "r.json", NODES, 3, runner, said.append) == 0
-    assert runner.ran == [NAMES[0], NAMES[4]] and load(tmp_path / "r.json")["skipped"] == {}
-
-
-def test_outcomes_are_read_from_junit(tmp_path):
-    path = tmp_path / "junit.xml"
-    path.write_text(
-        '<testsuites><testsuite><testcase name="test_a[1]"/><testcase name="test_a[2]">'
-        '<skipped message="why"/></testcase>'
-        '<testcase name="test_a[3]"><failure message="x"/></testcase><testcase name="test_a[4]"><error/></testcase>'
-        "</testsuite></testsuites>",
-        encoding="utf-8",
-    )
-    assert outcomes(path) == ({"test_a[2]": "why"}, ["test_a[3]", "test_a[4]"])
-
-
 _CONFTEST = """
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true")
@@ -141,14 +81,17 @@ def test_{name}(benchmark, i):
     with pathlib.Path("ran.txt").open("a") as file:
         file.write(f"test_{name}[{{i}}]\\n")
     time.sleep(0.05)
+    if ("{name}", i) == ("b", 1):
+        pytest.skip("not there")
     benchmark.extra_info.update(operator="{name}", threads=1, fused_median_us=1.0, paired_ratio_eager=2.0)
     benchmark.pedantic(int)
     assert ("{name}", i) != ("b", 2)
 """
 
 
-def test_a_real_sweep_is_killed_and_goes_on(tmp_path):
+def test_a_sweep_is_killed_and_goes_on_and_tries_again_what_failed(tmp_path):
     """pytest itself on small benchmarks; the process group is killed as soon as the first piece is in the file."""
+    assert pieces(["a::1", "a::2", "a::3", "b::1"], 2) == [["a::1", "a::2"], ["a::3"], ["b::1"]]
     pytest.importorskip("pytest_benchmark")
     (tmp_path / "conftest.py").write_text(_CONFTEST, encoding="utf-8")
     for name in "ab":
@@ -173,13 +116,17 @@ def test_a_real_sweep_is_killed_and_goes_on(tmp_path):
 
     before = set(load(output)["cases"])
     assert before and len(before) < 5
-    (tmp_path / "ran.txt").unlink()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    assert done.returncode == 1, done.stderr  # the one that fails
-    assert f"6 cases, {len(before)} done before" in done.stdout and "FAILED: test_b[2]" in done.stdout
     everything = {f"test_{name}[{i}]" for name in "ab" for i in range(3)}
-    assert sorted((tmp_path / "ran.txt").read_text(encoding="utf-8").split()) == sorted(everything - before)
-    assert set(load(output)["cases"]) == everything - {"test_b[2]"}
+    open_ends = {"test_b[1]", "test_b[2]"}
+    for done_before, runs_now in ((before, everything - before), (everything - open_ends, open_ends)):
+        (tmp_path / "ran.txt").unlink()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        assert done.returncode == 1, done.stderr  # the one that fails
+        assert f"6 cases, {len(done_before)} done before" in done.stdout
+        assert "1 skipped, FAILED: test_b[2]" in done.stdout
+        assert set((tmp_path / "ran.txt").read_text(encoding="utf-8").split()) == runs_now
+        assert set(load(output)["cases"]) == everything - open_ends
+        assert load(output)["skipped"] == {"test_b[1]": "not there"}
 
 
 @pytest.fixture
