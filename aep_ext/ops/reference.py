@@ -223,11 +223,11 @@ def gate(
         weight_sum = weight_sum + weight
         answer = running.argmax(-1)
         if on == "ensemble":
-            judged, judged_class = running.to(dtype) / (weight_sum * temperature), answer
+            scaled, top_class = running.to(dtype) / (weight_sum * temperature), answer
         else:
-            judged, judged_class = own / temperature, own.argmax(-1)
-        stats = _statistics(judged).float()
-        leaves, state = _decide(policy, stats, judged_class, state, threshold)
+            scaled, top_class = own / temperature, own.argmax(-1)
+        stats = _statistics(scaled).float()
+        leaves, state = _decide(policy, stats, top_class, state, threshold)
         if last or not enabled:
             leaves = torch.full_like(leaves, last)
         answers = (running.to(dtype) / weight_sum).to(running.dtype)  # R_e
@@ -282,9 +282,7 @@ def gate_one_(
         leaves.copy_(result.count == 0)
 
 
-def _decide(
-    policy: str, stats: Tensor, judged_class: Tensor, state: Tensor, threshold: Tensor
-) -> tuple[Tensor, Tensor]:
+def _decide(policy: str, stats: Tensor, top_class: Tensor, state: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     """Which rows reach ``threshold`` (n,) bool, and the new state. A row without a distribution (NaN) never does.
 
     Statistics are compared in float32, the precision in which they are returned; counts in float64.
@@ -299,8 +297,8 @@ def _decide(
         return margin >= threshold.float(), state
     if policy == "patience":
         last, length = state.unbind(-1)
-        length = torch.where(judged_class == last, length + 1, 1).masked_fill(~valid, 0)
-        last = judged_class.masked_fill(~valid, -1)
+        length = torch.where(top_class == last, length + 1, 1).masked_fill(~valid, 0)
+        last = top_class.masked_fill(~valid, -1)
         return valid & (length.double() >= threshold.double()), torch.stack([last, length], -1)
-    votes = state.scatter_add(-1, judged_class[:, None], valid.to(torch.int64)[:, None])
+    votes = state.scatter_add(-1, top_class[:, None], valid.to(torch.int64)[:, None])
     return valid & (votes.amax(-1).double() >= threshold.double()), votes

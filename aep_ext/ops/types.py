@@ -40,7 +40,7 @@ class GateResult(NamedTuple):
     state: Tensor
     """(n, S) int64: the policy's state after this exit."""
     stats: Tensor
-    """(n, 3) float32: confidence, entropy in nats and margin of the judged distribution."""
+    """(n, 3) float32: confidence, entropy in nats and margin of the tested distribution."""
     argmax: Tensor
     """(n,) int64: class of the largest entry of the sum, the answer of a row that leaves here."""
     weight_sum: Tensor
