@@ -10,7 +10,7 @@ from aep_ext.ops._dispatch import use_native
 from aep_ext.ops.types import GateResult
 
 STATELESS = ("confidence", "entropy", "margin")
-POLICIES = (*STATELESS, "patience", "vote")
+CRITERIA = (*STATELESS, "patience", "vote")
 _USUAL = ("confidence", "ensemble", True, False)  # defaults, which cost less than arguments
 _new = tuple.__new__  # a named tuple from a tuple, in half the time
 
@@ -26,8 +26,8 @@ def gate(
     weight: float | Tensor,
     threshold: float | Tensor,
     temperature: float | Tensor = 1.0,
-    policy: str = "confidence",
-    on: str = "ensemble",
+    criterion: str = "confidence",
+    criterion_on: str = "ensemble",
     enabled: bool = True,
     last: bool = False,
 ) -> GateResult:
@@ -39,15 +39,15 @@ def gate(
             float64, else float32) or in the dtype of ``exit_logits``; zeros before the first exit.
         weight_sum: the sum of the exit weights so far; 0 before the first exit.
         indices: (n,) int64: the caller's row numbers.
-        state: (n, S) int64, the policy's memory. S = 2 for "patience" (last predicted class or -1, length of its run),
-            K for "vote" (votes per class), else 0. Start with -1, 0 and with zeros.
+        state: (n, S) int64, the criterion's memory. S = 2 for "patience" (last class or -1, length of its run), K
+            for "vote" (votes per class), else 0. Start with -1, 0 and with zeros.
         exit_logits: (n, K): this exit's logits.
         weight: this exit's output weight.
-        threshold: a row leaves where the policy's quantity reaches it; see below.
+        threshold: a row leaves where the criterion's quantity reaches it; see below.
         temperature: divides the logits before the softmax; above 0.
-        policy: "confidence" and "margin" leave at >= threshold, "entropy" (nats) at <=; "patience" when the run of
+        criterion: "confidence" and "margin" leave at >= threshold, "entropy" (nats) at <=; "patience" when the run of
             equal predicted classes is >= threshold exits long, "vote" when a class has >= threshold votes.
-        on: "ensemble" looks at ``softmax(running' / (weight_sum' * temperature))``, "exit" at
+        criterion_on: "ensemble" looks at ``softmax(running' / (weight_sum' * temperature))``, "exit" at
             ``softmax(exit_logits / temperature)``.
         enabled: False: nobody leaves, everything else (the state too) advances as usual.
         last: True: this is the last exit, where every row leaves, whatever the threshold, ``enabled`` and NaN say.
@@ -68,7 +68,7 @@ def gate(
         TypeError: a dtype breaks the rules above.
         ValueError: a shape, device, number or name does.
 
-    Equivalent to (policy "confidence", on "ensemble")::
+    Equivalent to (criterion "confidence", criterion_on "ensemble")::
 
         running = running + weight * exit_logits
         weight_sum = weight_sum + weight
@@ -86,15 +86,15 @@ def gate(
                 "gate", weight_sum=weight_sum, weight=weight, threshold=threshold, temperature=temperature
             )
         rows = (features, running, indices, state, exit_logits)
-        rule = (policy, on, enabled, last)
+        rule = (criterion, criterion_on, enabled, last)
         if rule == _USUAL and not tensors:
             return _new(GateResult, _native.gate(*rows, *numbers))
         return _new(GateResult, _native.gate(*rows, *numbers, *rule, *tensors))
-    n, classes, device = _check_logits("gate", exit_logits, "N", policy, POLICIES, on)
+    n, classes, device = _check_logits("gate", exit_logits, "N", criterion, CRITERIA, criterion_on)
     _checks.tensor("gate", "features", features, (n, *getattr(features, "shape", ())[1:]), device=device)
     _checks.tensor("gate", "running", running, (n, classes), _running_dtypes(exit_logits), device)
     _checks.tensor("gate", "indices", indices, (n,), _checks.INT64, device)
-    width = {"patience": 2, "vote": classes}.get(policy, 0)
+    width = {"patience": 2, "vote": classes}.get(criterion, 0)
     _checks.tensor("gate", "state", state, (n, width), _checks.INT64, device)
     _check_numbers("gate", device, weight_sum, weight, threshold, temperature)
     return reference.gate(
@@ -107,8 +107,8 @@ def gate(
         weight=weight,
         threshold=threshold,
         temperature=temperature,
-        policy=policy,
-        on=on,
+        criterion=criterion,
+        criterion_on=criterion_on,
         enabled=enabled,
         last=last,
     )
@@ -123,8 +123,8 @@ def gate_one_(
     weight: float,
     threshold: float,
     temperature: float = 1.0,
-    policy: str = "confidence",
-    on: str = "ensemble",
+    criterion: str = "confidence",
+    criterion_on: str = "ensemble",
     enabled: bool = True,
     last: bool = False,
 ) -> None:
@@ -140,8 +140,9 @@ def gate_one_(
         stats: (1, 3) float32, contiguous: written. Confidence, entropy in nats and margin of the tested distribution.
         leaves: (1,) bool: written. Whether the row leaves here.
         exit_logits: (1, K): this exit's logits; any strides.
-        weight_sum, weight, threshold, temperature, on, enabled, last: as for :func:`aep_ext.ops.gate`, numbers only.
-        policy: "confidence", "entropy" or "margin". The others keep a state, which this operator does not.
+        weight_sum, weight, threshold, temperature, criterion_on, enabled, last: as for :func:`aep_ext.ops.gate`,
+            numbers only.
+        criterion: "confidence", "entropy" or "margin". The others keep a state, which this operator does not.
 
     Native on the CPU only; the pure-torch reference runs elsewhere. Not differentiable: in grad mode no argument may
     require a gradient. The tensors must not share memory with each other.
@@ -150,7 +151,7 @@ def gate_one_(
         TypeError: a dtype breaks these rules. Nothing was written then; nor below.
         ValueError: a shape, device, stride, number or name does, or a gradient is required.
 
-    Equivalent to (policy "confidence", on "ensemble")::
+    Equivalent to (criterion "confidence", criterion_on "ensemble")::
 
         running += weight * exit_logits
         confidence = torch.softmax(running / ((weight_sum + weight) * temperature), -1).amax(-1)
@@ -161,9 +162,9 @@ def gate_one_(
     if use_native(exit_logits) and (exit_logits.is_cpu or exit_logits.is_meta):
         rows, numbers = (running, stats, leaves, exit_logits), (weight_sum, weight, threshold, temperature)
         if last:
-            return _native.gate_one_(*rows, *numbers, policy, on, enabled, last)
-        return _native.gate_one_(*rows, *numbers, policy, on, enabled)
-    _, classes, device = _check_logits("gate_one_", exit_logits, 1, policy, STATELESS, on)
+            return _native.gate_one_(*rows, *numbers, criterion, criterion_on, enabled, last)
+        return _native.gate_one_(*rows, *numbers, criterion, criterion_on, enabled)
+    _, classes, device = _check_logits("gate_one_", exit_logits, 1, criterion, STATELESS, criterion_on)
     _checks.tensor("gate_one_", "running", running, (1, classes), _running_dtypes(exit_logits), device)
     _checks.tensor("gate_one_", "stats", stats, (1, 3), (torch.float32,), device)
     _checks.tensor("gate_one_", "leaves", leaves, (1,), (torch.bool,), device)
@@ -171,16 +172,16 @@ def gate_one_(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (running, stats, exit_logits)):
         raise ValueError("aep::gate_one_: arguments must not require a gradient, got requires_grad=True")
     scalars = (weight_sum, weight, threshold, temperature)
-    return reference.gate_one_(running, stats, leaves, exit_logits, *scalars, policy, on, enabled, last)
+    return reference.gate_one_(running, stats, leaves, exit_logits, *scalars, criterion, criterion_on, enabled, last)
 
 
 def _check_logits(
-    op: str, exit_logits: Tensor, rows: int | str, policy: str, policies: tuple[str, ...], on: str
+    op: str, exit_logits: Tensor, rows: int | str, criterion: str, criteria: tuple[str, ...], criterion_on: str
 ) -> tuple[int, int, torch.device]:
     """One exit's logits and the names of its rule: rows, classes, device."""
     n, classes = _checks.tensor(op, "exit_logits", exit_logits, (rows, "K"))
-    _checks.choice(op, "policy", policy, policies)
-    _checks.choice(op, "on", on, ("ensemble", "exit"))
+    _checks.choice(op, "criterion", criterion, criteria)
+    _checks.choice(op, "criterion_on", criterion_on, ("ensemble", "exit"))
     return n, classes, exit_logits.device
 
 

@@ -208,8 +208,8 @@ def gate(
     weight: float | Tensor,
     threshold: float | Tensor,
     temperature: float | Tensor = 1.0,
-    policy: str = "confidence",
-    on: str = "ensemble",
+    criterion: str = "confidence",
+    criterion_on: str = "ensemble",
     enabled: bool = True,
     last: bool = False,
 ) -> GateResult:
@@ -222,12 +222,12 @@ def gate(
         running = (running.to(dtype) + own * weight).to(running.dtype)
         weight_sum = weight_sum + weight
         answer = running.argmax(-1)
-        if on == "ensemble":
+        if criterion_on == "ensemble":
             scaled, top_class = running.to(dtype) / (weight_sum * temperature), answer
         else:
             scaled, top_class = own / temperature, own.argmax(-1)
         stats = _statistics(scaled).float()
-        leaves, state = _decide(policy, stats, top_class, state, threshold)
+        leaves, state = _decide(criterion, stats, top_class, state, threshold)
         if last or not enabled:
             leaves = torch.full_like(leaves, last)
         answers = (running.to(dtype) / weight_sum).to(running.dtype)  # R_e
@@ -254,8 +254,8 @@ def gate_one_(
     weight: float,
     threshold: float,
     temperature: float,
-    policy: str,
-    on: str,
+    criterion: str,
+    criterion_on: str,
     enabled: bool,
     last: bool,
 ) -> None:
@@ -271,8 +271,8 @@ def gate_one_(
         weight=weight,
         threshold=threshold,
         temperature=temperature,
-        policy=policy,
-        on=on,
+        criterion=criterion,
+        criterion_on=criterion_on,
         enabled=enabled,
         last=last,
     )
@@ -282,20 +282,22 @@ def gate_one_(
         leaves.copy_(result.count == 0)
 
 
-def _decide(policy: str, stats: Tensor, top_class: Tensor, state: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+def _decide(
+    criterion: str, stats: Tensor, top_class: Tensor, state: Tensor, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
     """Which rows reach ``threshold`` (n,) bool, and the new state. A row without a distribution (NaN) never does.
 
     Statistics are compared in float32, the precision in which they are returned; counts in float64.
     """
     confidence, entropy, margin = stats.unbind(-1)
     valid = ~confidence.isnan()
-    if policy == "confidence":
+    if criterion == "confidence":
         return confidence >= threshold.float(), state
-    if policy == "entropy":
+    if criterion == "entropy":
         return entropy <= threshold.float(), state
-    if policy == "margin":
+    if criterion == "margin":
         return margin >= threshold.float(), state
-    if policy == "patience":
+    if criterion == "patience":
         last, length = state.unbind(-1)
         length = torch.where(top_class == last, length + 1, 1).masked_fill(~valid, 0)
         last = top_class.masked_fill(~valid, -1)

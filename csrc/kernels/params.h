@@ -206,13 +206,13 @@ struct SubsetCorrectParams {
 };
 constexpr int64_t kMaxSubsetExits = 16;
 
-enum class GatePolicy : int32_t { confidence = 0, entropy = 1, margin = 2, patience = 3, vote = 4 };
-enum class GateOn : int32_t { ensemble = 0, exit = 1 };
+enum class GateCriterion : int32_t { confidence = 0, entropy = 1, margin = 2, patience = 3, vote = 4 };
+enum class CriterionOn : int32_t { ensemble = 0, exit = 1 };
 
 // One exit's gate over n rows.
 //   running' = running + weight * exit_logits (the product rounded, then added; rounded once to running_dtype);
 //   ws' = weight_sum + weight (acc).
-//   Judged values: running' / (ws' * temperature), or exit_logits / temperature for GateOn::exit; statistics as in
+//   Judged values: running' / (ws' * temperature), or exit_logits / temperature for CriterionOn::exit; statistics as in
 //   EnsembleStatsParams. The judged class is the argmax of running' (or of exit_logits) before the division; `argmax`,
 //   the answer, is always that of running'.
 //   A row leaves when, for confidence and margin, the (float32) statistic >= the (float32) threshold; for entropy, <=;
@@ -246,12 +246,12 @@ struct GateParams {
   int64_t running_stride_n, logits_stride_n;
   int64_t feature_row_bytes, feature_stride_bytes, feature_out_stride_bytes;
   Scalar weight_sum, weight, threshold, temperature;  // acc
-  GatePolicy policy;
-  GateOn on;
+  GateCriterion criterion;
+  CriterionOn criterion_on;
   bool enabled, last;
 };
 
-// The gate for one row, in place, for policies without a state (confidence, entropy, margin): the same sums, statistics
+// The gate for one row, in place, for criteria without a state (confidence, entropy, margin): the same sums, statistics
 // decision and R, to the bit. No partition, so nothing else is left of it. CPU only.
 struct GateOneParams {
   void* running;            // running_dtype (K), read and written
@@ -262,8 +262,8 @@ struct GateOneParams {
   DType running_dtype;      // dtype, or the acc type of dtype
   int64_t K;
   double weight_sum, weight, threshold, temperature;  // converted to acc
-  GatePolicy policy;
-  GateOn on;
+  GateCriterion criterion;
+  CriterionOn criterion_on;
   bool enabled, last;
 };
 

@@ -9,11 +9,11 @@ namespace aep {
 using OptionalTensor = std::optional<Tensor>;
 using GateResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-kernels::GatePolicy kernel_policy(std::string_view policy) {
-  if (policy == "confidence") return kernels::GatePolicy::confidence;
-  if (policy == "entropy") return kernels::GatePolicy::entropy;
-  if (policy == "margin") return kernels::GatePolicy::margin;
-  return policy == "patience" ? kernels::GatePolicy::patience : kernels::GatePolicy::vote;
+kernels::GateCriterion kernel_criterion(std::string_view criterion) {
+  if (criterion == "confidence") return kernels::GateCriterion::confidence;
+  if (criterion == "entropy") return kernels::GateCriterion::entropy;
+  if (criterion == "margin") return kernels::GateCriterion::margin;
+  return criterion == "patience" ? kernels::GateCriterion::patience : kernels::GateCriterion::vote;
 }
 
 namespace {
@@ -31,10 +31,10 @@ Tensor rows_like(const Tensor& tensor, const Tensor& like, at::MemoryFormat form
 }  // namespace
 
 GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
-                      std::string_view on, bool enabled, bool last) {
+                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view criterion,
+                      std::string_view criterion_on, bool enabled, bool last) {
   constexpr const char* op = "gate";
-  check_gate(features, running, indices, state, exit_logits, policy, on);
+  check_gate(features, running, indices, state, exit_logits, criterion, criterion_on);
   const at::Device device = exit_logits.device();
   check_scalar(op, "weight_sum", scalars.weight_sum_tensor, scalars.weight_sum, device, false);
   check_scalar(op, "weight", scalars.weight_tensor, scalars.weight, device, false);
@@ -84,8 +84,8 @@ GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tenso
   p.weight = kernel_scalar(scalars.weight_tensor, scalars.weight, type, keep[6]);
   p.threshold = kernel_scalar(scalars.threshold_tensor, scalars.threshold, type, keep[7]);
   p.temperature = kernel_scalar(scalars.temperature_tensor, scalars.temperature, type, keep[8]);
-  p.policy = kernel_policy(policy);
-  p.on = on == "ensemble" ? kernels::GateOn::ensemble : kernels::GateOn::exit;
+  p.criterion = kernel_criterion(criterion);
+  p.criterion_on = criterion_on == "ensemble" ? kernels::CriterionOn::ensemble : kernels::CriterionOn::exit;
   p.enabled = enabled, p.last = last;
   return call;
 }
@@ -94,7 +94,7 @@ namespace {
 
 GateResult gate_autograd(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
                          const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                         double temperature, std::string_view policy, std::string_view on, bool enabled, bool last,
+                         double temperature, std::string_view criterion, std::string_view criterion_on, bool enabled, bool last,
                          const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
                          const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor) {
   static auto op = find_operator<GateResult(
@@ -102,7 +102,7 @@ GateResult gate_autograd(const Tensor& features, const Tensor& running, const Te
       std::string_view, std::string_view, bool, bool, const OptionalTensor&, const OptionalTensor&,
       const OptionalTensor&, const OptionalTensor&)>("aep::gate");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature, policy, on,
+  return op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature, criterion, criterion_on,
                  enabled, last, weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor);
 }
 

@@ -59,14 +59,14 @@ TORCH_LIBRARY(aep, m) {
   // What is seldom given stands last: defaults cost less than arguments.
   m.def(
       "gate(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, float weight_sum, "
-      "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
+      "float weight, float threshold, float temperature=1.0, str criterion=\"confidence\", str criterion_on=\"ensemble\", "
       "bool enabled=True, bool last=False, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, "
       "Tensor? threshold_tensor=None, Tensor? temperature_tensor=None) -> (Tensor features, Tensor running, Tensor indices, Tensor state, "
       "Tensor stats, Tensor argmax, Tensor weight_sum, Tensor count)");
-  // One row in place, for policies without a state; CPU only. The decision is a tensor, not a bool: a result that depends
+  // One row in place, for criteria without a state; CPU only. The decision is a tensor, not a bool: a result that depends
   // on data could not be traced.
   m.def(
       "gate_one_(Tensor(a!) running, Tensor(b!) stats, Tensor(c!) leaves, Tensor exit_logits, float weight_sum, "
-      "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
+      "float weight, float threshold, float temperature=1.0, str criterion=\"confidence\", str criterion_on=\"ensemble\", "
       "bool enabled=True, bool last=False) -> ()");
 }

@@ -137,8 +137,8 @@ struct GateCall {
   kernels::GateParams params{};                                                // scratch is the backend's
 };
 GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
-                      std::string_view on, bool enabled, bool last);
+                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view criterion,
+                      std::string_view criterion_on, bool enabled, bool last);
 
 struct GateOneCall {
   Tensor exit_logits;  // dense
@@ -146,10 +146,10 @@ struct GateOneCall {
 };
 GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves,
                              const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                             double temperature, std::string_view policy, std::string_view on, bool enabled,
+                             double temperature, std::string_view criterion, std::string_view criterion_on, bool enabled,
                              bool last);
 
 // The name, checked before.
-kernels::GatePolicy kernel_policy(std::string_view policy);
+kernels::GateCriterion kernel_criterion(std::string_view criterion);
 
 }  // namespace aep

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from aep_ext import _load, ops
 
-POLICIES = {"confidence": 0.35, "entropy": 1.2, "margin": 0.1}
+CRITERIA = {"confidence": 0.35, "entropy": 1.2, "margin": 0.1}
 CLASSES = [*range(1, 34), 100, 1000]
 
 
@@ -55,27 +55,35 @@ def compare(exits: list[Tensor], running: Tensor, **options: object) -> list[boo
     return found
 
 
-@pytest.mark.parametrize("on", ["ensemble", "exit"])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_equals_the_gate(policy, on, dtype):
+@pytest.mark.parametrize("criterion_on", ["ensemble", "exit"])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_equals_the_gate(criterion, criterion_on, dtype):
     for classes in CLASSES:
         exits = [torch.randn(1, classes).mul(2).to(dtype) for _ in range(3)]
-        compare(exits, start(classes, dtype)[0], threshold=POLICIES[policy], policy=policy, on=on)
+        compare(
+            exits,
+            start(classes, dtype)[0],
+            threshold=CRITERIA[criterion],
+            criterion=criterion,
+            criterion_on=criterion_on,
+        )
         for enabled in (False, True):
-            assert compare(exits, start(classes, dtype)[0], threshold=2.0, on=on, last=True, enabled=enabled) == [True]
+            assert compare(
+                exits, start(classes, dtype)[0], threshold=2.0, criterion_on=criterion_on, last=True, enabled=enabled
+            ) == [True]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_decides_at_the_threshold_itself(policy):
-    column = list(POLICIES).index(policy)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_decides_at_the_threshold_itself(criterion):
+    column = list(CRITERIA).index(criterion)
     logits, (running, stats, leaves) = torch.randn(1, 7), start(7)
-    ops.gate_one_(running, stats, leaves, logits, 0.0, 1.0, 0.0, policy=policy, enabled=False)
+    ops.gate_one_(running, stats, leaves, logits, 0.0, 1.0, 0.0, criterion=criterion, enabled=False)
     value = stats[0, column]
-    beyond = torch.nextafter(value, torch.tensor(-math.inf if policy == "entropy" else math.inf)).item()
+    beyond = torch.nextafter(value, torch.tensor(-math.inf if criterion == "entropy" else math.inf)).item()
     for threshold, wanted in ((value.item(), True), (beyond, False)):
-        assert compare([logits], start(7)[0], weight=1.0, temperature=1.0, threshold=threshold, policy=policy) == [
-            wanted
-        ]
+        assert compare(
+            [logits], start(7)[0], weight=1.0, temperature=1.0, threshold=threshold, criterion=criterion
+        ) == [wanted]
 
 
 def test_disabled_nobody_leaves_but_the_sum_goes_on(dtype):
@@ -83,19 +91,25 @@ def test_disabled_nobody_leaves_but_the_sum_goes_on(dtype):
     assert compare(exits, start(9, dtype)[0], threshold=0.0, enabled=False) == [False] * 4
 
 
-@pytest.mark.parametrize("on", ["ensemble", "exit"])
+@pytest.mark.parametrize("criterion_on", ["ensemble", "exit"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite(value, on, dtype):
+def test_what_is_not_finite(value, criterion_on, dtype):
     for classes in (1, 2, 9, 33):
         for place in {0, classes // 2, classes - 1}:
             logits, rest = torch.randn(1, classes).to(dtype), torch.randn(1, classes).to(dtype)
             logits[0, place] = value
-            for policy, threshold in (("confidence", 0.0), ("entropy", math.inf), ("margin", -1.0)):
-                found = compare([logits, rest], start(classes, dtype)[0], threshold=threshold, policy=policy, on=on)
+            for criterion, threshold in (("confidence", 0.0), ("entropy", math.inf), ("margin", -1.0)):
+                found = compare(
+                    [logits, rest],
+                    start(classes, dtype)[0],
+                    threshold=threshold,
+                    criterion=criterion,
+                    criterion_on=criterion_on,
+                )
                 assert not (math.isnan(value) and found[0])
         whole = torch.full((1, classes), value, dtype=dtype)
-        compare([whole], start(classes, dtype)[0], threshold=0.0, on=on)
-        assert compare([whole], start(classes, dtype)[0], threshold=2.0, on=on, last=True) == [True]
+        compare([whole], start(classes, dtype)[0], threshold=0.0, criterion_on=criterion_on)
+        assert compare([whole], start(classes, dtype)[0], threshold=2.0, criterion_on=criterion_on, last=True) == [True]
 
 
 @pytest.mark.parametrize("layout", ["apart", "expanded", "backwards", "offset"])
@@ -126,11 +140,11 @@ def test_steps_without_gates_end_at_the_ensemble(dtype):
 
 
 def test_the_answer_is_the_sum_over_the_weights(dtype):
-    for policy, on in (("confidence", "ensemble"), ("entropy", "exit")):
+    for criterion, criterion_on in (("confidence", "ensemble"), ("entropy", "exit")):
         (running, stats, leaves), x = start(21, dtype), torch.randn(1, 21).to(dtype)
         running.normal_()
         wanted = (running + x.to(running.dtype) * 0.3) / torch.tensor(0.7, dtype=running.dtype).add(0.3)
-        ops.gate_one_(running, stats, leaves, x, 0.7, 0.3, 2.0, 1.5, policy, on, enabled=False, last=True)
+        ops.gate_one_(running, stats, leaves, x, 0.7, 0.3, 2.0, 1.5, criterion, criterion_on, enabled=False, last=True)
         assert leaves and torch.equal(running, wanted)
 
 
@@ -145,8 +159,8 @@ def call(**changes: object) -> None:
 
 SHARED = torch.zeros(1, 8)
 CASES = {
-    "policy": ({"policy": "vote"}, ValueError, "policy"),
-    "on": ({"on": "both"}, ValueError, "on"),
+    "criterion": ({"criterion": "vote"}, ValueError, "criterion"),
+    "criterion_on": ({"criterion_on": "both"}, ValueError, "criterion_on"),
     "logits rows": ({"exit_logits": X.expand(2, 4)}, ValueError, "exit_logits"),
     "logits empty": ({"exit_logits": X[:, :0]}, ValueError, "exit_logits"),
     "logits int": ({"exit_logits": X.long()}, TypeError, "exit_logits"),
@@ -224,8 +238,8 @@ def test_tangents_are_refused(native, path):
 def test_opcheck(native, dtype):
     operator = torch.ops.aep.gate_one_.default
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    for policy, on in (("confidence", "ensemble"), ("margin", "exit")):
-        args = (*start(5, dtype), torch.randn(1, 5).to(dtype), 0.2, 0.3, 0.5, 1.5, policy, on)
+    for criterion, criterion_on in (("confidence", "ensemble"), ("margin", "exit")):
+        args = (*start(5, dtype), torch.randn(1, 5).to(dtype), 0.2, 0.3, 0.5, 1.5, criterion, criterion_on)
         torch.library.opcheck(operator, args, test_utils=checks)
 
 

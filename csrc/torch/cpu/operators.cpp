@@ -210,22 +210,24 @@ void run(kernels::GateParams& p) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
     const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
     const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-    std::string_view policy, std::string_view on, bool enabled, bool last, const OptionalTensor& weight_sum_tensor,
+    std::string_view criterion, std::string_view criterion_on, bool enabled, bool last,
+    const OptionalTensor& weight_sum_tensor,
     const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
     const OptionalTensor& temperature_tensor) {
   const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
                             weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
-  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, last);
+  GateCall call =
+      prepare_gate(features, running, indices, state, exit_logits, scalars, criterion, criterion_on, enabled, last);
   run(call.params);
   return {std::move(call.features), std::move(call.running), std::move(call.indices),    std::move(call.state),
           std::move(call.stats),    std::move(call.argmax),  std::move(call.weight_sum), std::move(call.count)};
 }
 
 void gate_one_(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
-               double weight_sum, double weight, double threshold, double temperature, std::string_view policy,
-               std::string_view on, bool enabled, bool last) {
+               double weight_sum, double weight, double threshold, double temperature, std::string_view criterion,
+               std::string_view criterion_on, bool enabled, bool last) {
   cpu::gate_one(prepare_gate_one(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature,
-                                 policy, on, enabled, last)
+                                 criterion, criterion_on, enabled, last)
                     .params);
 }
 

@@ -182,12 +182,14 @@ void run(GateCall& call) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
     const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
     const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-    std::string_view policy, std::string_view on, bool enabled, bool last, const OptionalTensor& weight_sum_tensor,
+    std::string_view criterion, std::string_view criterion_on, bool enabled, bool last,
+    const OptionalTensor& weight_sum_tensor,
     const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
     const OptionalTensor& temperature_tensor) {
   const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
                             weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
-  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, last);
+  GateCall call =
+      prepare_gate(features, running, indices, state, exit_logits, scalars, criterion, criterion_on, enabled, last);
   run(call);
   return {call.features, call.running, call.indices, call.state, call.stats, call.argmax, call.weight_sum, call.count};
 }
