@@ -307,12 +307,11 @@ class Job:
         return self.config.terminate and self.structure.num_exits > 1
 
     def fingerprint(self) -> str:
-        """SHA-256 of what is asked of the calibration and of the trained models that it is asked of."""
+        """SHA-256 of what is asked of the calibration and of the logits that it is asked of."""
         digest = hashlib.sha256(json.dumps(calibration_settings(self.config, self.data), sort_keys=True).encode())
         for seed in self.seeds:
             for name in (BASELINE, *self.config.exit_weights):
-                for file in ("part.json", "predictions.npz"):
-                    digest.update(self.folder.file(seed, name, file).read_bytes())
+                digest.update(self.folder.file(seed, name, "predictions.npz").read_bytes())
         return digest.hexdigest()
 
     def calibrate(self, seeds: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:
