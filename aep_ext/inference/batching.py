@@ -27,10 +27,6 @@ class _Pool:
         self.parts.append((features, rows))
         self.count += len(features)
 
-    def first(self) -> int:
-        """The number of the row that waits longest."""
-        return int(self.parts[0][1].indices[0])
-
     def take(self, wanted: int) -> tuple[Tensor, Rows]:
         """The first ``wanted`` rows, or all there are."""
         features, *columns = (torch.cat(c) for c in zip(*((f, *rows) for f, rows in self.parts), strict=True))
@@ -165,7 +161,7 @@ class ContinuousBatcher:
         """Carries all samples with numbers below ``end`` to their exits."""
         for e in range(self._executor.last):
             pool = self._pools.get(e)
-            while pool is not None and pool.count and pool.first() < end:
+            while pool is not None and pool.count and pool.parts[0][1].indices[0] < end:
                 self._run_pool(run, e)
                 self._drain(run)
 

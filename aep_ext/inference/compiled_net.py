@@ -14,8 +14,6 @@ from aep_ext.inference.backends.engine import Chain, Engine
 from aep_ext.inference.batching import images_of
 from aep_ext.surgery.multi_exit import MultiExitNet
 
-_CHUNK = 64
-
 
 class Verification(NamedTuple):
     """How a compiled network and the original agree on n samples."""
@@ -84,10 +82,8 @@ class CompiledNet:
         self._holder: int | None = None  # the thread that is at work
 
     def __repr__(self) -> str:
-        return (
-            f"CompiledNet(backend={self.backend!r}, exits={self.num_exits}, exit_ids={self.exit_ids}, "
-            f"num_classes={self.num_classes}, input={list(self._shape)}, threads={self.threads})"
-        )
+        shape = list(self._shape)
+        return f"CompiledNet(backend={self.backend!r}, exits={self.exit_ids}, input={shape}, threads={self.threads})"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -121,17 +117,17 @@ class CompiledNet:
         """
         return CompiledRun(self, owning)
 
-    def verify(self, loader: Tensor | Iterable[Any]) -> Verification:
+    def verify(self, loader: Iterable[Any]) -> Verification:
         """Compares all exits with the network as it was when it was compiled (an eager copy is kept for this).
 
         Args:
-            loader: images (N, C, H, W), or batches: tensors, or tuples that begin with one (a DataLoader).
+            loader: batches of images: tensors (n, C, H, W), or tuples that begin with one.
 
         Raises:
             TypeError: the loader gives something else.
         """
         n, same, gap = 0, 0, 0.0
-        for item in loader.split(_CHUNK) if isinstance(loader, Tensor) else loader:
+        for item in loader:
             x = self._checked(images_of("CompiledNet.verify", item))
             ours = self.exit_logits(x)
             with torch.no_grad():

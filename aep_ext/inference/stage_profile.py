@@ -111,16 +111,11 @@ def faster_without(
     sizes: Sequence[int],
     repeats: int,
 ) -> frozenset[int]:
-    """The batch sizes at which the network is faster without its gates, on batches cut from ``example``.
+    """The batch sizes, of ``sizes`` within 1..N, at which the network is faster without its gates, on batches cut from
+    ``example``, (N, ...).
 
-    What the parts' times do not show is what lies between them. The two take turns on the same batches, up to 16 of a
+    What the stages' times do not show is what lies between them. The two take turns on the same batches, up to 16 of a
     size; for each batch the shortest time counts.
-
-    Args:
-        gated, ungated: the whole network with its gates and with them off.
-        example: (N, ...).
-        sizes: within 1..N.
-        repeats: at least 1.
     """
     found = set()
     for n in sizes:

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aep_ext.training.timing import Times, draw_batches, latency, ratio_of_sums, time_in_turn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,6 +41,7 @@ from aep_ext.training.data import ImageDataModule
 from aep_ext.training.folder import RunFolder
 from aep_ext.training.splits import split_sha256
 from aep_ext.training.summary import environment, spread
+from aep_ext.training.timing import Times, draw_batches, latency, ratio_of_sums, time_in_turn
 
 FORMAT, VERSION = "aep_ext.peer", 1
 SHARE = 0.2  # of the validation images for earlyon's temperatures

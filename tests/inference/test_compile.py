@@ -105,7 +105,7 @@ def test_libraries(name: str, backend: str) -> None:
     net = build(name, 10)
     compiled = compile(net, torch.randn(2, 3, 64, 64), backend, threads=1)
     agrees(compiled, net, 3, 64, 64)
-    assert compiled.verify(torch.randn(8, 3, 64, 64)).same_predictions == 8
+    assert compiled.verify([torch.randn(8, 3, 64, 64)]).same_predictions == 8
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_the_network_is_left_alone(net: MultiExitNet) -> None:
         for parameter in net.parameters():
             parameter.zero_()
         assert torch.equal(compiled(torch.ones(1, 3, 16, 16)), before)
-        assert compiled.verify(torch.randn(3, 3, 16, 16)).same_predictions == 3
+        assert compiled.verify([torch.randn(3, 3, 16, 16)]).same_predictions == 3
 
 
 class Faulty(TorchChain):

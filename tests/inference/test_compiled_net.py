@@ -155,7 +155,7 @@ def test_threads_take_turns(compiled: CompiledNet, net: MultiExitNet) -> None:
 
 def test_verify(compiled: CompiledNet) -> None:
     x = torch.randn(130, 3, 16, 16)
-    found = compiled.verify(x)
+    found = compiled.verify(x.split(64))
     assert found.n == 130 and found.same_predictions >= 129
     assert 0 <= found.max_logit_difference < 1e-2
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:10], torch.zeros(10)), batch_size=4)
@@ -165,7 +165,7 @@ def test_verify(compiled: CompiledNet) -> None:
         with pytest.raises(TypeError, match="CompiledNet.verify: the loader must give tensors, or tuples that start"):
             compiled.verify([batch])
     with pytest.raises(ValueError, match="CompiledNet: x must have shape"):
-        compiled.verify(torch.zeros(1, 3, 8, 8))
+        compiled.verify([torch.zeros(1, 3, 8, 8)])
 
 
 def images(n: int, seed: int = 0) -> torch.Tensor:
