@@ -125,7 +125,7 @@ class Executor:
             numbers = {"weight": weight, "threshold": threshold, "temperature": temperature}
             numbers |= {"enabled": self.live[e], "last": e == self.last}
             if isinstance(policy.criterion, str):  # what gate_step does, without the way there
-                gate = partial(ops.gate, policy=policy.criterion, on=policy.criterion_on, **numbers)
+                gate = partial(ops.gate, criterion=policy.criterion, criterion_on=policy.criterion_on, **numbers)
             else:
                 gate = partial(gate_step, policy.criterion, policy.criterion_on, exit_index=e, **numbers)
             gates.append((gate, weight_sum))
