@@ -139,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--schedule", metavar="NAME", help="constant or cosine")
     how.add_argument("--train-samples", type=int, metavar="N", help="learn from so many images only")
     how.add_argument(
+        "--calibration-samples", type=int, metavar="N", help="hold out so many training images for the calibration"
+    )
+    how.add_argument(
         "--class-weights",
         action=argparse.BooleanOptionalAction,
         help="weight the classes in the training loss (default: where the data is unbalanced)",
