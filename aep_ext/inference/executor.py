@@ -117,15 +117,14 @@ class Executor:
 
     def _gates_of(self, dtype: torch.dtype) -> list[tuple[Callable[..., GateResult], float]]:
         """For each exit the gate with its numbers, and the sum of the weights before it, in the accumulation dtype."""
-        gates = self._gates.get(dtype)
-        if gates is not None:
-            return gates
+        if dtype in self._gates:
+            return self._gates[dtype]
         policy, gates = self.policy, []
         for e, (weight_sum, weight, threshold, temperature) in enumerate(self._numbers(dtype)):
             numbers = {"weight": weight, "threshold": threshold, "temperature": temperature}
             numbers |= {"enabled": self.live[e], "last": e == self.last}
             if isinstance(policy.criterion, str):  # what gate_step does, without the way there
-                gate = partial(ops.gate, policy=policy.criterion, on=policy.criterion_on, **numbers)
+                gate = partial(ops.gate, criterion=policy.criterion, criterion_on=policy.criterion_on, **numbers)
             else:
                 gate = partial(gate_step, policy.criterion, policy.criterion_on, exit_index=e, **numbers)
             gates.append((gate, weight_sum))

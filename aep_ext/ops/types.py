@@ -10,9 +10,8 @@ from torch import Tensor
 class EnsembleStats(NamedTuple):
     """Result of :func:`aep_ext.ops.ensemble_stats`."""
 
-    logits: Tensor | None
-    """(N, K), the dtype of the exit logits: the weighted sum, as :func:`aep_ext.ops.ensemble` returns it. None only
-    where the caller's ``out`` asked for statistics alone."""
+    logits: Tensor
+    """(N, K), the dtype of the exit logits: the weighted sum, as :func:`aep_ext.ops.ensemble` returns it."""
     stats: Tensor
     """(N, 3) float32: confidence (largest probability), entropy in nats, margin (largest minus second probability)."""
     argmax: Tensor
@@ -32,8 +31,7 @@ class GateResult(NamedTuple):
     """Result of :func:`aep_ext.ops.gate`: rows that stay come first, then rows that leave, each in their old order."""
 
     features: Tensor
-    """(n, ...): the features of the rows that stay, in front; the other rows are zero (in the caller's ``out``: as they
-    were)."""
+    """(n, ...): the features of the rows that stay, in front; the other rows are zero."""
     running: Tensor
     """(n, K): rows that stay: the sum of weight * logits after this exit; rows that leave: their answer, that sum over
     ``weight_sum``."""

@@ -110,11 +110,7 @@ def evaluated(
     classes = logits.shape[2]
     cells = torch.bincount(target * len(exits) + outcome.exit, minlength=classes * len(exits))
     right = torch.bincount(outcome.exit[outcome.correct], minlength=len(exits))
-    cached = CachedLogits(logits, target, role="test", exits=exits)
-    metrics = [
-        exit_metrics(cached, policy.output_weights, temperatures, criterion_on=policy.criterion_on)
-        for temperatures in (1.0, policy.temperatures)
-    ]
+    metrics = [exit_metrics(logits, target, one) for one in (replace(policy, temperatures=1.0), policy)]
     return {
         "feasible": found.feasible,
         "notice": found.notice,
@@ -156,14 +152,14 @@ def _curve(found: Calibration, logits: Tensor, target: Tensor, costs: Sequence[f
     some = np.unique(np.linspace(0, len(found.curve) - 1, CURVE_POINTS).round().astype(int)) if found.curve else []
     rows = []
     for point in (found.curve[number] for number in some):
-        policy = replace(found.policy, thresholds=point.thresholds, enabled=point.enabled)
+        policy = replace(found.policy, thresholds=point["thresholds"], enabled=point["enabled"])
         outcome = simulate(logits, policy, target=target, costs=costs)
         rows.append(
             {
                 "mean_macs": outcome.mean_cost,
                 "test_top1": outcome.accuracy,
-                "val_macs": point.mean_cost,
-                "val_top1": point.correct / found.n,
+                "val_macs": point["mean_cost"],
+                "val_top1": point["correct"] / found.n,
             }
         )
     return rows

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.gpu.stages import Outcome, run_for_real
 
 from aep_ext import _load
 from benchmarks import goals
