@@ -53,7 +53,6 @@ def check(tmp_path, monkeypatch):
 
 
 def test_operators(check):
-    pytest.importorskip("pytest_benchmark")
     parts = check("ops")
     assert len(parts) == 8
     for name, part in parts.items():
@@ -67,8 +66,6 @@ def test_operators(check):
 
 
 def test_gated_graphs(check):
-    pytest.importorskip("torchvision")
-    pytest.importorskip("pytest_benchmark")
     (part,) = check("graphed").values()
     assert part["details"]["path"] == "one graph" and part["details"]["left_at"]["100% at exit 0"][0] == 1
     for goal in GOALS:
@@ -77,8 +74,6 @@ def test_gated_graphs(check):
 
 @pytest.mark.slow
 def test_networks(check):
-    pytest.importorskip("torchvision")
-    pytest.importorskip("pytest_benchmark")
     assert len(check("e2e")) == 2
 
 
