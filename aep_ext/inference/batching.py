@@ -40,8 +40,6 @@ class _Pool:
 class _Batch:
     """One batch of the caller's that is not answered yet."""
 
-    __slots__ = ("answers", "end", "first", "open")
-
     def __init__(self, first: int, n: int) -> None:
         self.first, self.end, self.open = first, first + n, n
         self.answers: Answers | None = None

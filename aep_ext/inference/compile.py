@@ -106,7 +106,6 @@ def compile(
         example,
         backend=chosen,
         threads=threads,
-        batches=settings.batches if chosen in _ENGINES else (),
         timings=timings,
         notices=[*notices, *engines[chosen].notices],
         max_logit_difference=gaps[chosen],

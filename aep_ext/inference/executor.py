@@ -117,9 +117,8 @@ class Executor:
 
     def _gates_of(self, dtype: torch.dtype) -> list[tuple[Callable[..., GateResult], float]]:
         """For each exit the gate with its numbers, and the sum of the weights before it, in the accumulation dtype."""
-        gates = self._gates.get(dtype)
-        if gates is not None:
-            return gates
+        if dtype in self._gates:
+            return self._gates[dtype]
         policy, gates = self.policy, []
         for e, (weight_sum, weight, threshold, temperature) in enumerate(self._numbers(dtype)):
             numbers = {"weight": weight, "threshold": threshold, "temperature": temperature}
