@@ -80,8 +80,6 @@ def graphed(case: NetworkCase) -> dict[str, Any]:
         late[name] = {who: latency(function, inputs) for who, function in beside.items()}
     nobody, everybody = stream["0%"], stream["100% at exit 0"]
     return {
-        "path": graph.path,
-        "reason": graph.reason,
         "stream_us": stream,
         "latency_us": late,
         "left_at": shares,
