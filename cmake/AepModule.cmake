@@ -13,7 +13,12 @@ if(AEP_CUDA)
   list(APPEND aep_module_sources ${aep_module_cuda_sources})
 endif()
 
+# Nearly all the time is torch's headers and the templates they bring, the same in every file: so the files of a group are
+# compiled as one (65 s of CPU time instead of 200). Names in anonymous namespaces must therefore differ between files.
+set_source_files_properties(${aep_module_sources} PROPERTIES UNITY_GROUP cpu)
+set_source_files_properties(${aep_module_cuda_sources} PROPERTIES UNITY_GROUP cuda)
 add_library(_C MODULE ${aep_module_sources})
+set_target_properties(_C PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
 set_target_properties(_C PROPERTIES PREFIX "" SUFFIX "${AEP_MODULE_SUFFIX}" SKIP_BUILD_RPATH ON)
 target_link_libraries(_C PRIVATE aep_kernels)
 target_include_directories(_C PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}/csrc")

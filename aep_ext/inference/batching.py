@@ -136,12 +136,12 @@ class ContinuousBatcher:
                 # Numbers that come first leave first, so the newest batch is the last.
                 self._batches[-1].answers = Answers(len(indices), rows.running, logits.dtype)
             result = executor.step(e, rows, logits)
-            present, stay = len(rows.indices), executor.stay(e, rows, result)
+            present, stay = len(rows.indices), executor.stay(e, rows.indices, result)
             if stay < present:
                 self._answer(e, result.indices[stay:], result.running[stay:], result.stats[stay:])
             if stay == 0:
                 return
-            before, rows = rows.indices, Rows(result.running[:stay], result.indices[:stay], result.state[:stay])
+            before, rows = rows.indices, Rows(*(column[:stay] for column in result[:4]))
             pool = self._pools.get(e)
             full_already = stay == self.capacity and (pool is None or pool.count == 0)
             if stay < present:

@@ -127,10 +127,11 @@ def _check(net: MultiExitNet, example: Tensor, names: Sequence[str], precision: 
     if precision not in _TOLERANCE:
         raise ValueError(f"compile: precision must be one of {', '.join(_TOLERANCE)}, got {precision!r}")
     anchor = next((p for p in net.parameters() if p.is_floating_point()), None)
-    if anchor is not None and example.dtype != anchor.dtype:
-        raise ValueError(f"compile: example must have the network's dtype, {anchor.dtype}, got {example.dtype}")
-    if anchor is not None and example.device != anchor.device:
-        raise ValueError(f"compile: example must be on the network's device, {anchor.device}, got {example.device}")
+    if anchor is not None and (example.dtype, example.device) != (anchor.dtype, anchor.device):
+        raise ValueError(
+            f"compile: example must be {anchor.dtype} on {anchor.device} like the network, got {example.dtype} on "
+            f"{example.device}"
+        )
 
 
 def _build(

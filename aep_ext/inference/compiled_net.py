@@ -56,6 +56,8 @@ class CompiledNet:
         batches: batch sizes that have stages compiled for them alone.
     """
 
+    training = False
+
     def __init__(
         self,
         reference: MultiExitNet,

@@ -44,10 +44,10 @@ def gate(
         exit_logits: (n, K): this exit's logits.
         weight: this exit's output weight.
         threshold: a row leaves where the criterion's quantity reaches it; see below.
-        temperature: divides the judged logits; above 0.
+        temperature: divides the logits before the softmax; above 0.
         criterion: "confidence" and "margin" leave at >= threshold, "entropy" (nats) at <=; "patience" when the run of
-            equal judged classes is >= threshold exits long, "vote" when a class has >= threshold votes.
-        criterion_on: "ensemble" judges ``softmax(running' / (weight_sum' * temperature))``, "exit" judges
+            equal predicted classes is >= threshold exits long, "vote" when a class has >= threshold votes.
+        criterion_on: "ensemble" looks at ``softmax(running' / (weight_sum' * temperature))``, "exit" at
             ``softmax(exit_logits / temperature)``.
         enabled: False: nobody leaves, everything else (the state too) advances as usual.
         last: True: this is the last exit, where every row leaves, whatever the threshold, ``enabled`` and NaN say.
@@ -61,9 +61,8 @@ def gate(
         order; all row-wise results are permuted together. ``running`` holds the sums of the rows that stay and, for
         rows that leave, the answers R_e = running' / weight_sum': one division of the stored sum in the accumulation
         dtype. ``count``, the number of rows that stay, remains on the device. The features of rows that leave are
-        dropped (zeros stand behind). A row whose judged distribution is NaN leaves only at the
-        last exit, casts no vote and resets its patience to (-1, 0). Always new memory, never a view of an input. Not
-        differentiable.
+        dropped (zeros stand behind). A row whose tested distribution is NaN leaves only at the last exit, casts no vote
+        and resets its patience to (-1, 0). Always new memory, never a view of an input. Not differentiable.
 
     Raises:
         TypeError: a dtype breaks the rules above.
@@ -138,7 +137,7 @@ def gate_one_(
         running: (1, K), contiguous: read and written. Takes the new sum where the row stays, and the answer R_e = sum /
             (weight_sum + weight) where it leaves. In the accumulation dtype of ``exit_logits`` (float64 for float64,
             else float32) or in the dtype of ``exit_logits``; zeros before the first exit.
-        stats: (1, 3) float32, contiguous: written. Confidence, entropy in nats and margin of the judged distribution.
+        stats: (1, 3) float32, contiguous: written. Confidence, entropy in nats and margin of the tested distribution.
         leaves: (1,) bool: written. Whether the row leaves here.
         exit_logits: (1, K): this exit's logits; any strides.
         weight_sum, weight, threshold, temperature, criterion_on, enabled, last: as for :func:`aep_ext.ops.gate`,

@@ -223,11 +223,11 @@ def gate(
         weight_sum = weight_sum + weight
         answer = running.argmax(-1)
         if criterion_on == "ensemble":
-            judged, decided_class = running.to(dtype) / (weight_sum * temperature), answer
+            scaled, top_class = running.to(dtype) / (weight_sum * temperature), answer
         else:
-            judged, decided_class = own / temperature, own.argmax(-1)
-        stats = _statistics(judged).float()
-        leaves, state = _decide(criterion, stats, decided_class, state, threshold)
+            scaled, top_class = own / temperature, own.argmax(-1)
+        stats = _statistics(scaled).float()
+        leaves, state = _decide(criterion, stats, top_class, state, threshold)
         if last or not enabled:
             leaves = torch.full_like(leaves, last)
         answers = (running.to(dtype) / weight_sum).to(running.dtype)  # R_e
@@ -283,7 +283,7 @@ def gate_one_(
 
 
 def _decide(
-    criterion: str, stats: Tensor, decided_class: Tensor, state: Tensor, threshold: Tensor
+    criterion: str, stats: Tensor, top_class: Tensor, state: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Which rows reach ``threshold`` (n,) bool, and the new state. A row without a distribution (NaN) never does.
 
@@ -299,8 +299,8 @@ def _decide(
         return margin >= threshold.float(), state
     if criterion == "patience":
         last, length = state.unbind(-1)
-        length = torch.where(decided_class == last, length + 1, 1).masked_fill(~valid, 0)
-        last = decided_class.masked_fill(~valid, -1)
+        length = torch.where(top_class == last, length + 1, 1).masked_fill(~valid, 0)
+        last = top_class.masked_fill(~valid, -1)
         return valid & (length.double() >= threshold.double()), torch.stack([last, length], -1)
-    votes = state.scatter_add(-1, decided_class[:, None], valid.to(torch.int64)[:, None])
+    votes = state.scatter_add(-1, top_class[:, None], valid.to(torch.int64)[:, None])
     return valid & (votes.amax(-1).double() >= threshold.double()), votes

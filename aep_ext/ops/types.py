@@ -38,9 +38,9 @@ class GateResult(NamedTuple):
     indices: Tensor
     """(n,) int64: the caller's row numbers."""
     state: Tensor
-    """(n, S) int64: the policy's state after this exit."""
+    """(n, S) int64: the criterion's state after this exit."""
     stats: Tensor
-    """(n, 3) float32: confidence, entropy in nats and margin of the judged distribution."""
+    """(n, 3) float32: confidence, entropy in nats and margin of the tested distribution."""
     argmax: Tensor
     """(n,) int64: class of the largest entry of the sum, the answer of a row that leaves here."""
     weight_sum: Tensor

@@ -199,7 +199,7 @@ def exit_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> tuple[int,
     """Multiply-adds of a sample that is answered at each exit: E numbers, ascending.
 
     Those of the backbone up to that exit, and of the heads of this exit and of all before it: the running ensemble is
-    over all of them.
+    over all of them. What :func:`aep_ext.inference.simulate` takes as costs.
 
     Args:
         net: a full or pruned network of at most 16 exits.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from aep_ext._io import read_json, write_arrays, write_bytes, write_json
-from aep_ext._utils import UserError, require
+from aep_ext._utils import UserError, require, using_threads
 from aep_ext.ensemble import ExitWeights
 from aep_ext.export import load, save
 from aep_ext.inference import ExitPolicy, GatedNet, collect_logits
@@ -42,7 +42,6 @@ from aep_ext.training.summary import (
     spread,
     summarise,
 )
-from aep_ext.training.timing import using_threads
 
 FORMAT = "aep_ext.run"
 ALL_SUBSETS_TIMED = 31
@@ -308,12 +307,11 @@ class Job:
         return self.config.terminate and self.structure.num_exits > 1
 
     def fingerprint(self) -> str:
-        """SHA-256 of what is asked of the calibration and of the trained models that it is asked of."""
+        """SHA-256 of what is asked of the calibration and of the logits that it is asked of."""
         digest = hashlib.sha256(json.dumps(calibration_settings(self.config, self.data), sort_keys=True).encode())
         for seed in self.seeds:
             for name in (BASELINE, *self.config.exit_weights):
-                for file in ("part.json", "predictions.npz"):
-                    digest.update(self.folder.file(seed, name, file).read_bytes())
+                digest.update(self.folder.file(seed, name, "predictions.npz").read_bytes())
         return digest.hexdigest()
 
     def calibrate(self, seeds: list[dict[str, Any]]) -> tuple[dict[str, Any], int]:

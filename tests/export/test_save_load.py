@@ -203,6 +203,14 @@ def test_broken_folders_are_refused(net, tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("bad", [0.0, -0.5, float("nan"), float("inf")])
+def test_stored_weights_that_are_not_positive_are_refused(net, tmp_path, bad):
+    net.output_weights[1] = bad
+    save(net, tmp_path)
+    with pytest.raises(ValueError, match="load: output_weights must be positive and finite, got .* at position 1"):
+        load(tmp_path)
+
+
 def test_what_cannot_be_saved_leaves_the_old_files(net, tmp_path, monkeypatch):
     save(net, tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in ("model.json", "model.safetensors")}

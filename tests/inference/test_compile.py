@@ -272,13 +272,21 @@ def test_precision(net: MultiExitNet, precision: str) -> None:
         ({"example": (3, 16, 16)}, TypeError, "example must be a torch.Tensor, got tuple"),
         ({"example": torch.zeros(3, 16, 16)}, ValueError, r"example must have shape \[N, C, H, W\].*got \[3, 16, 16\]"),
         ({"example": torch.zeros(0, 3, 16, 16)}, ValueError, r"example must have shape.*got \[0, 3, 16, 16\]"),
-        ({"example": torch.zeros(1, 3, 16, 16).double()}, ValueError, "the network's dtype, torch.float32, got"),
+        (
+            {"example": torch.zeros(1, 3, 16, 16).double()},
+            ValueError,
+            "example must be torch.float32 on cpu like the network, got torch.float64",
+        ),
         (
             {"example": torch.zeros(1, 3, 16, 16).to_sparse()},
             TypeError,
             r"example must be a dense \(strided\) tensor, got torch.sparse_coo",
         ),
-        ({"example": torch.zeros(1, 3, 16, 16, device="meta")}, ValueError, "the network's device, cpu, got meta"),
+        (
+            {"example": torch.zeros(1, 3, 16, 16, device="meta")},
+            ValueError,
+            "example must be torch.float32 on cpu like the network, .*on meta",
+        ),
         ({"backend": "tensorrt"}, ValueError, "backend must be auto, or of openvino.*got 'tensorrt'"),
         ({"backend": ["eager", "no"]}, ValueError, "backend must be auto, or of openvino.*got 'eager, no'"),
         ({"backend": []}, ValueError, "backend must be auto, or of openvino.*got ''"),

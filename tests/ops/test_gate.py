@@ -68,14 +68,14 @@ def naive(
     stay, leave = [], []
     for i in range(len(indices)):
         total = [r + weight * x for r, x in zip(running[i].tolist(), exit_logits[i].double().tolist(), strict=True)]
-        judged = [t / ((weight_sum + weight) * temperature) for t in total]
+        scaled = [t / ((weight_sum + weight) * temperature) for t in total]
         if criterion_on == "exit":
-            judged = [x / temperature for x in exit_logits[i].double().tolist()]
-        top = max(judged)
-        exps = [math.exp(j - top) for j in judged]
+            scaled = [x / temperature for x in exit_logits[i].double().tolist()]
+        top = max(scaled)
+        exps = [math.exp(j - top) for j in scaled]
         p = sorted((x / sum(exps) for x in exps), reverse=True)
         stats = [p[0], -sum(q * math.log(q) for q in p if q > 0), p[0] - p[1] if len(p) > 1 else p[0]]
-        winner = judged.index(top)
+        winner = scaled.index(top)
         s = state[i].tolist()
         if criterion == "patience":
             s = [winner, s[1] + 1 if s[0] == winner else 1]

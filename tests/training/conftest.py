@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,18 @@ import torch
 
 # One thread: threads that wait for one another on a busy machine make tiny networks slow.
 TINY = {"image_size": 8, "train_samples": 300, "epochs": 2, "batch_size": 32, "device": "cpu", "threads": 1}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quickly() -> Iterator[None]:
+    """Two folds of a cross-validation where a run takes ten, and latencies from a few calls: neither is tested here."""
+    pytest.importorskip("lightning", reason="the training needs lightning")
+    from aep_ext.training import evaluate, gates
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluate, "SECONDS_A_NETWORK", 0.02)
+        patched.setattr(gates, "calibrate", partial(gates.calibrate, folds=2))
+        yield
 
 
 @pytest.fixture
