@@ -47,10 +47,9 @@ def multi_exit_linear_head(
 ) -> Tensor:
     """Global average pool and linear layer of every exit, stacked: (E, N, K)."""
     exits = len(features)
-    biases = [None] * exits if biases is None else list(biases)
-    cast = _autocast([*features, *weights, *biases])
-    features, weights, biases = cast[:exits], cast[exits : 2 * exits], cast[2 * exits :]
-    return torch.stack([F.linear(x.mean((2, 3)), w, b) for x, w, b in zip(features, weights, biases, strict=True)])
+    cast = _autocast([*features, *weights, *([None] * exits if biases is None else biases)])
+    layers = zip(cast[:exits], cast[exits : 2 * exits], cast[2 * exits :], strict=True)
+    return torch.stack([F.linear(x.mean((2, 3)), weight, bias) for x, weight, bias in layers])
 
 
 def _weighted(exit_logits: Tensor, weights: Tensor) -> Tensor:

@@ -45,5 +45,5 @@ class GateResult(NamedTuple):
     """(n,) int64: class of the largest entry of the sum, the answer of a row that leaves here."""
     weight_sum: Tensor
     """0-d: the sum of the exit weights so far, this exit's included."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     """0-d int64, on the device: how many rows stay."""

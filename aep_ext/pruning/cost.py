@@ -175,7 +175,7 @@ def subset_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> SubsetCo
         raise ValueError(f"subset_costs: net must have at most {MAX_EXITS} exits, got {net.num_exits}")
     features = example_input("subset_costs", net, example)
     exit_macs = [0] * net.num_exits
-    prefix_macs = []  # of the backbone up to and with each stage
+    prefix_macs: list[int] = []  # of the backbone up to and with each stage
     with eval_mode(net), torch.no_grad():
         for stage, module in enumerate(net.stages):
             with MacCounter() as counter:
