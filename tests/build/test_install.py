@@ -90,9 +90,9 @@ def test_a_source_distribution_holds_all_that_a_build_needs(source, tmp_path):
 
 def test_an_impossible_wish_stops_the_installation_with_its_reason(source, tmp_path):
     code = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
-    run = _run(sys.executable, "-c", code, tmp_path, cwd=source, AEP_BUILD="gpu")
+    run = _run(sys.executable, "-c", code, tmp_path, cwd=source, FORCE_CUDA="gpu")
     assert run.returncode != 0
-    assert "AEP_BUILD must be cpu, cuda or none, got 'gpu'" in run.stderr
+    assert "FORCE_CUDA must be 0 or 1, got 'gpu'" in run.stderr
 
 
 def test_torch_is_no_build_requirement_beside_a_torch(source, tmp_path):

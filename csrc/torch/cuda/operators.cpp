@@ -60,14 +60,10 @@ std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::T
   return {call.logits, call.pooled};
 }
 
-void run(const EnsembleCall& call) {
-  const OnDevice device(call.exit_logits);
-  C10_CUDA_CHECK(cuda::launch_ensemble(call.params, device.stream));
-}
-
 Tensor ensemble(const Tensor& exit_logits, const Tensor& weights) {
   const EnsembleCall call = prepare_ensemble(exit_logits, weights);
-  run(call);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_ensemble(call.params, device.stream));
   return call.output;
 }
 
