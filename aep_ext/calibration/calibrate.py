@@ -157,7 +157,7 @@ def calibrate(
     criterion: str = "confidence",
     criterion_on: str = "ensemble",
     exits: str | Sequence[int] = "auto",
-    num_std_errors: float = 0.0,
+    num_std_errors: float = 1.0,
     folds: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -167,9 +167,10 @@ def calibrate(
     Every subset of the exits is a candidate. For each, everything is fitted on all folds but one, for a row of
     tightened budgets, and evaluated on the fold left out; chosen is the cheapest whose cross-validated drop plus
     ``num_std_errors`` standard errors is within the budget (of those within 2 % of its cost, the one with the
-    smallest drop), which is then fitted on all samples. With few images the estimate is noisy, and about every other
-    choice at ``num_std_errors=0`` loses more than its budget on new images; 1 or 2 make it careful, and the interval is
-    in the result.
+    smallest drop), which is then fitted on all samples. The estimate is noisy where images are few, and the best of
+    many is optimistic: one standard error is added by default, as in the one-standard-error rule (L. Breiman et al.,
+    "Classification and regression trees", 1984). With 0 more than every other choice loses more than its budget on
+    new images. The interval is in the result.
 
     For a :class:`RiskBudget` one half of the samples does all this; the other half tests the policies of the curve from
     careful to bold, and the cheapest that passes is taken.
