@@ -54,7 +54,7 @@ def _gate_options(group: argparse._ArgumentGroup) -> None:
         "--num-std-errors",
         type=float,
         metavar="N",
-        help="standard errors added to the cross-validated drop before it is held against the margin (default: 0)",
+        help="standard errors added to the cross-validated drop before it is held against the margin (default: 1)",
     )
     group.add_argument(
         "--output-weights",

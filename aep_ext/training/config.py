@@ -64,7 +64,7 @@ class RunConfig:
             "ensemble" of all exits.
         criterion, criterion_on: see :class:`~aep_ext.inference.ExitPolicy`.
         num_std_errors: so many standard errors are added to the cross-validated drop before it is held against the
-            budget.
+            budget. 0: the plain estimate, which few images make too hopeful; 1 is the usual one-standard-error rule.
         output_weights: of the gated exits: "fitted" on the calibration images, or "run", as trained.
         risk, delta: instead of the budget a guarantee: at most this fraction of the answers is lost, with probability
             ``1 - delta``.
@@ -100,7 +100,7 @@ class RunConfig:
     reference: str = "baseline"
     criterion: str = "confidence"
     criterion_on: str = "ensemble"
-    num_std_errors: float = 0.0
+    num_std_errors: float = 1.0
     output_weights: str = "fitted"
     risk: float | None = None
     delta: float = 0.1
