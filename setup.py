@@ -1,6 +1,6 @@
 """Build of aep_ext: static facts are in pyproject.toml, the native code in CMakeLists.txt, decisions in build_support/.
 
-Switches (environment): AEP_BUILD=cpu|cuda|none, FORCE_CUDA=1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CMAKE_ARGS.
+Switches (environment): FORCE_CUDA=1 (or 0), AEP_NO_EXTENSIONS=1, TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS, CMAKE_ARGS.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from build_support.command import BuildNative  # noqa: E402  (build backends do not put this folder on the path)
-from build_support.plan import TORCH_REQUIREMENT, BuildError, build_requires, make_plan  # noqa: E402
+from build_support.plan import REQUIREMENTS, BuildError, build_requires, make_plan  # noqa: E402
 
 
 def install_requires() -> list[str]:
@@ -21,7 +21,7 @@ def install_requires() -> list[str]:
     try:
         return make_plan().install_requires
     except BuildError:
-        return [TORCH_REQUIREMENT, "numpy>=2.0"]
+        return REQUIREMENTS
 
 
 setup(

@@ -13,9 +13,9 @@ from aep_ext import _load
 
 # Optional packages by the extra that brings them.
 OPTIONAL_PACKAGES: dict[str, tuple[str, ...]] = {
-    "train": ("lightning", "sklearn", "matplotlib", "PIL", "safetensors"),
+    "train": ("lightning", "sklearn", "matplotlib", "PIL", "jinja2"),
     "models": ("torchvision", "timm"),
-    "deploy": ("safetensors",),
+    "export": ("safetensors",),
 }
 _BACKENDS = {"native": "native module", "reference": "pure-torch reference"}
 

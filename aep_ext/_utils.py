@@ -1,4 +1,4 @@
-"""What every part of the package uses: errors for users, optional packages, numbers per exit, eval mode."""
+"""What every part of the package uses: errors for users, optional packages, numbers per exit, eval mode, threads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 
@@ -83,3 +84,15 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads inside the block; None: as it is."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,6 +1,4 @@
-"""From pytest-benchmark's JSON to a result file that is small enough to commit: one line for each case.
-
-    python benchmarks/aggregate.py RAW.json RESULT.json
+"""Result files: what is kept of every benchmark case, small enough to commit, one line for each case.
 
     {"format": 1,
      "machine": {...},
@@ -18,15 +16,10 @@ paired one does.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # run as a script
-    sys.path.insert(0, str(ROOT))
-
-from aep_ext._io import write_text  # noqa: E402
+from aep_ext._io import write_text
 
 FORMAT = 1
 _PREFIXES = (("paired_ratio_", "paired_ratio"), ("ratio_", "ratio"), ("iqr_", "iqr"))
@@ -60,36 +53,18 @@ def aggregate_case(extra_info: dict[str, Any]) -> dict[str, Any]:
     return case
 
 
-def aggregate(raw: dict[str, Any]) -> dict[str, Any]:
-    """The result of one run of pytest-benchmark, without the machine's name.
+def open_result(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """The content of a result file, or that of a new one.
 
     Raises:
-        ResultError: two cases have the same name.
+        ResultError: it is no result file, or comes from another machine, other versions or settings.
     """
-    cases: dict[str, Any] = {}
-    for benchmark in raw["benchmarks"]:
-        if benchmark["name"] in cases:
-            raise ResultError(f"aggregate: two cases are called {benchmark['name']}")
-        cases[benchmark["name"]] = aggregate_case(benchmark["extra_info"])
-    info = raw["machine_info"]
-    machine = {key: info.get(key) for key in ("system", "machine", "python_version")} | info.get("aep_ext", {})
-    return {"format": FORMAT, "machine": machine, "cases": cases, "skipped": {}}
-
-
-def merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """``old`` with the cases of ``new``.
-
-    Raises:
-        ResultError: they come from different machines, versions or settings.
-    """
-    if old is None:
-        return new
-    differ = machine_differences(old["machine"], new["machine"])
-    if differ:
-        raise ResultError(f"merge: the results come from different surroundings: {'; '.join(differ)}")
-    cases = old["cases"] | new["cases"]
-    skipped = {name: why for name, why in (old["skipped"] | new["skipped"]).items() if name not in cases}
-    return {"format": FORMAT, "machine": new["machine"], "cases": cases, "skipped": skipped}
+    if not path.is_file():
+        return {"format": FORMAT, "machine": machine, "cases": {}, "skipped": {}}
+    result = load(path)
+    if differ := machine_differences(result["machine"], machine):
+        raise ResultError(f"{path.name} comes from different surroundings: {'; '.join(differ)}")
+    return result
 
 
 def machine_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -129,21 +104,3 @@ def save(path: str | Path, result: dict[str, Any]) -> None:
         f'{{"format": {result["format"]},\n"machine": {json.dumps(result["machine"])},\n'
         f'"cases": {{\n{lines(result["cases"])}\n}},\n"skipped": {{\n{lines(result["skipped"])}\n}}}}\n',
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; the exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 2:
-        print("usage: aggregate.py RAW.json RESULT.json", file=sys.stderr)
-        return 2
-    try:
-        save(arguments[1], aggregate(json.loads(Path(arguments[0]).read_text(encoding="utf-8"))))
-    except (OSError, ValueError, KeyError, ResultError) as error:
-        print(f"aggregate: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

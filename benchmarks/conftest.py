@@ -3,20 +3,23 @@
     pytest benchmarks --benchmark-only -m quick        a look, under five minutes
     pytest benchmarks --benchmark-only -m goal         the cases that benchmarks/goals.toml judges
     pytest benchmarks --benchmark-only                 both
-    pytest benchmarks --benchmark-only --full          all cases: hours; benchmarks/sweep.py does it in resumable pieces
-    pytest benchmarks --benchmark-only --benchmark-json=result.json
+    pytest benchmarks --benchmark-only --full --inductor always --result FILE.json      the sweep: all cases, hours
     pytest benchmarks --benchmark-disable -m quick     compares the results and times nothing
 
 The time that pytest-benchmark shows is the fused operator's, per round of ``extra_info["calls_per_round"]`` calls. The
 baselines' medians per call and their ratio to the fused one (above 1: the fused one is faster) are in ``extra_info``.
-The benchmarks of a GPU are in benchmarks/gpu.
+
+With ``--result FILE.json`` every case is written to that file (benchmarks/aggregate.py says what is in it) as soon as
+it is known, and cases that are in it are not run again: stopped at any moment, the same command goes on where it was.
+Cases that were skipped or failed are tried again. benchmarks/compare.py compares two such files.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ import torch
 
 import aep_ext
 from benchmarks import memory
+from benchmarks.aggregate import ResultError, aggregate_case, open_result, save
 from benchmarks.cases import ALL_THREADS, MARKS, Case
 from benchmarks.paired_timing import PairedTiming
 
@@ -37,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=1, help="torch threads of cases that do not say (default 1)")
     parser.addoption("--full", action="store_true", help="all cases (hours), not only the quick ones and the goals'")
     parser.addoption("--case-seconds", type=float, default=1.0, help="time for the rounds of one case (default 1)")
+    parser.addoption("--result", type=Path, metavar="FILE", help="keep results here; cases that are in it are not run")
     parser.addoption(
         "--inductor",
         choices=("auto", "always", "never"),
@@ -51,15 +56,37 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is marked ``full`` unless asked for; skips what is marked ``gpu`` where there is no GPU."""
-    left_out = [item for item in items if "full" in item.keywords and not config.getoption("--full")]
+    """Leaves out what is marked ``full`` unless asked for, and what is in the result file."""
+    done = _result(config)["cases"] if config.getoption("--result") else ()
+    full = config.getoption("--full")
+    left_out = [item for item in items if item.name in done or ("full" in item.keywords and not full)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """Writes a case down that was timed, or was skipped for a reason."""
+    report = (yield).get_result()
+    info = item.funcargs["benchmark"].extra_info if "benchmark" in getattr(item, "funcargs", {}) else {}
+    timed = report.when == "call" and report.passed and "fused_median_us" in info
+    if item.config.getoption("--result") is None or not (timed or report.skipped):
+        return
+    result = _result(item.config)
+    if timed:
+        result["cases"][item.name] = aggregate_case(info)
+        result["skipped"].pop(item.name, None)
+    else:
+        result["skipped"][item.name] = report.longrepr[2].removeprefix("Skipped: ")
+    save(item.config.getoption("--result"), result)
+
+
+def _result(config: pytest.Config) -> dict[str, Any]:
+    try:
+        return open_result(config.getoption("--result"), _machine(config))
+    except ResultError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def _case(item: pytest.Item) -> Case | None:
@@ -75,10 +102,13 @@ def _processor() -> str:
         return platform.processor()
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What a reader needs to judge a number: machine, versions, threads, allocator."""
+def _machine(config: pytest.Config) -> dict[str, Any]:
+    """What a reader needs to judge a number: machine, versions, threads, allocator; not the machine's name."""
     info = aep_ext.build_info()
-    machine_info["aep_ext"] = {
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "python_version": platform.python_version(),
         "version": info.version,
         "backend": info.backend,
         "isa_in_use": info.isa_in_use,
@@ -92,6 +122,10 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     }
 
 
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info["aep_ext"] = _machine(config)
+
+
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
@@ -102,24 +136,8 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
-def bandwidth() -> Callable[[Callable[[], float]], dict[str, float]]:
-    """``bandwidth(clock)``: read and copy, GB/s, with torch's current threads; measured once in a session for each."""
-    known: dict[tuple[int, str], dict[str, float]] = {}
-
-    def of_these_threads(clock: Callable[[], float]) -> dict[str, float]:
-        key = (torch.get_num_threads(), clock.__name__)
-        if key not in known:
-            known[key] = memory.bandwidth(clock)
-        return known[key]
-
-    return of_these_threads
-
-
 @pytest.fixture
-def paired_timing(
-    request: pytest.FixtureRequest, benchmark: Any, bandwidth: Callable[..., dict[str, float]]
-) -> PairedTiming:
+def paired_timing(request: pytest.FixtureRequest, benchmark: Any) -> PairedTiming:
     """``paired_timing(comparison)``: see :class:`benchmarks.paired_timing.PairedTiming`."""
     option, marks = request.config.getoption, request.node.keywords
     inductor = option("--inductor")
@@ -136,4 +154,4 @@ def paired_timing(
             "dtype": case.dtype,
             "layout": case.layout,
         }
-    return PairedTiming(benchmark, option("--case-seconds"), inductor == "always", bandwidth)
+    return PairedTiming(benchmark, option("--case-seconds"), inductor == "always", memory.known_bandwidth)

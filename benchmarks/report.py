@@ -7,9 +7,9 @@ them any other way.
 
 A table stands between ``<!-- KIND: NAME TABLE -->`` and ``<!-- /KIND -->``, KIND being ``benchmarks``, ``gated`` or
 ``results``, and comes from ``benchmarks/results/NAME.json``. TABLE is one of benchmarks/tables.py (goals, operators,
-fallback, machine, trunk, engines, overhead, peer), or, for the result file of a run, one of ``MARKDOWN`` in
-aep_ext/report/tables.py; without TABLE it is ``run``. A goal that was missed needs a note in benchmarks/notes.toml:
-``--check`` sees to it.
+fallback, machine, trunk, engines, overhead, peer), or, where the file is the ``results.json`` of a run, one of
+aep_ext/report/tables.py (run, gates, bench); without TABLE it is ``run``. A goal that was missed needs a note in
+benchmarks/notes.toml: ``--check`` sees to it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,15 @@ if str(ROOT) not in sys.path:  # run as a script
 
 from aep_ext._io import write_text  # noqa: E402
 from aep_ext._utils import UserError  # noqa: E402
+from aep_ext.report.results import check_results  # noqa: E402
+from aep_ext.report.tables import bench_markdown, gates_markdown, results_markdown  # noqa: E402
 from benchmarks.aggregate import ResultError, load  # noqa: E402
 from benchmarks.goals import cpu_findings, load_goals  # noqa: E402
 from benchmarks.plots import plot_goals  # noqa: E402
 from benchmarks.tables import TABLES, UNEXPLAINED  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+RUN_TABLES = {"run": results_markdown, "gates": gates_markdown, "bench": bench_markdown}
 _MARKERS = re.compile(
     r"(?P<head><!-- (?P<kind>benchmarks|gated|results): (?P<name>[\w-]+)(?: (?P<table>\w+))? -->\n)"
     r".*?(?P<tail><!-- /(?P=kind) -->)",
@@ -46,14 +49,13 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def _maker(table: str) -> Callable[[dict[str, Any]], str]:
+def _table(table: str, content: dict[str, Any]) -> str:
     if table in TABLES:
-        return TABLES[table]
-    from aep_ext.report.tables import MARKDOWN
-
-    if table not in MARKDOWN:
-        raise ResultError(f"report: no such table: {table}; there are {', '.join([*TABLES, *MARKDOWN])}")
-    return MARKDOWN[table]
+        return TABLES[table](content)
+    if table not in RUN_TABLES:
+        raise ResultError(f"there is no such table; there are {', '.join([*TABLES, *RUN_TABLES])}")
+    check_results(content)
+    return RUN_TABLES[table](content)
 
 
 def _content(name: str) -> dict[str, Any]:
@@ -73,9 +75,9 @@ def rendered(text: str) -> str:
 
     def made(match: re.Match[str]) -> str:
         name, table = match["name"], match["table"] or "run"
-        make, content = _maker(table), _content(name)
+        content = _content(name)
         try:
-            return match["head"] + make(content) + match["tail"]
+            return match["head"] + _table(table, content) + match["tail"]
         except (KeyError, TypeError, ResultError, UserError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ResultError(f"report: {name}.json, table {table}: {what}") from error

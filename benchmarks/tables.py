@@ -24,18 +24,6 @@ _GATED = {
     "gated_all_leave_at_the_first_exit": "all leave at the first exit",
 }
 PEER_FORMAT = "aep_ext.peer"
-_PEER_NAMES = {
-    "aep_ext": "aep_ext, gated",
-    "aep_calibrate": "aep_ext, as `aep calibrate` delivers it",
-    "aep_ext_on_engine": "aep_ext, gated, on the engine",
-    "aep_calibrate_on_engine": "as `aep calibrate` delivers it, on the engine",
-    "ensemble": "aep_ext, all exits, no gates",
-    "last_exit": "the last exit alone, no gates",
-    "earlyon_wrapper": "earlyon, its wrapper",
-    "earlyon_staged": "earlyon, staged",
-    "earlyon_batched": "earlyon, its way for batches",
-    "earlyon_staged_one_by_one": "earlyon, staged, image by image",
-}
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> str:
@@ -281,7 +269,7 @@ def peer(result: dict[str, Any]) -> str:
             points = 100 * (summary["top1"]["mean"] - summary["ungated_top1"]["mean"])
             accuracy = [_percent(summary[key]) for key in ("top1", "ungated_top1")]
             cost = [_millions(macs), _millions(ungated), f"{100 * (1 - macs / ungated):.1f} %"]
-            rows.append([_PEER_NAMES.get(name, name), *accuracy, f"{points:+.2f}", *cost])
+            rows.append([name, *accuracy, f"{points:+.2f}", *cost])
     head = ["gates", "test top-1", "without gates", "points", "mean multiply-adds", "all without gates", "saving"]
     parts = [markdown(head, rows, 1), _peer_times(result["timed"]["rows"])]
     return "\n".join([*parts, *(f"- {line}" for line in _peer_notes(result))]) + "\n"
@@ -304,7 +292,7 @@ def _peer_times(batches: Sequence[dict[str, Any]]) -> str:
             rows.append(
                 [
                     str(row["batch"]),
-                    _PEER_NAMES.get(name, name) + (" (its quickest)" if name == row["quickest_earlyon"] else ""),
+                    name + (" (its quickest)" if name == row["quickest_earlyon"] else ""),
                     *(f"{times[key]:.4g}" for key in ("p50_ms", "p95_ms", "images_per_s")),
                     "" if ratio is None else f"{ratio['ratio']:.2f} {_interval(ratio['interval'])}",
                 ]

@@ -1,6 +1,6 @@
 """Gated networks: what the gates cost where nobody leaves, and what leaving saves. One thread unless asked otherwise.
 
-    python benchmarks/sweep.py --folder benchmarks/test_gated.py --output RESULT.json -- --case-seconds 20
+    pytest benchmarks/test_gated.py --benchmark-only --full --case-seconds 20 --result RESULT.json
 
 The networks are not trained: what is timed depends on how many leave, and that the thresholds settle. "Ungated" is
 the same network with all of its heads and the ensemble, on the same backend. Names that end in ``_prepared`` are

@@ -18,35 +18,29 @@ PIXELS, CLASSES = 32, 10
 ONLY = {"dtypes": ("float32",), "layouts": ("contiguous",)}
 
 
-class Plain(nn.Module):
-    """The network as a user writes it: stage by stage, head by head."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.weights = net, net.output_weights.tolist()
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        logits = []
-        for stage, exit_ in zip(self.net.stages, self.net.exits, strict=True):
-            x = stage(x)
-            logits.append(exit_(x))
-        return logits
+def plain_logits(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """All exits' logits as a user writes it: stage by stage, head by head."""
+    logits = []
+    for stage, head in zip(net.stages, net.exits, strict=True):
+        x = stage(x)
+        logits.append(head(x))
+    return logits
 
 
-def _networks(training: bool) -> tuple[nn.Module, Plain]:
+def _network(training: bool) -> nn.Module:
     net = networks.resnet_small(CLASSES)
     net.set_exit_weights(ExitWeights.mixed(net.num_exits))
-    net.train(training)
-    return net, Plain(copy.deepcopy(net))
+    return net.train(training)
 
 
 @pytest.mark.parametrize("case", cases([(1,), (8,), (64,)], quick=("1", "64"), **ONLY))
 def test_network_inference(paired_timing, case):
     """resnet_small, 32 pixels: the ensemble's logits; the size is the batch."""
-    net, plain = _networks(training=False)
+    net = _network(training=False)
+    plain, weights = copy.deepcopy(net), net.output_weights.tolist()
 
     def ensemble(x: Tensor) -> Tensor:
-        return sum(w * logits for w, logits in zip(plain.weights, plain(x), strict=True))
+        return sum(w * logits for w, logits in zip(weights, plain_logits(plain, x), strict=True))
 
     paired_timing(
         Comparison(
@@ -64,14 +58,14 @@ def test_network_inference(paired_timing, case):
 @pytest.mark.parametrize("case", cases([(8,), (64,)], quick=("64",), **ONLY))
 def test_network_training_step(paired_timing, case):
     """resnet_small, 32 pixels: forward, joint loss, backward; the size is the batch."""
-    net, plain = _networks(training=True)
-    loss, values, rows = JointCrossEntropy(net.loss_weights), net.loss_weights.tolist(), case.size[0]
+    net, rows = _network(training=True), case.size[0]
+    plain, loss, values = copy.deepcopy(net), JointCrossEntropy(net.loss_weights), net.loss_weights.tolist()
 
     def gradients(value: Tensor, model: nn.Module) -> tuple[Tensor, ...]:
         return value.detach(), *torch.autograd.grad(value, list(model.parameters()))
 
     def summed(x: Tensor, target: Tensor) -> Tensor:
-        return sum(w * F.cross_entropy(o, target) for w, o in zip(values, plain(x), strict=True))
+        return sum(w * F.cross_entropy(o, target) for w, o in zip(values, plain_logits(plain, x), strict=True))
 
     paired_timing(
         Comparison(

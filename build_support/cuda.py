@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -63,17 +64,34 @@ def _output(command: list[str]) -> str:
     return run.stdout + run.stderr
 
 
-def supported_architectures(toolkit: Toolkit) -> set[str]:
-    """The virtual architectures this nvcc knows, as "8.0"; empty where it does not tell."""
+def gpu_architectures() -> list[str]:
+    """The compute capabilities of this machine's GPUs, each once, as "9.0"; asked of the driver itself."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return []
+    value = ctypes.c_int()
+
+    def ask(function: str, *arguments: int) -> int:
+        return 0 if getattr(driver, function)(ctypes.byref(value), *arguments) else value.value
+
+    if driver.cuInit(0):
+        return []
+    major, minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR; a device's handle is its number
+    count = ask("cuDeviceGetCount")
+    found = [tuple(ask("cuDeviceGetAttribute", part, gpu) for part in (major, minor)) for gpu in range(count)]
+    return [f"{major}.{minor}" for major, minor in sorted(set(found))]
+
+
+def default_architectures(toolkit: Toolkit, gpus: list[str]) -> str:
+    """Those of the GPUs here, else our default list, as far as this nvcc knows them; as in TORCH_CUDA_ARCH_LIST."""
     numbers = re.findall(r"compute_(\d+)(?=\s|$)", _output([str(toolkit.nvcc), "--list-gpu-arch"]))
-    return {f"{number[:-1]}.{number[-1]}" for number in numbers}
-
-
-def default_architectures(toolkit: Toolkit) -> str:
-    """Our default list, as far as this nvcc supports it, in the form of TORCH_CUDA_ARCH_LIST."""
-    supported = supported_architectures(toolkit)
-    chosen = [arch for arch in DEFAULT_ARCHITECTURES if arch in supported or not supported]
-    return ";".join(chosen) + "+PTX" if chosen else ";".join(sorted(supported, key=float)) + "+PTX"
+    known = [f"{number[:-1]}.{number[-1]}" for number in numbers]
+    here = [arch for arch in gpus if arch in known]
+    if here:
+        return ";".join(here)
+    chosen = [arch for arch in DEFAULT_ARCHITECTURES if arch in known or not known]
+    return ";".join(chosen or sorted(known, key=float)) + "+PTX"
 
 
 def cmake_architectures(arch_list: str) -> list[str]:

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +14,12 @@ from build_support import cuda, target
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_REQUIREMENT = f"torch>={target.MINIMUM_TORCH[0]}.{target.MINIMUM_TORCH[1]}"
+REQUIREMENTS = [TORCH_REQUIREMENT, "numpy>=2.4", "scipy>=1.17"]
 
 NO_TORCH = (
     "aep_ext: no torch is visible to this build. uv and `python -m build` hide the one that is installed: install "
     "torch first and build with --no-build-isolation (setuptools, cmake and ninja must then be installed too). "
-    "AEP_BUILD=none installs the package without native code."
+    "AEP_NO_EXTENSIONS=1 installs the package without native code."
 )
 
 
@@ -43,20 +44,20 @@ class Plan:
         The public version is asked for, which an installed `2.13.0+cpu` satisfies: pip then leaves torch alone.
         """
         if self.kind == "none" or self.torch is None:
-            return [TORCH_REQUIREMENT, "numpy>=2.0"]
-        return [f"torch=={self.torch.public_version}", "numpy>=2.0"]
+            return REQUIREMENTS
+        return [f"torch=={self.torch.public_version}", *REQUIREMENTS[1:]]
 
 
-def requested_kind(env: Mapping[str, str]) -> str | None:
-    """AEP_BUILD and FORCE_CUDA as one wish: "cpu", "cuda", "none", or None for the best that is possible."""
-    kind = env.get("AEP_BUILD", "").strip().lower() or None
-    if kind not in (None, "cpu", "cuda", "none"):
-        raise BuildError(f"AEP_BUILD must be cpu, cuda or none, got '{env['AEP_BUILD']}'")
-    if env.get("FORCE_CUDA", "").strip().lower() in {"1", "on", "true", "yes", "y"}:
-        if kind not in (None, "cuda"):
-            raise BuildError(f"FORCE_CUDA=1 and AEP_BUILD={kind} contradict each other")
-        return "cuda"
-    return kind
+def _switch(env: Mapping[str, str], name: str) -> bool | None:
+    """An environment variable that is on, off, or not set (None)."""
+    value = env.get(name, "").strip().lower()
+    if value in {"1", "on", "true", "yes", "y"}:
+        return True
+    if value in {"0", "off", "false", "no", "n"}:
+        return False
+    if value:
+        raise BuildError(f"{name} must be 0 or 1, got '{env[name]}'")
+    return None
 
 
 def why_no_compiler(env: Mapping[str, str]) -> str | None:
@@ -87,13 +88,8 @@ def why_no_compiler(env: Mapping[str, str]) -> str | None:
     return None
 
 
-def has_cuda_sources(root: Path = ROOT) -> bool:
-    """Whether this source tree holds CUDA kernels."""
-    return any((root / "csrc" / "kernels" / "cuda").glob("*.cu"))
-
-
-def _why_no_cuda(torch: target.Torch, toolkit: cuda.Toolkit | None, cuda_sources: bool) -> str | None:
-    """The reason why CUDA kernels cannot be built, or None."""
+def _why_no_cuda(torch: target.Torch, toolkit: cuda.Toolkit | None) -> str | None:
+    """The reason why CUDA kernels cannot be compiled, or None."""
     if torch.cuda is None:
         return f"torch {torch.version} is built without CUDA"
     if toolkit is None:
@@ -103,51 +99,59 @@ def _why_no_cuda(torch: target.Torch, toolkit: cuda.Toolkit | None, cuda_sources
             f"nvcc is of CUDA {toolkit.version}, torch {torch.version} of CUDA {torch.cuda}: "
             "the major versions must agree"
         )
-    if not cuda_sources:
-        return "this version of aep_ext has no CUDA kernels; CUDA tensors run on the pure-torch reference"
     return None
 
 
 def make_plan(
     env: Mapping[str, str] | None = None,
     *,
-    find_torch=target.find_torch,
-    find_toolkit=cuda.find_toolkit,
-    cuda_sources: bool | None = None,
+    find_torch: Callable[[], target.Torch | None] = target.find_torch,
+    find_toolkit: Callable[..., cuda.Toolkit | None] = cuda.find_toolkit,
+    find_gpus: Callable[[], list[str]] = cuda.gpu_architectures,
 ) -> Plan:
-    """Decide. The two finders are arguments so that tests can put any machine in front of it.
+    """Decide. The finders are arguments so that tests can put any machine in front of it.
+
+    CUDA is compiled where there is a GPU, or with FORCE_CUDA=1; FORCE_CUDA=0 leaves it out in any case.
 
     Raises:
         BuildError: the wish cannot be fulfilled, or the installed torch is too old.
     """
     env = os.environ if env is None else env
-    wish = requested_kind(env)
+    force_cuda = _switch(env, "FORCE_CUDA")
     torch = find_torch()
-    if wish == "none":
-        return Plan("none", torch, notices=("built with AEP_BUILD=none: no native code",))
+    if _switch(env, "AEP_NO_EXTENSIONS"):
+        if force_cuda:
+            raise BuildError("FORCE_CUDA=1 and AEP_NO_EXTENSIONS=1 contradict each other")
+        return Plan("none", torch, notices=("built with AEP_NO_EXTENSIONS=1: no native code",))
     no_compiler = why_no_compiler(env)
     if no_compiler is not None:
-        if wish is not None:
-            raise BuildError(f"AEP_BUILD={wish} needs a C++ compiler, but {no_compiler}")
+        if force_cuda:
+            raise BuildError(f"FORCE_CUDA=1 needs a C++ compiler, but {no_compiler}")
         return Plan("none", torch, notices=(f"no native code: when aep_ext was installed, {no_compiler}",))
     if torch is None:  # pip fetches one for the build; build_ext plans again beside it
-        return Plan(wish or "cpu", None)
+        return Plan("cpu", None)
     if not torch.is_supported:
         raise BuildError(
             f"aep_ext needs {TORCH_REQUIREMENT}, torch {torch.version} is installed; update torch first "
             "(to a CPU or a CUDA build, as you want it)"
         )
-    if wish == "cpu":
-        return Plan("cpu", torch, notices=("no CUDA kernels: built with AEP_BUILD=cpu",) if torch.cuda else ())
+    if torch.cuda is None and not force_cuda:
+        return Plan("cpu", torch)
+    gpus = find_gpus() if torch.cuda and force_cuda is not False else []
+    if not gpus and not force_cuda:
+        why_not = "built with FORCE_CUDA=0"
+        if force_cuda is None:
+            why_not = "no GPU was found when aep_ext was built; FORCE_CUDA=1 compiles them all the same"
+        return Plan("cpu", torch, notices=(f"no CUDA kernels: {why_not}",))
     toolkit = find_toolkit(torch_folder=torch.folder) if torch.cuda else None
-    why_not = _why_no_cuda(torch, toolkit, has_cuda_sources() if cuda_sources is None else cuda_sources)
-    if why_not is None:
+    unable = _why_no_cuda(torch, toolkit)
+    if unable is None:
         assert toolkit is not None
-        archs = env.get("TORCH_CUDA_ARCH_LIST", "").strip() or cuda.default_architectures(toolkit)
-        return Plan("cuda", torch, toolkit, archs)
-    if wish == "cuda":
-        raise BuildError(f"CUDA kernels were asked for (AEP_BUILD=cuda or FORCE_CUDA=1), but {why_not}")
-    return Plan("cpu", torch, notices=(f"no CUDA kernels: {why_not}",) if torch.cuda else ())
+        wanted = env.get("TORCH_CUDA_ARCH_LIST", "").strip()
+        return Plan("cuda", torch, toolkit, wanted or cuda.default_architectures(toolkit, gpus))
+    if force_cuda:
+        raise BuildError(f"FORCE_CUDA=1 asks for CUDA kernels, but {unable}")
+    return Plan("cpu", torch, notices=(f"no CUDA kernels: {unable}",))
 
 
 def build_requires(env: Mapping[str, str] | None = None) -> list[str]:
@@ -161,4 +165,4 @@ def build_requires(env: Mapping[str, str] | None = None) -> list[str]:
     except BuildError:
         return []  # said again, and better, when the build itself starts
     wanted = plan.kind != "none" and plan.torch is None and target.pip_isolated()
-    return [TORCH_REQUIREMENT, "numpy>=2.0"] if wanted else []
+    return [TORCH_REQUIREMENT] if wanted else []

@@ -78,24 +78,10 @@ def _sees_base_packages() -> bool:
     return re.search(r"^include-system-site-packages\s*=\s*true", text, re.MULTILINE | re.IGNORECASE) is not None
 
 
-def pth_entries(folder: str) -> list[str]:
-    """The existing folders that the .pth files in `folder` add to the search path (their code lines are not run)."""
-    found = []
-    for file in sorted(Path(folder).glob("*.pth")):
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            line = line.strip()
-            if line and not line.startswith(("#", "import ", "import\t")):
-                found.append(os.path.join(folder, line))
-    return [entry for entry in found if os.path.isdir(entry)]
-
-
 def search_path() -> list[str]:
     """Where torch is looked for: this process's path, then, in pip's isolated build, the target's folders."""
     entries = [entry for entry in sys.path if entry]
-    if pip_isolated():
-        for folder in target_site_dirs():
-            entries += [folder, *pth_entries(folder)]
-    return list(dict.fromkeys(entries))
+    return list(dict.fromkeys(entries + (target_site_dirs() if pip_isolated() else [])))
 
 
 def find_torch(entries: list[str] | None = None) -> Torch | None:

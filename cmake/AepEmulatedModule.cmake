@@ -6,8 +6,8 @@ list(FILTER aep_operator_sources EXCLUDE REGEX "/(module|graph[^/]*)[.]cpp$")
 set(aep_stand_ins "${aep_emulation}/operators")
 
 add_library(emulated_operators OBJECT ${aep_operator_sources})
-# Put before every file, and torch's headers read once.
-target_precompile_headers(emulated_operators PRIVATE "${aep_stand_ins}/as_cuda.h")
+set_target_properties(emulated_operators PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
+target_compile_options(emulated_operators PRIVATE "SHELL:-include \"${aep_stand_ins}/as_cuda.h\"")
 add_library(emulated_C MODULE "${aep_stand_ins}/module.cpp" $<TARGET_OBJECTS:emulated_operators>)
 target_link_libraries(emulated_C PRIVATE aep_emulated_kernels c10 torch torch_cpu torch_python)
 target_link_directories(emulated_C PRIVATE ${AEP_TORCH_LIBRARY_DIRS})

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aep_ext._utils import per_exit
+from aep_ext._utils import per_exit, using_threads
 from aep_ext.calibration.budgets import (
     AccuracyBudget,
     Budget,
@@ -33,6 +33,7 @@ from aep_ext.pruning.subsets import checked_exits
 
 _CURVE_POINTS = 100
 _PATH_STEPS = 100
+_SMALL = 1 << 20
 _SHARED = 0.01
 """From this share of equal rows on, two data sets overlap; single duplicates are common in real data."""
 
@@ -251,7 +252,9 @@ def calibrate(
     else:
         right = _reference(reference, n)
     selection = replace(selection, reference=right[chosen_on])
-    candidates = selection.candidates(subsets, progress)
+    # On small tensors threads wait for one another longer than they compute.
+    with using_threads(1 if logits.logits.numel() < _SMALL else None):
+        candidates = selection.candidates(subsets, progress)
     best = candidates[0]
     policy, own_costs = selection.fit(best.exits), selection.costs_of(best.exits)
     part = logits.select_exits(best.exits)

@@ -124,7 +124,7 @@ class Selection:
         if len(exits) == 1:
             weights: Sequence[float] = [1.0]
         elif isinstance(self.output_weights, str):
-            fit = fit_output_weights(part.logits, part.target, tolerance=1e-4)
+            fit = fit_output_weights(part.logits, part.target, tolerance=1e-3)
             weights = fit.weights
             if self.criterion_on == "ensemble":
                 temperatures = [min(max(value, BOUNDS[0]), BOUNDS[1]) for value in fit.temperatures]

@@ -51,7 +51,7 @@ class OutputWeightsFit:
 
 def _check(exit_logits: Tensor, target: Tensor) -> None:
     if not isinstance(exit_logits, Tensor) or exit_logits.dim() != 3 or not exit_logits.is_floating_point():
-        found = list(exit_logits.shape) if isinstance(exit_logits, Tensor) else type(exit_logits).__name__
+        found = str(list(exit_logits.shape)) if isinstance(exit_logits, Tensor) else type(exit_logits).__name__
         raise ValueError(f"fit_output_weights: exit_logits must be floating of shape [E, N, K], got {found}")
     exits, samples, classes = exit_logits.shape
     if exits < 1 or classes < 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aep_ext._io import write_atomically, write_bytes
-from aep_ext._utils import require
+from aep_ext._utils import per_exit, require
 from aep_ext._version import __version__
 from aep_ext.inference.exit_policy import ExitPolicy
 from aep_ext.inference.gated_net import GatedNet
@@ -248,6 +248,8 @@ def _fill(net: MultiExitNet, tensors: dict[str, Tensor], description: dict[str, 
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"load: {name} must have shape {list(tensor.shape)}, got {list(tensors[name].shape)}")
+    for name in ("output_weights", "loss_weights"):
+        per_exit("load", name, tensors[name], net.num_exits, positive=True)
     sources: dict[int, str] = {}
     for name, tensor in own.items():
         source = sources.setdefault(id(tensor), description["tied"].get(name, name))

@@ -27,10 +27,6 @@ class _Pool:
         self.parts.append((features, rows))
         self.count += len(features)
 
-    def first(self) -> int:
-        """The number of the row that waits longest."""
-        return int(self.parts[0][1].indices[0])
-
     def take(self, wanted: int) -> tuple[Tensor, Rows]:
         """The first ``wanted`` rows, or all there are."""
         features, *columns = (torch.cat(c) for c in zip(*((f, *rows) for f, rows in self.parts), strict=True))
@@ -43,8 +39,6 @@ class _Pool:
 
 class _Batch:
     """One batch of the caller's that is not answered yet."""
-
-    __slots__ = ("answers", "end", "first", "open")
 
     def __init__(self, first: int, n: int) -> None:
         self.first, self.end, self.open = first, first + n, n
@@ -140,12 +134,12 @@ class ContinuousBatcher:
                 # Numbers that come first leave first, so the newest batch is the last.
                 self._batches[-1].answers = Answers(len(indices), rows.running, logits.dtype)
             result = executor.step(e, rows, logits)
-            present, stay = len(rows.indices), executor.stay(e, rows, result)
+            present, stay = len(rows.indices), executor.stay(e, rows.indices, result)
             if stay < present:
                 self._answer(e, result.indices[stay:], result.running[stay:], result.stats[stay:])
             if stay == 0:
                 return
-            before, rows = rows.indices, Rows(result.running[:stay], result.indices[:stay], result.state[:stay])
+            before, rows = rows.indices, Rows(*(column[:stay] for column in result[:4]))
             pool = self._pools.get(e)
             full_already = stay == self.capacity and (pool is None or pool.count == 0)
             if stay < present:
@@ -165,7 +159,7 @@ class ContinuousBatcher:
         """Carries all samples with numbers below ``end`` to their exits."""
         for e in range(self._executor.last):
             pool = self._pools.get(e)
-            while pool is not None and pool.count and pool.first() < end:
+            while pool is not None and pool.count and pool.parts[0][1].indices[0] < end:
                 self._run_pool(run, e)
                 self._drain(run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -12,9 +13,8 @@ from torch import Tensor
 from aep_ext import ops
 from aep_ext.inference.backends.engine import Chain, Engine
 from aep_ext.inference.batching import images_of
+from aep_ext.inference.stages import take_rows
 from aep_ext.surgery.multi_exit import MultiExitNet
-
-_CHUNK = 64
 
 
 class Verification(NamedTuple):
@@ -55,8 +55,9 @@ class CompiledNet:
         max_logit_difference: largest absolute difference between the engine's logits and the network's on the example.
         num_exits, num_classes, exit_ids, output_weights: the network's; ``output_weights`` (E,) float32.
         threads: threads of the engine; for "eager" and "inductor" torch's own number decides.
-        batches: batch sizes that have stages compiled for them alone.
     """
+
+    training = False
 
     def __init__(
         self,
@@ -66,7 +67,6 @@ class CompiledNet:
         *,
         backend: str,
         threads: int,
-        batches: tuple[int, ...],
         timings: Mapping[str, float],
         notices: Sequence[str],
         max_logit_difference: float,
@@ -75,7 +75,7 @@ class CompiledNet:
         self.num_exits, self.num_classes = reference.num_exits, reference.num_classes
         self.exit_ids = reference.exit_ids
         self.output_weights = reference.output_weights.detach().clone()
-        self.threads, self.batches = threads, batches
+        self.threads = threads
         self.timings, self.notices = dict(timings), tuple(notices)
         self.max_logit_difference = max_logit_difference
         self._reference, self._engine = reference, engine
@@ -84,10 +84,7 @@ class CompiledNet:
         self._holder: int | None = None  # the thread that is at work
 
     def __repr__(self) -> str:
-        return (
-            f"CompiledNet(backend={self.backend!r}, exits={self.num_exits}, exit_ids={self.exit_ids}, "
-            f"num_classes={self.num_classes}, input={list(self._shape)}, threads={self.threads})"
-        )
+        return f"CompiledNet(backend={self.backend!r}, exits={self.exit_ids}, input={self._shape})"
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -105,11 +102,8 @@ class CompiledNet:
         x = self._checked(x)
         if len(x) == 0:
             return x.new_empty(self.num_exits, 0, self.num_classes)
-        self._take_turn()
-        try:
+        with contextlib.closing(self.begin()):
             return self._engine.exit_logits(x, self.num_exits)
-        finally:
-            self._give_turn()
 
     def begin(self, owning: bool = False) -> CompiledRun:
         """The stages for one pass of a batch, as executors take them: without copies between them.
@@ -121,17 +115,17 @@ class CompiledNet:
         """
         return CompiledRun(self, owning)
 
-    def verify(self, loader: Tensor | Iterable[Any]) -> Verification:
+    def verify(self, loader: Iterable[Any]) -> Verification:
         """Compares all exits with the network as it was when it was compiled (an eager copy is kept for this).
 
         Args:
-            loader: images (N, C, H, W), or batches: tensors, or tuples that begin with one (a DataLoader).
+            loader: batches of images: tensors (n, C, H, W), or tuples that begin with one.
 
         Raises:
             TypeError: the loader gives something else.
         """
         n, same, gap = 0, 0, 0.0
-        for item in loader.split(_CHUNK) if isinstance(loader, Tensor) else loader:
+        for item in loader:
             x = self._checked(images_of("CompiledNet.verify", item))
             ours = self.exit_logits(x)
             with torch.no_grad():
@@ -141,20 +135,6 @@ class CompiledNet:
             same += int((ensembles[0] == ensembles[1]).sum())
             gap = max(gap, difference(ours, theirs))
         return Verification(n, same, gap)
-
-    def _take_turn(self) -> None:
-        """Waits until no other thread is at work here."""
-        if self._holder == threading.get_ident():  # it would wait for itself, for ever
-            raise RuntimeError(
-                "CompiledNet: must not be called while it is at work on a batch of the same thread (by a user's "
-                "criterion); compile the network a second time for that"
-            )
-        self._lock.acquire()
-        self._holder = threading.get_ident()
-
-    def _give_turn(self) -> None:
-        self._holder = None
-        self._lock.release()
 
     def _checked(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -184,7 +164,13 @@ class CompiledRun:
 
     def __init__(self, net: CompiledNet, owning: bool) -> None:
         self._net, self._owning, self._e = net, owning, 0
-        net._take_turn()
+        if net._holder == threading.get_ident():  # it would wait for itself, for ever
+            raise RuntimeError(
+                "CompiledNet: must not be called while it is at work on a batch of the same thread (by a user's "
+                "criterion); compile the network a second time for that"
+            )
+        net._lock.acquire()
+        net._holder = threading.get_ident()
 
     def __call__(self, e: int, features: Any) -> tuple[Any, Tensor]:
         net = self._net
@@ -203,10 +189,11 @@ class CompiledRun:
     def take(self, features: Any, positions: Tensor) -> Any:
         """Goes on with the rows at ``positions`` only, on the stages that are fastest for so many."""
         chain = self._net._engine.chain(len(positions))
-        chain.load(self._e + 1, self._chain.features(self._e).index_select(0, positions))
+        chain.load(self._e + 1, take_rows(self._chain.features(self._e), positions))
         self._chain = chain
         return self
 
     def close(self) -> None:
         """Lets other threads have the network."""
-        self._net._give_turn()
+        self._net._holder = None
+        self._net._lock.release()

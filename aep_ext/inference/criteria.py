@@ -98,12 +98,12 @@ def gate_step(
         criterion, criterion_on: see :class:`~aep_ext.inference.ExitPolicy`.
         exit_index: the exit's number in the network at hand, from 0.
     """
-    numbers = {"weight": weight, "temperature": temperature, "on": criterion_on, "last": last}
     rows = (features, running, weight_sum, indices, state, exit_logits)
+    numbers = {"weight": weight, "temperature": temperature, "criterion_on": criterion_on, "last": last}
     if isinstance(criterion, str):
-        return ops.gate(*rows, threshold=threshold, policy=criterion, enabled=enabled, **numbers)
+        return ops.gate(*rows, threshold=threshold, criterion=criterion, enabled=enabled, **numbers)
     # With the gate disabled the operator returns every row in its place: only the decision is made here.
-    kept = ops.gate(*rows, threshold=0.0, policy="confidence", enabled=False, **numbers)
+    kept = ops.gate(*rows, threshold=0.0, enabled=False, **numbers)
     if last or not enabled:
         return kept
     if criterion_on == "ensemble":

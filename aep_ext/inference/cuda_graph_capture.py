@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ def capture(static: StaticPass) -> tuple[list[torch.cuda.CUDAGraph], list[Tensor
     """
     device, pool = static.input.device, torch.cuda.graph_pool_handle()
     graphs, found, features = [], [], static.input
-    with own_stream(device) as (stream, owner), _undisturbed():
+    with own_stream(device) as (stream, owner), _garbage_kept():
         for e in range(static.num_exits):
             graph, cause = torch.cuda.CUDAGraph(keep_graph=True), None
             try:
@@ -93,15 +92,12 @@ def capture(static: StaticPass) -> tuple[list[torch.cuda.CUDAGraph], list[Tensor
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Garbage is collected later: graphs and streams of others must not be destroyed in the middle of a capture. A
-    stage of no kernel is nothing to warn of."""
+def _garbage_kept() -> Iterator[None]:
+    """Graphs and streams of others must not be destroyed in the middle of a capture."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-            yield
+        yield
     finally:
         if collects:
             gc.enable()

@@ -7,7 +7,8 @@ where somebody has left.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class GatedOutput(NamedTuple):
 class Rows(NamedTuple):
     """Those under way, without their features: n rows, in the order of their numbers."""
 
+    nothing: Tensor
+    """(n, 0): in the features' place, for the gate."""
     running: Tensor
     """(n, K): the sum of b_j O_j so far, in the accumulation dtype."""
     indices: Tensor
@@ -72,19 +75,6 @@ class Answers:
         return GatedOutput(self.logits.to(self.dtype), self.exit, self.confidence)
 
 
-@lru_cache(maxsize=64)
-def _weight_sums(weights: tuple[float, ...], dtype: torch.dtype) -> tuple[float, ...]:
-    """The sum of the weights before each exit, rounded as the operator rounds it in the accumulation ``dtype``.
-
-    A sum in double precision could differ in the last bit, and with it a confidence.
-    """
-    total, sums = torch.zeros((), dtype=dtype, device=_CPU), []
-    for weight in weights:
-        sums.append(total.item())
-        total = total + torch.tensor(weight, dtype=dtype, device=_CPU)
-    return tuple(sums)
-
-
 class Executor:
     """What a policy does to batches.
 
@@ -98,8 +88,9 @@ class Executor:
         self.policy = policy
         self.last = policy.num_exits - 1
         self.live = (*policy.enabled, False)
-        self._thresholds = (*policy.thresholds, 0.0)
         self._in_place = isinstance(policy.criterion, str) and policy.criterion in STATELESS
+        self._gates: dict[torch.dtype, list[tuple[Callable[..., GateResult], float]]] = {}
+        self._first: dict[Any, Rows] = {}  # what single samples start from
         self._singles: dict[torch.dtype, list[tuple[tuple[Any, ...], Tensor]]] = {}
 
     def __call__(self, run: StageRun, x: Tensor) -> GatedOutput:
@@ -116,54 +107,79 @@ class Executor:
         """The rows before the first exit, whose ``logits`` (n, K) settle classes, dtype and device."""
         n, classes = logits.shape
         running = torch.zeros((n, classes), dtype=_ACC.get(logits.dtype, torch.float32), device=logits.device)
-        return Rows(running, indices, initial_state(self.policy.criterion, n, classes, logits.device))
+        state = initial_state(self.policy.criterion, n, classes, logits.device)
+        return Rows(running.new_empty((n, 0)), running, indices, state)
 
     def step(self, e: int, rows: Rows, logits: Tensor) -> GateResult:
         """Exit e for ``rows``: the gate's result, with features of no columns."""
-        policy, running = self.policy, rows.running
-        return gate_step(
-            policy.criterion,
-            policy.criterion_on,
-            running.narrow(1, 0, 0),
-            running,
-            _weight_sums(policy.output_weights, running.dtype)[e],
-            rows.indices,
-            rows.state,
-            logits,
-            exit_index=e,
-            weight=policy.output_weights[e],
-            threshold=self._thresholds[e],
-            temperature=policy.temperatures[e],
-            enabled=self.live[e],
-            last=e == self.last,
-        )
+        gate, weight_sum = self._gates_of(rows.running.dtype)[e]
+        return gate(rows.nothing, rows.running, weight_sum, rows.indices, rows.state, logits)
 
-    def stay(self, e: int, rows: Rows, result: GateResult) -> int:
-        """How many go on; read from the device only where some may leave."""
+    def _gates_of(self, dtype: torch.dtype) -> list[tuple[Callable[..., GateResult], float]]:
+        """For each exit the gate with its numbers, and the sum of the weights before it, in the accumulation dtype."""
+        if dtype in self._gates:
+            return self._gates[dtype]
+        policy, gates = self.policy, []
+        for e, (weight_sum, weight, threshold, temperature) in enumerate(self._numbers(dtype)):
+            numbers = {"weight": weight, "threshold": threshold, "temperature": temperature}
+            numbers |= {"enabled": self.live[e], "last": e == self.last}
+            if isinstance(policy.criterion, str):  # what gate_step does, without the way there
+                gate = partial(ops.gate, criterion=policy.criterion, criterion_on=policy.criterion_on, **numbers)
+            else:
+                gate = partial(gate_step, policy.criterion, policy.criterion_on, exit_index=e, **numbers)
+            gates.append((gate, weight_sum))
+        self._gates[dtype] = gates
+        return gates
+
+    def _numbers(self, dtype: torch.dtype) -> list[tuple[float, float, float, float]]:
+        """For each exit the sum of the weights before it, its weight, threshold and temperature.
+
+        The sum is rounded as the operator rounds it in the accumulation ``dtype``: in double precision it could differ
+        in the last bit, and with it a confidence.
+        """
+        policy, numbers = self.policy, []
+        total = torch.zeros((), dtype=dtype, device=_CPU)
+        columns = policy.output_weights, (*policy.thresholds, 0.0), policy.temperatures
+        for weight, threshold, temperature in zip(*columns, strict=True):
+            numbers.append((total.item(), weight, threshold, temperature))
+            total = total + torch.tensor(weight, dtype=dtype, device=_CPU)
+        return numbers
+
+    def stay(self, e: int, indices: Tensor, result: GateResult) -> int:
+        """How many of ``indices`` go on; read from the device only where some may leave."""
         if e == self.last:
             return 0
-        return int(result.count.item()) if self.live[e] else len(rows.indices)
+        return result.count.item() if self.live[e] else len(indices)
 
     def _batch(self, run: StageRun, features: Any, logits: Tensor) -> GatedOutput:
         n, dtype = len(logits), logits.dtype
-        rows = self.start(logits, torch.arange(n, device=logits.device))
+        form = n, logits.shape[1], dtype, logits.device
+        rows = self._first.get(form)  # only read: a gate gives new tensors
+        if rows is None:
+            rows = self.start(logits, torch.arange(n, device=logits.device))
+            if n == 1:
+                self._first[form] = rows
+        nothing, running, indices, state = rows
         answers: Answers | None = None
-        for e in range(self.last + 1):
+        for e, (gate, weight_sum) in enumerate(self._gates_of(running.dtype)):
             if e:
                 features, logits = run(e, features)
-            result, present = self.step(e, rows, logits), len(rows.indices)
-            stay = self.stay(e, rows, result)
+            result = gate(nothing, running, weight_sum, indices, state, logits)
+            stay = self.stay(e, indices, result)
             if stay == 0 and answers is None:  # all leave together, in order
-                taken = torch.full((n,), e, dtype=torch.int64, device=logits.device)
-                return GatedOutput(result.running.to(dtype), taken, result.stats[:, 0].contiguous())
-            if stay < present:
-                if answers is None:
-                    answers = Answers(n, result.running, dtype)
-                answers.write(e, result.indices[stay:], result.running[stay:], result.stats[stay:])
-                if stay == 0:
-                    break
-                features = run.take(features, torch.searchsorted(rows.indices, result.indices[:stay]))
-            rows = Rows(result.running[:stay], result.indices[:stay], result.state[:stay])
+                logits = result.running if result.running.dtype == dtype else result.running.to(dtype)
+                return GatedOutput(logits, result.indices.fill_(e), result.stats.select(1, 0).contiguous())
+            if stay == len(indices):
+                nothing, running, indices, state = result[:4]
+                continue
+            if answers is None:
+                answers = Answers(n, result.running, dtype)
+            answers.write(e, result.indices[stay:], result.running[stay:], result.stats[stay:])
+            if stay == 0:
+                break
+            before = indices
+            nothing, running, indices, state = (column[:stay] for column in result[:4])
+            features = run.take(features, torch.searchsorted(before, indices))
         return answers.output()
 
     def _single(self, run: StageRun, features: Any, logits: Tensor) -> GatedOutput:
@@ -179,19 +195,21 @@ class Executor:
         running = torch.zeros((1, logits.shape[1]), dtype=_ACC[dtype], device=_CPU)
         stats = torch.empty((1, 3), dtype=torch.float32, device=_CPU)
         leaves = torch.empty(1, dtype=torch.bool, device=_CPU)
+        last = self.last
         for e, (numbers, _) in enumerate(exits):
             if e:
                 features, logits = run(e, features)
             ops.gate_one_(running, stats, leaves, logits, *numbers)
-            if leaves.item():
+            if e == last or leaves.item():
                 break
-        return GatedOutput(running if running.dtype == dtype else running.to(dtype), exits[e][1].clone(), stats[:, 0])
+        if running.dtype != dtype:
+            running = running.to(dtype)
+        return GatedOutput(running, exits[e][1].clone(), stats.select(1, 0))
 
     def _single_exits(self, dtype: torch.dtype) -> list[tuple[tuple[Any, ...], Tensor]]:
         """For each exit what ``gate_one_`` takes beside its tensors, and its number, (1,) int64."""
         policy, exits = self.policy, []
-        columns = (_weight_sums(policy.output_weights, dtype), policy.output_weights, self._thresholds)
-        for e, numbers in enumerate(zip(*columns, policy.temperatures, strict=True)):
+        for e, numbers in enumerate(self._numbers(dtype)):
             names = (policy.criterion, policy.criterion_on, self.live[e], e == self.last)
             # A default costs less than a string.
             arguments = numbers if names == ("confidence", "ensemble", True, False) else numbers + names

@@ -84,7 +84,7 @@ class GatedNet(nn.Module):
         self._faster_without: tuple[tuple[int, bool], ...] = ()  # by batch size, as measured
         self._read: _Current | None = None
         self._writers: dict[int, Any] = {}
-        self.training = getattr(net, "training", False)
+        self.training = net.training
 
     @classmethod
     def from_policy(cls, full_net: MultiExitNet, policy: ExitPolicy) -> GatedNet:
@@ -274,7 +274,7 @@ class GatedNet(nn.Module):
         return near_threshold(exit_logits, self.policy, tolerance)
 
     def _check_eval(self) -> None:
-        if self.training or getattr(self._net(), "training", False):
+        if self.training or self._net().training:
             raise RuntimeError("GatedNet: must be in eval mode, got training mode; call eval(), or train its net")
 
     def _apply(self, fn: Any, recurse: bool = True) -> GatedNet:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from aep_ext.inference.stages import StageRun
 
-_CHUNKS = 16
-
 
 @dataclass(frozen=True)
 class StageProfile:
@@ -51,11 +49,9 @@ class StageProfile:
     def predicted(self, counts: Sequence[float] | Tensor, rows: int = 1) -> float:
         """Expected milliseconds per sample where ``counts[e]`` samples are answered at exit e.
 
-        The gates themselves are not counted: with one row it is the ideal that a gated net is measured against,
-        ``sum_e counts[e] * sum_{j<=e} stages[j] / sum(counts)``, the stages' times being those of one row.
-
-        In larger batches exit e sees as many rows as are there on average; an average below one counts as a batch of
-        one in so many of the batches.
+        The ideal that a gated net is measured against, without the time of its gates: with one row
+        ``sum_e counts[e] * sum_{j<=e} stages[j] / sum(counts)``. In larger batches exit e sees as many rows as are
+        there on average; an average below one counts as a batch of one in so many of the batches.
 
         Args:
             counts: E numbers (counts or shares), none negative, not all 0.
@@ -111,20 +107,15 @@ def faster_without(
     sizes: Sequence[int],
     repeats: int,
 ) -> frozenset[int]:
-    """The batch sizes at which the network is faster without its gates, on batches cut from ``example``.
+    """The batch sizes, of ``sizes`` within 1..N, at which the network is faster without its gates, on batches cut from
+    ``example``, (N, ...).
 
-    What the parts' times do not show is what lies between them. The two take turns on the same batches, up to 16 of a
+    What the stages' times do not show is what lies between them. The two take turns on the same batches, up to 16 of a
     size; for each batch the shortest time counts.
-
-    Args:
-        gated, ungated: the whole network with its gates and with them off.
-        example: (N, ...).
-        sizes: within 1..N.
-        repeats: at least 1.
     """
     found = set()
     for n in sizes:
-        batches = [batch for batch in example.split(n)[:_CHUNKS] if len(batch) == n]
+        batches = [batch for batch in example.split(n)[:16] if len(batch) == n]
         best = [[math.inf, math.inf] for _ in batches]
         for turn in range(repeats):
             for number, batch in enumerate(batches):

@@ -20,15 +20,12 @@ class StageRun(Protocol):
 
     def __call__(self, e: int, features: Any) -> tuple[Any, Tensor]:
         """From the input (e = 0) or the features at exit e-1: the features and the logits (n, K) at exit e."""
-        ...
 
     def take(self, features: Any, positions: Tensor) -> Any:
         """The features of fewer rows, at ``positions`` (m,) int64 among those at hand, m at least 1."""
-        ...
 
     def close(self) -> None:
         """The pass is over, wherever it ended."""
-        ...
 
 
 def take_rows(features: Tensor, positions: Tensor) -> Tensor:

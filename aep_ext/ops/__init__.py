@@ -1,19 +1,16 @@
 """The operators of early-exit ensembles (torch namespace ``aep``).
 
 Every function runs natively where the extension has kernels for the device of its tensors, and on the pure-torch
-reference (:mod:`aep_ext.ops.reference`) elsewhere, with the same results and the same errors.
+reference (:mod:`aep_ext.ops.reference`) elsewhere, with the same results.
 """
 
 from __future__ import annotations
 
-from aep_ext.ops.combine import ensemble, ensemble_stats
-from aep_ext.ops.gating import gate
-from aep_ext.ops.gating_one import gate_one_
-from aep_ext.ops.head import multi_exit_linear_head
+from aep_ext.ops.ensemble import ensemble, ensemble_stats
+from aep_ext.ops.gate import gate, gate_one_
+from aep_ext.ops.head import global_avg_pool, multi_exit_linear_head
 from aep_ext.ops.label_checks import check_labels, is_check_labels_enabled
-from aep_ext.ops.linear_loss import linear_joint_cross_entropy
-from aep_ext.ops.loss import joint_cross_entropy
-from aep_ext.ops.pool import global_avg_pool
+from aep_ext.ops.losses import joint_cross_entropy, linear_joint_cross_entropy
 from aep_ext.ops.subsets import subset_correct
 from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
 

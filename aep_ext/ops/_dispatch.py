@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch import Tensor
 
 from aep_ext import _load
 
@@ -25,20 +26,15 @@ _native: dict[str, bool] = {
 _warned: set[str] = set()
 
 
-def use_native(tensor: torch.Tensor, *others: torch.Tensor) -> bool:
-    """:func:`has_native` for ``tensor``, and ``others`` are tensors too."""
-    for other in others:
-        if not isinstance(other, torch.Tensor):
-            return False
-    return has_native(tensor)
-
-
-def has_native(tensor: torch.Tensor) -> bool:
-    """True where the native operators have kernels for the device of ``tensor``.
+def use_native(tensor: Tensor, *others: Tensor) -> bool:
+    """True where the native operators have kernels for the device of ``tensor``, and ``others`` are tensors too.
 
     The first tensor on a device that the loaded extension has no kernels for gives one warning. What is no tensor at
     all goes to the reference path, whose checks name it.
     """
+    for other in others:
+        if not isinstance(other, Tensor):
+            return False
     try:
         if tensor.is_cpu:  # `device.type` takes five times as long
             return _native["cpu"]
@@ -49,7 +45,7 @@ def has_native(tensor: torch.Tensor) -> bool:
 
 def _other(tensor: object) -> bool:
     """:func:`use_native` for what the table does not hold."""
-    if not isinstance(tensor, torch.Tensor):
+    if not isinstance(tensor, Tensor):
         return False
     kind = tensor.device.type
     if _load.extension is not None and kind not in _warned and not torch.compiler.is_compiling():

@@ -19,17 +19,13 @@ if _load.extension is not None:
     global_avg_pool = torch.ops.aep.global_avg_pool.default
     multi_exit_linear_head = torch.ops.aep.multi_exit_linear_head.default
     ensemble = torch.ops.aep.ensemble.default
-    ensemble_out = torch.ops.aep.ensemble.out
     ensemble_stats = torch.ops.aep.ensemble_stats.default
-    ensemble_stats_out = torch.ops.aep.ensemble_stats.out
     joint_cross_entropy = torch.ops.aep.joint_cross_entropy.default
     joint_cross_entropy_with_grad = torch.ops.aep.joint_cross_entropy_with_grad.default
     joint_cross_entropy_ = torch.ops.aep.joint_cross_entropy_.default
     linear_joint_cross_entropy = torch.ops.aep.linear_joint_cross_entropy.default
     subset_correct = torch.ops.aep.subset_correct.default
-    subset_correct_out = torch.ops.aep.subset_correct.out
     gate = torch.ops.aep.gate.default
-    gate_out = torch.ops.aep.gate.out
     gate_one_ = torch.ops.aep.gate_one_.default
 
 

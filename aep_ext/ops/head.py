@@ -1,4 +1,4 @@
-"""Exit heads: global average pool and linear layer of all exits at once."""
+"""Exit heads: the pool by which an exit reads the trunk, and pool and linear layer of all exits at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,36 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from aep_ext.ops import _checks, _native, reference
-from aep_ext.ops._dispatch import has_native
+from aep_ext.ops._dispatch import use_native
+
+
+def global_avg_pool(features: Tensor) -> Tensor:
+    """Mean over the spatial positions of every channel.
+
+    Args:
+        features: (N, C, H, W), float32, float64, bfloat16 or float16, any strides; channels_last and contiguous memory
+            are the fast ones. C, H and W at least 1; N may be 0.
+
+    Returns:
+        (N, C) in the dtype of ``features``: the sum is formed in float32 (float64 for float64), divided by H * W and
+        rounded once. New memory, never a view.
+
+    Differentiable, any number of times (reverse mode; the native operator refuses forward mode). The gradient is an
+    expanded view of one number per channel, so that autograd adds it to the trunk's gradient in one pass, without a
+    full-size tensor of its own. Autocast leaves the operator alone.
+
+    Raises:
+        TypeError: ``features`` is no tensor, or its dtype breaks the rules above.
+        ValueError: its shape does.
+
+    Equivalent to::
+
+        features.mean((2, 3))
+    """
+    if use_native(features):
+        return _native.global_avg_pool(features)
+    _checks.tensor("global_avg_pool", "features", features, "NCHW")
+    return reference.global_avg_pool(features)
 
 
 def multi_exit_linear_head(
@@ -39,9 +68,9 @@ def multi_exit_linear_head(
 
         torch.stack([F.linear(x.mean((2, 3)), w, b) for x, w, b in zip(features, weights, biases)])
     """
-    if len(features) > 0 and has_native(features[0]):
-        if biases is None:
-            biases = [None] * len(features)
+    if biases is None:
+        biases = [None] * len(features)
+    if len(features) > 0 and use_native(*features):
         return _native.multi_exit_linear_head(features, weights, biases)[0]
-    _checks.multi_exit_linear_head(features, weights, biases)
+    _checks.linears("multi_exit_linear_head", "features", features, "NCHW", weights, biases)
     return reference.multi_exit_linear_head(features, weights, biases)

@@ -1,8 +1,12 @@
-"""Whether labels are checked where looking at them means waiting for a device."""
+"""The check of labels: on the reference path, and whether it is made where looking means waiting for a device."""
 
 from __future__ import annotations
 
 from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from aep_ext import _load
 
@@ -68,3 +72,30 @@ class check_labels:
 
 
 _switch(_load.switched_on("AEP_CHECK_LABELS"))
+
+
+def labels(op: str, target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+    """Raises IndexError for the first label that is neither a class nor ``ignore_index``, where labels are looked at:
+    on the CPU, and elsewhere if :class:`check_labels` is on. Under tracing there is nothing to read."""
+    if torch.compiler.is_compiling() or isinstance(target, FakeTensor) or not _looks(op, target.device):
+        return
+    bad = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        bad &= target != ignore_index
+    if bool(bad.any()):
+        position = int(bad.nonzero()[0])
+        rule = f"within 0..{num_classes - 1}" + ("" if ignore_index is None else " or ignore_index")
+        raise IndexError(f"aep::{op}: target must be {rule}, got {int(target[position])} at position {position}")
+
+
+def _looks(op: str, device: torch.device) -> bool:
+    if device.type in ("cpu", "meta"):
+        return device.type == "cpu"
+    if _on and device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"aep::{op}: check_labels must be off while a CUDA graph is captured (it waits for the device), "
+                    "got it on"
+                )
+    return _on

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from aep_ext.ops import reference_loss
 from aep_ext.ops._checks import accumulate_dtype
 from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
 
@@ -48,10 +47,9 @@ def multi_exit_linear_head(
 ) -> Tensor:
     """Global average pool and linear layer of every exit, stacked: (E, N, K)."""
     exits = len(features)
-    biases = [None] * exits if biases is None else list(biases)
-    cast = _autocast([*features, *weights, *biases])
-    features, weights, biases = cast[:exits], cast[exits : 2 * exits], cast[2 * exits :]
-    return torch.stack([F.linear(x.mean((2, 3)), w, b) for x, w, b in zip(features, weights, biases, strict=True)])
+    cast = _autocast([*features, *weights, *([None] * exits if biases is None else biases)])
+    layers = zip(cast[:exits], cast[exits : 2 * exits], cast[2 * exits :], strict=True)
+    return torch.stack([F.linear(x.mean((2, 3)), weight, bias) for x, weight, bias in layers])
 
 
 def _weighted(exit_logits: Tensor, weights: Tensor) -> Tensor:
@@ -107,21 +105,29 @@ def joint_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-    memory: str = "recompute",
 ) -> JointLoss:
     """Cross entropy of every exit and their weighted sum. A label out of range gives a NaN loss and no gradient."""
-    if memory != "recompute":
-        arguments = (exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
-        return JointLoss(*reference_loss.held(*arguments, in_place=memory == "in_place"))
-    dtype = accumulate_dtype(exit_logits.dtype)
-    rows = reference_loss.rows_of(target, exit_logits.shape[-1], class_weight, ignore_index, dtype)
-    log_p = reference_loss.log_probabilities(exit_logits, rows, dtype)
-    losses = reference_loss.row_losses(log_p, rows, class_weight, label_smoothing)
+    dtype, classes = accumulate_dtype(exit_logits.dtype), exit_logits.shape[-1]
+    used, known = target != ignore_index, (target >= 0) & (target < classes)
+    label = torch.where(known, target, 0)
+    own_weight = torch.ones_like(label, dtype=dtype) if class_weight is None else class_weight.to(dtype)[label]
+    # Rows that give no gradient are cleared first: NaN * 0 in the softmax's backward would be NaN.
+    log_p = torch.log_softmax(exit_logits.to(dtype).masked_fill(~(used & known)[:, None], 0.0), -1)
+    losses = -log_p.gather(-1, label.expand(log_p.shape[:-1]).unsqueeze(-1)).squeeze(-1) * own_weight
+    if label_smoothing > 0:
+        smooth = -(log_p if class_weight is None else log_p * class_weight.to(dtype)).sum(-1)
+        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * smooth
+    exit_losses = losses.masked_fill(used & ~known, float("nan")).masked_fill(~used, 0.0)
+    if reduction != "none":
+        exit_losses = exit_losses.sum(-1)
     if reduction == "mean":
-        exit_losses = losses.sum(-1) / reference_loss.divisor(rows)
-    else:
-        exit_losses = losses.sum(-1) if reduction == "sum" else losses
-    return JointLoss(reference_loss.joint(exit_losses, exit_weights.to(dtype)), exit_losses)
+        # As F.cross_entropy: NaN without any weight, even where smoothing leaves a loss.
+        total = own_weight.masked_fill(~used, 0.0).sum()
+        exit_losses = exit_losses / total.masked_fill(total == 0, float("nan"))
+    loss = None
+    for own, weight in zip(exit_losses.unbind(), exit_weights.to(dtype).unbind(), strict=True):
+        loss = own * weight if loss is None else loss + own * weight
+    return JointLoss(loss, exit_losses)
 
 
 def linear_joint_cross_entropy(
@@ -201,8 +207,8 @@ def gate(
     weight: float | Tensor,
     threshold: float | Tensor,
     temperature: float | Tensor = 1.0,
-    policy: str = "confidence",
-    on: str = "ensemble",
+    criterion: str = "confidence",
+    criterion_on: str = "ensemble",
     enabled: bool = True,
     last: bool = False,
 ) -> GateResult:
@@ -215,12 +221,12 @@ def gate(
         running = (running.to(dtype) + own * weight).to(running.dtype)
         weight_sum = weight_sum + weight
         answer = running.argmax(-1)
-        if on == "ensemble":
-            judged, judged_class = running.to(dtype) / (weight_sum * temperature), answer
+        if criterion_on == "ensemble":
+            scaled, top_class = running.to(dtype) / (weight_sum * temperature), answer
         else:
-            judged, judged_class = own / temperature, own.argmax(-1)
-        stats = _statistics(judged).float()
-        leaves, state = _decide(policy, stats, judged_class, state, threshold)
+            scaled, top_class = own / temperature, own.argmax(-1)
+        stats = _statistics(scaled).float()
+        leaves, state = _decide(criterion, stats, top_class, state, threshold)
         if last or not enabled:
             leaves = torch.full_like(leaves, last)
         answers = (running.to(dtype) / weight_sum).to(running.dtype)  # R_e
@@ -247,8 +253,8 @@ def gate_one_(
     weight: float,
     threshold: float,
     temperature: float,
-    policy: str,
-    on: str,
+    criterion: str,
+    criterion_on: str,
     enabled: bool,
     last: bool,
 ) -> None:
@@ -264,8 +270,8 @@ def gate_one_(
         weight=weight,
         threshold=threshold,
         temperature=temperature,
-        policy=policy,
-        on=on,
+        criterion=criterion,
+        criterion_on=criterion_on,
         enabled=enabled,
         last=last,
     )
@@ -276,7 +282,7 @@ def gate_one_(
 
 
 def _decide(
-    policy: str, stats: Tensor, judged_class: Tensor, state: Tensor, threshold: Tensor
+    criterion: str, stats: Tensor, top_class: Tensor, state: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Which rows reach ``threshold`` (n,) bool, and the new state. A row without a distribution (NaN) never does.
 
@@ -284,16 +290,16 @@ def _decide(
     """
     confidence, entropy, margin = stats.unbind(-1)
     valid = ~confidence.isnan()
-    if policy == "confidence":
+    if criterion == "confidence":
         return confidence >= threshold.float(), state
-    if policy == "entropy":
+    if criterion == "entropy":
         return entropy <= threshold.float(), state
-    if policy == "margin":
+    if criterion == "margin":
         return margin >= threshold.float(), state
-    if policy == "patience":
+    if criterion == "patience":
         last, length = state.unbind(-1)
-        length = torch.where(judged_class == last, length + 1, 1).masked_fill(~valid, 0)
-        last = judged_class.masked_fill(~valid, -1)
+        length = torch.where(top_class == last, length + 1, 1).masked_fill(~valid, 0)
+        last = top_class.masked_fill(~valid, -1)
         return valid & (length.double() >= threshold.double()), torch.stack([last, length], -1)
-    votes = state.scatter_add(-1, judged_class[:, None], valid.to(torch.int64)[:, None])
+    votes = state.scatter_add(-1, top_class[:, None], valid.to(torch.int64)[:, None])
     return valid & (votes.amax(-1).double() >= threshold.double()), votes

@@ -10,9 +10,8 @@ from torch import Tensor
 class EnsembleStats(NamedTuple):
     """Result of :func:`aep_ext.ops.ensemble_stats`."""
 
-    logits: Tensor | None
-    """(N, K), the dtype of the exit logits: the weighted sum, as :func:`aep_ext.ops.ensemble` returns it. None only
-    where the caller's ``out`` asked for statistics alone."""
+    logits: Tensor
+    """(N, K), the dtype of the exit logits: the weighted sum, as :func:`aep_ext.ops.ensemble` returns it."""
     stats: Tensor
     """(N, 3) float32: confidence (largest probability), entropy in nats, margin (largest minus second probability)."""
     argmax: Tensor
@@ -32,20 +31,19 @@ class GateResult(NamedTuple):
     """Result of :func:`aep_ext.ops.gate`: rows that stay come first, then rows that leave, each in their old order."""
 
     features: Tensor
-    """(n, ...): the features of the rows that stay, in front; the other rows are zero (in the caller's ``out``: as they
-    were)."""
+    """(n, ...): the features of the rows that stay, in front; the other rows are zero."""
     running: Tensor
     """(n, K): rows that stay: the sum of weight * logits after this exit; rows that leave: their answer, that sum over
     ``weight_sum``."""
     indices: Tensor
     """(n,) int64: the caller's row numbers."""
     state: Tensor
-    """(n, S) int64: the policy's state after this exit."""
+    """(n, S) int64: the criterion's state after this exit."""
     stats: Tensor
-    """(n, 3) float32: confidence, entropy in nats and margin of the judged distribution."""
+    """(n, 3) float32: confidence, entropy in nats and margin of the tested distribution."""
     argmax: Tensor
     """(n,) int64: class of the largest entry of the sum, the answer of a row that leaves here."""
     weight_sum: Tensor
     """0-d: the sum of the exit weights so far, this exit's included."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
     """0-d int64, on the device: how many rows stay."""

@@ -175,7 +175,7 @@ def subset_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> SubsetCo
         raise ValueError(f"subset_costs: net must have at most {MAX_EXITS} exits, got {net.num_exits}")
     features = example_input("subset_costs", net, example)
     exit_macs = [0] * net.num_exits
-    prefix_macs = []  # of the backbone up to and with each stage
+    prefix_macs: list[int] = []  # of the backbone up to and with each stage
     with eval_mode(net), torch.no_grad():
         for stage, module in enumerate(net.stages):
             with MacCounter() as counter:
@@ -199,7 +199,7 @@ def exit_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> tuple[int,
     """Multiply-adds of a sample that is answered at each exit: E numbers, ascending.
 
     Those of the backbone up to that exit, and of the heads of this exit and of all before it: the running ensemble is
-    over all of them.
+    over all of them. What :func:`aep_ext.inference.simulate` takes as costs.
 
     Args:
         net: a full or pruned network of at most 16 exits.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aep_ext._utils import require
-from aep_ext.report.numbers import exits, method_name
+from aep_ext.report.numbers import exits, method_name, relative
 from aep_ext.report.results import delivered_part
 from aep_ext.report.tables import models
 
@@ -128,12 +128,14 @@ def tradeoff(results: dict[str, Any]) -> Figure:
     size, label = _scale([row[3]["macs"]["mean"] for row in rows])
     figure, axis = _axes()
     for _, method, kind, model in rows:
-        x, values = model["macs"]["mean"] / size, [100 * value for value in model["top1"]["values"]]
-        axis.scatter(x, 100 * model["top1"]["mean"], edgecolor="white", linewidth=0.6, **_LOOK[kind])
-        axis.vlines(x, min(values), max(values), color=_LOOK[kind]["color"], alpha=0.35, zorder=1)
+        x, y, values = model["macs"]["mean"] / size, 100 * model["top1"]["mean"], model["top1"]["values"]
+        axis.scatter(x, y, edgecolor="white", linewidth=0.6, **_LOOK[kind])
+        axis.vlines(x, 100 * min(values), 100 * max(values), color=_LOOK[kind]["color"], alpha=0.35, zorder=1)
         if (method, kind) == (delivered["exit_weights"], delivered["kind"]):
             style = {"facecolor": "none", "edgecolor": ORANGE, "linewidth": 1.8, "label": "delivered", "zorder": 7}
-            axis.scatter(x, 100 * model["top1"]["mean"], s=260, **style)
+            axis.scatter(x, y, s=260, **style)
+            change = f"{relative(model['macs']['mean'], rows[0][3]['macs']['mean'])} multiply-adds"
+            axis.annotate(change, (x, y), xytext=(-14, 8), textcoords="offset points", ha="right", color=ORANGE)
     axis.axhline(100 * rows[0][3]["top1"]["mean"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5, zorder=1)
     low = axis.get_ylim()[0]  # points and lines far below what matters are cut off
     for number, seed in enumerate(results["seeds"]):
@@ -151,7 +153,7 @@ def tradeoff(results: dict[str, Any]) -> Figure:
 
 def _legend(figure: Figure, axis: Axes, columns: int = 3) -> None:
     found = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=min(columns, len(found)))
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns, markerscale=0.8)
 
 
 def subsets(results: dict[str, Any], method: str) -> Figure:

@@ -46,8 +46,7 @@ def check_results(results: Any, where: str = "results.json") -> None:
     schema = json.loads(files("aep_ext.report").joinpath("results.schema.json").read_text(encoding="utf-8"))
     error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(results))
     if error is not None:
-        message = error.message if len(error.message) <= 160 else error.message[:157] + "..."
-        raise UserError(f"{where}: {error.json_path.removeprefix('$').lstrip('.') or 'the file'}: {message}")
+        raise UserError(f"{where}: {error.json_path.removeprefix('$').lstrip('.')}: {error.message[:160]}")
     _check_links(results, where)
 
 

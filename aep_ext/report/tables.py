@@ -200,18 +200,14 @@ def bench_table(results: dict[str, Any]) -> Table:
 def bench_words(results: dict[str, Any]) -> list[str]:
     """How ``aep bench`` measured."""
     bench = results["bench"]
-    where = bench.get("environment") or {}
-    parts = [
-        f"{bench['backend']}, {bench['threads']} thread{'s' * (bench['threads'] != 1)}",
-        f"{bench['samples']:,} test images",
-        *(f"{name} {where[name]}" for name in ("torch", "machine") if name in where),
-    ]
-    lines = [
-        f"{'; '.join(parts)}. Ratio: the pruned network's time for all batches over the gated network's, with a 95 % "
-        "interval; to own exits: the same against its own exits without gates; predicted: from the stages' own times "
-        "and the exits taken."
-    ]
-    return lines + list(bench.get("notices", []))
+    where, threads = bench.get("environment") or {}, bench["threads"]
+    machine = "".join(f"; {name} {where[name]}" for name in ("torch", "machine") if name in where)
+    text = (
+        f"{bench['backend']}, {threads} thread{'s' * (threads != 1)}; {bench['samples']:,} test images{machine}. "
+        "Ratio: the pruned network's time for all batches over the gated network's, with a 95 % interval; to own "
+        "exits: the same against its own exits without gates; predicted: from stage times and the exits taken."
+    )
+    return [text, *bench.get("notices", [])]
 
 
 def text_table(results: dict[str, Any]) -> str:

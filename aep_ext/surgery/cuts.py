@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import fx, nn
 
@@ -14,22 +15,20 @@ __all__ = ["choose_by_cost", "cut_name", "named_cuts", "to_open_for"]
 
 def choose_by_cost(found: Partition, exits: int) -> list[fx.Node]:
     """``exits`` boundaries, the last one included, as evenly spread over the multiply-adds as they allow; if there are
-    too few boundaries, the ends of all units serve.
+    too few boundaries, the ends of all segments serve.
 
     Raises:
         ValueError: more exits than places.
     """
     candidates = found.boundaries
     if exits > len(candidates):
-        candidates = [unit.end for unit in found.units]
+        candidates = [segment.end for segment in found.segments]
     if not 1 <= exits <= len(candidates):
         names = ", ".join(cut_name(found, node) for node in candidates)
         raise ValueError(f"anticipate: exits must be within 1..{len(candidates)}, got {exits} (places found: {names})")
     nodes = list(found.traced.graph.nodes)
-    total, cumulated = 0, {}
-    for node in nodes[: nodes.index(candidates[-1]) + 1]:
-        total += found.measured.macs[node]
-        cumulated[node] = total
+    cumulated = dict(zip(nodes, accumulate(found.measured.macs[node] for node in nodes), strict=True))
+    total = cumulated[candidates[-1]]
     chosen: list[int] = []
     for e in range(1, exits):
         first = chosen[-1] + 1 if chosen else 0

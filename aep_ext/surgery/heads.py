@@ -42,7 +42,7 @@ class PooledLinearHead(nn.Module):
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
-        # Registered in the order in which they run: the parameters' order is part of the published figures.
+        # Registered in the order in which they run: the parameters' order is part of the published numbers.
         self.pre = pre if pre is not None else nn.Identity()
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()

@@ -1,10 +1,12 @@
-"""Runs a traced CNN once, node by node, and notes shapes and multiply-adds."""
+"""Runs CNNs to see what they do: shapes and multiply-adds of a traced one node by node, inputs of modules."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aep_ext._utils import eval_mode
 
-__all__ = ["MacCounter", "Measured", "input_channels", "measure", "pattern", "shadow"]
+__all__ = ["MacCounter", "Measured", "before_forward", "input_channels", "measure", "pattern", "shadow"]
 
 
 class MacCounter(FlopCounterMode):
@@ -70,6 +72,19 @@ def shadow(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     return copy.deepcopy(model, memo)  # the memo stands in for the tensors, so that none is copied
+
+
+@contextmanager
+def before_forward(
+    modules: Mapping[str, nn.Module], call: Callable[[str, nn.Module, tuple[Any, ...]], None]
+) -> Iterator[None]:
+    """Inside the block, ``call(name, module, args)`` runs before each forward of these modules."""
+    handles = [module.register_forward_pre_hook(partial(call, name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def measure(model: nn.Module, graph: fx.Graph, example: Tensor) -> Measured:

@@ -1,10 +1,10 @@
 """Cuts any CNN into stages: finds where one tensor carries everything, which of these places are stage boundaries, and
 where the head begins.
 
-Terms. A *cut point* is a node of the traced graph whose 4-D result is the only tensor alive behind it. A *unit* is what
-lies between cut points and holds parameters, with the parameter-free operations behind it (activation, pooling). A
-*boundary* is a cut point at a unit's end where the next unit works at another resolution, or begins another group of
-blocks (a Sequential of residual blocks, say).
+Terms. A *cut point* is a node of the traced graph whose 4-D result is the only tensor alive behind it. A *segment* is
+what lies between cut points and holds parameters, with the parameter-free operations behind it (activation, pooling). A
+*boundary* is a cut point at a segment's end where the next segment works at another resolution, or begins another group
+of blocks (a Sequential of residual blocks, say).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from aep_ext.surgery import measure as measuring
 from aep_ext.surgery.measure import Measured, input_channels, pattern, shadow
 from aep_ext.surgery.tracing import CannotTrace, TracedModel, chain_graph, is_plain_sequential, trace
 
-__all__ = ["Partition", "Unit", "alive_after", "partition"]
+__all__ = ["Partition", "Segment", "alive_after", "partition"]
 
 _SIZES = (224, 64, 32, 28, 96, 128, 299)  # tried in this order where the user gives no example
 
 
 @dataclass(frozen=True)
-class Unit:
+class Segment:
     """Parameters, and what follows them up to the next ones. ``end``: its cut point. ``size``: (H, W) behind its
     parameters, before any pooling that follows."""
 
     end: fx.Node
     size: tuple[int, int]
-    path: str | None  # of the module, where the unit's parameters are one module's
+    path: str | None  # of the module, where the segment's parameters are one module's
     is_block: bool  # a module of two or more weighted layers
     weighted: bool  # has parameters of two or more dimensions: no mere normalisation
 
@@ -45,7 +45,7 @@ class Partition:
     traced: TracedModel
     measured: Measured
     cuts: list[fx.Node]  # all cut points before the head, in order; the last is where the head begins
-    units: list[Unit]
+    segments: list[Segment]
     boundaries: list[fx.Node]  # chosen by the rule above; the last is where the head begins
     num_classes: int
     example: Tensor
@@ -88,8 +88,8 @@ def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: 
         raise ValueError(f"anticipate: {type(model).__name__} must return logits of shape [N, K], got {got}")
     twice = _at_twice_the_size(model, traced.graph, image)
     cuts = _cut_points(model, traced, measured, twice)
-    units = _units(model, nodes, cuts, measured)
-    return Partition(model, traced, measured, cuts, units, _boundaries(units), shape[1], image, twice)
+    segments = _segments(model, nodes, cuts, measured)
+    return Partition(model, traced, measured, cuts, segments, _boundaries(segments), shape[1], image, twice)
 
 
 def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor:
@@ -280,9 +280,9 @@ def _is_dropout(model: nn.Module, node: fx.Node) -> bool:
     )
 
 
-def _units(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node], measured: Measured) -> list[Unit]:
+def _segments(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node], measured: Measured) -> list[Segment]:
     position = {node: i for i, node in enumerate(nodes)}
-    units: list[Unit] = []
+    segments: list[Segment] = []
     start = 0
     for cut in cuts:
         stop = position[cut] + 1
@@ -290,45 +290,45 @@ def _units(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node], 
         start = stop
         size = measured.shapes[cut][2:]
         if not having:
-            units[-1:] = [replace(units[-1], end=cut)] if units else [Unit(cut, size, None, False, False)]
+            segments[-1:] = [replace(segments[-1], end=cut)] if segments else [Segment(cut, size, None, False, False)]
             continue
         modules = [node.target for node in having if node.op == "call_module"]
         path = modules[0] if len(having) == 1 and modules else None
         weights = [p for node in having for p in _parameters_of(model, node) if p.dim() >= 2]
         is_block = len(having) > 1 or (path is not None and _is_block(model.get_submodule(path)))
-        units.append(Unit(cut, size, path, is_block, bool(weights)))
-    return units
+        segments.append(Segment(cut, size, path, is_block, bool(weights)))
+    return segments
 
 
-def _parent(unit: Unit) -> str | None:
-    return None if unit.path is None else unit.path.rpartition(".")[0]
+def _parent(segment: Segment) -> str | None:
+    return None if segment.path is None else segment.path.rpartition(".")[0]
 
 
-def _boundaries(units: Sequence[Unit]) -> list[fx.Node]:
+def _boundaries(segments: Sequence[Segment]) -> list[fx.Node]:
     ends: list[int] = []
-    for i in range(1, len(units)):
-        before, after = units[i - 1], units[i]
+    for i in range(1, len(segments)):
+        before, after = segments[i - 1], segments[i]
         other_size = before.size != after.size
         other_group = before.is_block and after.is_block and None not in (_parent(before), _parent(after))
         other_group = other_group and _parent(before) != _parent(after)
         if other_size or other_group:
-            ends.append(_before_its_normalisation(units, i) - 1)
-    first_block = next((i for i, unit in enumerate(units) if unit.is_block), 0)
+            ends.append(_before_its_normalisation(segments, i) - 1)
+    first_block = next((i for i, segment in enumerate(segments) if segment.is_block), 0)
     # The stem of a network of blocks is no stage of its own: what it yields is too early to classify. Where single
     # layers outnumber the blocks (VGG), they are the stages.
-    if sum(unit.weighted for unit in units[:first_block]) >= sum(unit.is_block for unit in units):
+    if sum(segment.weighted for segment in segments[:first_block]) >= sum(segment.is_block for segment in segments):
         first_block = 0
     ends = [end for end in dict.fromkeys(ends) if end >= first_block]
-    return [units[end].end for end in ends if end != len(units) - 1] + [units[-1].end]
+    return [segments[end].end for end in ends if end != len(segments) - 1] + [segments[-1].end]
 
 
-def _before_its_normalisation(units: Sequence[Unit], index: int) -> int:
+def _before_its_normalisation(segments: Sequence[Segment], index: int) -> int:
     """A normalisation that opens the container of a strided convolution (ConvNeXt) goes with it to the next stage."""
     while index >= 2:
-        unit, before = units[index], units[index - 1]
-        parent = _parent(unit)
+        segment, before = segments[index], segments[index - 1]
+        parent = _parent(segment)
         same = parent not in (None, "") and _parent(before) == parent
-        if not same or before.weighted or _parent(units[index - 2]) == parent:
+        if not same or before.weighted or _parent(segments[index - 2]) == parent:
             break
         index -= 1
     return index

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aep_ext._utils import eval_mode
+from aep_ext.surgery.measure import before_forward
 
 __all__ = ["HeadForm", "copy_head", "replace_classes", "study_head"]
 
@@ -62,20 +63,12 @@ def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadFo
     inputs: dict[str, tuple[int, ...]] = {}
     order: list[str] = []
 
-    def hook(name: str) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[name] = tuple(args[0].shape)
-            order.append(name)
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs[name] = tuple(args[0].shape)
+        order.append(name)
 
-        return note
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items()]
-    try:
-        with eval_mode(head), torch.no_grad():
-            output = head(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with eval_mode(head), torch.no_grad(), before_forward(layers, note):
+        output = head(x)
     weighted = [name for name in order if isinstance(layers[name], (nn.Linear, nn.modules.conv._ConvNd))]
     read_directly = [node for node in head.graph.nodes if node.op == "get_attr"]
     if read_directly:
@@ -175,45 +168,33 @@ def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, num_classes: int)
     layers = _layers(new)
     done: set[str] = set()
 
-    def hook(name: str) -> Any:
-        def adapt(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in done:
-                return
-            done.add(name)
-            incoming = args[0].shape[_channel_dim(module, form.inputs[name])]
-            width = getattr(module, "out_features", getattr(module, "out_channels", 0))
-            outgoing = num_classes if name == form.classifier else max(1, round(width * ratio))
-            _resize(module, incoming, outgoing, args[0].shape)
+    def adapt(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if name in done:
+            return
+        done.add(name)
+        incoming = args[0].shape[_channel_dim(module, form.inputs[name])]
+        width = getattr(module, "out_features", getattr(module, "out_channels", 0))
+        outgoing = num_classes if name == form.classifier else max(1, round(width * ratio))
+        _resize(module, incoming, outgoing, args[0].shape)
 
-        return adapt
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in layers.items() if name in form.inputs]
+    run = {name: module for name, module in layers.items() if name in form.inputs}
     try:
-        with eval_mode(new), torch.no_grad():
+        with eval_mode(new), torch.no_grad(), before_forward(run, adapt):
             shape = tuple(new(x).shape)
     except RuntimeError as error:
         raise ValueError(
             f"anticipate: the head cannot be rescaled from {form.map_shape[1]} to {x.shape[1]} channels: {error}"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     if shape != (x.shape[0], num_classes):
         raise ValueError(
             f"anticipate: the head, rescaled to {x.shape[1]} channels, must give [{x.shape[0]}, {num_classes}], got "
             f"{list(shape)}: a size "
             "is fixed in its forward"
         )
-    for name in [n for n, m in layers.items() if n not in form.inputs]:
-        _drop(new, name)
+    for name in layers.keys() - run.keys():  # never run: in the original head for its keys alone
+        layers[name]._parameters.clear()
+        layers[name]._buffers.clear()
     return new
-
-
-def _drop(head: nn.Module, name: str) -> None:
-    """Removes what the head carries but never runs (kept in the original head for its keys alone)."""
-    owner = head.get_submodule(name)
-    for tensors in (owner._parameters, owner._buffers):
-        tensors.clear()
 
 
 def replace_classes(head: fx.GraphModule, form: HeadForm, num_classes: int) -> None:
@@ -230,13 +211,8 @@ def _flatten_instead_of_view(head: fx.GraphModule, form: HeadForm) -> None:
         view = view or (node.op == "call_function" and node.target is torch.reshape)
         if not view:
             continue
-        sizes = (
-            node.args[1:]
-            if len(node.args) > 2
-            else node.args[1]
-            if len(node.args) == 2
-            else node.kwargs.get("shape", ())
-        )
+        given = node.args[1:] or (node.kwargs.get("shape", ()),)
+        sizes = given[0] if len(given) == 1 else given
         if isinstance(sizes, (tuple, list)) and len(sizes) == 2 and isinstance(sizes[1], int):
             with head.graph.inserting_before(node):
                 flat = head.graph.call_function(torch.flatten, (node.args[0], 1))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aep_ext._utils import eval_mode
+from aep_ext.surgery.measure import before_forward
 
 __all__ = ["CannotTrace", "TracedModel", "chain_graph", "trace"]
 
@@ -215,12 +216,12 @@ def chain_graph(model: nn.Module, example: Tensor, opened: set[str]) -> TracedMo
     Raises:
         CannotTrace: the model is no such chain.
     """
-    units = dict(_units(model, "", opened))
+    leaves = dict(_leaves(model, "", opened))
     trial = copy.deepcopy(model).train()  # training mode changes BatchNorm's statistics
-    _, _, in_training = _run_recorded(trial, dict(_units(trial, "", opened)), example)
+    _, in_training = _run_recorded(trial, dict(_leaves(trial, "", opened)), example)
     with eval_mode(model):
-        expected, calls, in_eval = _run_recorded(model, units, example)
-    if in_training != in_eval:
+        expected, calls = _run_recorded(model, leaves, example)
+    if [path for path, _ in in_training] != [path for path, _ in calls]:
         raise CannotTrace("its modules run in another order in training mode")
     graph = fx.Graph()
     node, x = graph.placeholder("x"), example
@@ -231,7 +232,7 @@ def chain_graph(model: nn.Module, example: Tensor, opened: set[str]) -> TracedMo
                 node, x = graph.call_function(torch.flatten, (node, 1)), x.flatten(1)
             if tuple(x.shape) != wanted:
                 raise CannotTrace(f"{path!r} is given a tensor that the module before it did not return")
-            node, x = graph.call_module(path, (node,)), units[path](x)
+            node, x = graph.call_module(path, (node,)), leaves[path](x)
             traced.outputs.setdefault(path, []).append(node)
         if x.shape != expected.shape and x.flatten(1).shape == expected.shape:
             node, x = graph.call_function(torch.flatten, (node, 1)), x.flatten(1)
@@ -245,37 +246,29 @@ def chain_graph(model: nn.Module, example: Tensor, opened: set[str]) -> TracedMo
     return traced
 
 
-def _units(module: nn.Module, path: str, opened: set[str]) -> Iterator[tuple[str, nn.Module]]:
+def _leaves(module: nn.Module, path: str, opened: set[str]) -> Iterator[tuple[str, nn.Module]]:
     """Children of the model, with plain Sequentials and what is named opened, and lists of modules looked into."""
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
         if inner in opened or is_plain_sequential(child) or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from _units(child, inner, opened)
+            yield from _leaves(child, inner, opened)
         else:
             yield inner, child
 
 
 def _run_recorded(
-    model: nn.Module, units: dict[str, nn.Module], example: Tensor
-) -> tuple[Tensor, list[tuple[str, tuple[int, ...]]], list[str]]:
-    """Runs the model; the output, the units called with their inputs' shapes, and the units called."""
+    model: nn.Module, leaves: dict[str, nn.Module], example: Tensor
+) -> tuple[Tensor, list[tuple[str, tuple[int, ...]]]]:
+    """Runs the model; the output, and the leaves called with their inputs' shapes."""
     calls: list[tuple[str, tuple[int, ...]]] = []
 
-    def record(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if len(args) != 1 or not isinstance(args[0], Tensor):
-                raise CannotTrace(f"{path!r} is not called with one tensor")
-            calls.append((path, tuple(args[0].shape)))
+    def record(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if len(args) != 1 or not isinstance(args[0], Tensor):
+            raise CannotTrace(f"{path!r} is not called with one tensor")
+        calls.append((path, tuple(args[0].shape)))
 
-        return hook
-
-    handles = [unit.register_forward_pre_hook(record(path)) for path, unit in units.items()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), before_forward(leaves, record):
+        output = model(example)
     if not isinstance(output, Tensor):
         raise CannotTrace(f"its output is no tensor but a {type(output).__name__}")
-    return output, calls, [path for path, _ in calls]
+    return output, calls

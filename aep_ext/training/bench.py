@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aep_ext._io import read_json, write_json
-from aep_ext._utils import UserError
+from aep_ext._utils import UserError, using_threads
 from aep_ext.export import load
 from aep_ext.inference import ExitPolicy, GatedNet, StageProfile, compile
 from aep_ext.inference.backends import BACKENDS
@@ -29,7 +29,6 @@ from aep_ext.training.timing import (
     latency,
     ratio_of_sums,
     time_in_turn,
-    using_threads,
 )
 
 LEAST_SAVING = 0.01  # of the ungated time; below, a share of what was predicted would be a share of nothing

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from aep_ext._io import read_json, write_arrays, write_bytes, write_json
-from aep_ext._utils import UserError, require
+from aep_ext._utils import UserError, require, using_threads
 from aep_ext.ensemble import ExitWeights
 from aep_ext.export import load, save
 from aep_ext.inference import ExitPolicy, GatedNet, collect_logits
@@ -41,7 +41,6 @@ from aep_ext.training.summary import (
     spread,
     summarise,
 )
-from aep_ext.training.timing import using_threads
 
 FORMAT = "aep_ext.run"
 ALL_SUBSETS_TIMED = 31

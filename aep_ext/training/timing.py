@@ -117,18 +117,6 @@ def device_wait(device: torch.device) -> Callable[[], None]:
     return lambda: None
 
 
-@contextmanager
-def using_threads(count: int | None) -> Iterator[None]:
-    """So many CPU threads inside the block; None: as it is."""
-    before = torch.get_num_threads()
-    if count:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def latency(times: Times, rows: int) -> dict[str, float]:
     """Percentiles of all calls in milliseconds, and images per second (all images over all time)."""
     calls = times.calls()

@@ -22,9 +22,7 @@ MODEL = "aep_resnet18"  # its name in timm's registry
 EXITS = 4
 
 
-def aep_resnet18(
-    pretrained: bool = False, img_size: int = 32, smooth: bool = False, dtype: str = "float32", **kwargs: Any
-) -> MultiExitNet:
+def aep_resnet18(pretrained: bool = False, img_size: int = 32, smooth: bool = False, **kwargs: Any) -> MultiExitNet:
     """timm's resnet18 with four exits: logits (4, N, K) in training mode, the ensemble's (N, K) in eval mode.
 
     Args:
@@ -32,13 +30,10 @@ def aep_resnet18(
         img_size: pixels of the images, by which the exits are spread over the network.
         smooth: SiLU for ReLU and average for max pooling. With kinks a difference in the last bit now and then
             sends a gradient another way, and two trainings part in a jump; without them differences grow evenly.
-        dtype: "float32" or "float64": of parameters and arithmetic. Images may be float32 in either.
         kwargs: timm's, for the resnet18.
     """
     if pretrained:
         raise ValueError("aep_resnet18: there are no pretrained weights, got pretrained=True")
-    if dtype not in ("float32", "float64"):
-        raise ValueError(f"aep_resnet18: dtype must be 'float32' or 'float64', got {dtype!r}")
     timm = require("timm", "models", "the multi-exit resnet18")
     if smooth:
         kwargs["act_layer"] = nn.SiLU
@@ -47,9 +42,6 @@ def aep_resnet18(
         backbone.maxpool = nn.AvgPool2d(3, stride=2, padding=1)
     net = anticipate(backbone, exits=EXITS, example=(kwargs.get("in_chans", 3), img_size, img_size))
     net.pretrained_cfg = backbone.pretrained_cfg  # from here scripts take the images' mean and deviation
-    if dtype == "float64":
-        net.double()
-        net.register_forward_pre_hook(lambda module, inputs: tuple(x.to(torch.float64) for x in inputs))
     return net
 
 
@@ -65,42 +57,34 @@ class SummedCrossEntropy(nn.Module):
 
     Args:
         exit_weights: E numbers a_e.
-        label_smoothing: as in ``torch.nn.functional.cross_entropy``.
-        dtype: the arithmetic's type; the gradient comes back in that of the logits. Default: the logits' type, at
-            least float32.
+        dtype: the arithmetic's type; the gradient comes back in that of the logits. Default: the logits' type.
     """
 
-    def __init__(
-        self, exit_weights: Sequence[float], label_smoothing: float = 0.0, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, exit_weights: Sequence[float], dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.exit_weights, self.label_smoothing, self.dtype = tuple(exit_weights), label_smoothing, dtype
+        self.exit_weights, self.dtype = tuple(exit_weights), dtype
 
     def forward(self, exit_logits: Tensor, target: Tensor) -> Tensor:
         """The joint loss, no dimension, of logits (E, N, K) and labels (N,) int64."""
-        dtype = self.dtype or torch.promote_types(exit_logits.dtype, torch.float32)
-        # Autocast has no say in the arithmetic.
-        with torch.autocast(exit_logits.device.type, enabled=False):
-            total = exit_logits.new_zeros((), dtype=dtype)
-            for weight, logits in zip(self.exit_weights, exit_logits, strict=True):
-                total = total + weight * self._cross_entropy(logits.to(dtype), target)
-            return total
+        logits = exit_logits.to(self.dtype or exit_logits.dtype)
+        return sum(a * self.cross_entropy(x, target) for a, x in zip(self.exit_weights, logits, strict=True))
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Of one exit."""
+        return F.cross_entropy(logits, target)
 
 
 class WrittenOutCrossEntropy(SummedCrossEntropy):
-    """The same sum with the cross entropy written out: ``logsumexp(o) - (1 - s) * o[y] - s * mean(o)``.
+    """The same sum with the cross entropy written out: ``logsumexp(o) - o[y]``.
 
     The same formula in the same precision, rounded differently in value and gradient: what rounding alone does to a
     training curve. (The order of the exits' sum would not show it: it changes no gradient.)
     """
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Of one exit."""
         own = logits.gather(1, target[:, None]).squeeze(1)
-        smooth = self.label_smoothing
-        return (logits.logsumexp(1) - (1.0 - smooth) * own - smooth * logits.mean(1)).mean()
+        return (logits.logsumexp(1) - own).mean()
 
 
 def main(argv: list[str]) -> None:

@@ -36,11 +36,7 @@ SOURCES = {
     "e2e": (*_NATIVE, "aep_ext", "benchmarks/gpu"),  # last: it ends with minutes of autotuning
 }
 STAGES = tuple(SOURCES)
-BENCHMARKS = {
-    "ops": ("test_operator",),
-    "graphed": ("test_graphed",),
-    "e2e": ("test_ungated_and_gated", "test_compiled"),
-}
+BENCHMARKS = ("ops", "graphed", "e2e")
 SANITIZERS = ("memcheck", "racecheck")
 GRACE = 5.0  # seconds for what a process leaves in its pipe
 _SUMMARY = re.compile(r"([0-9]+ (passed|failed|skipped|deselected|error)|no tests ran).* in [0-9.]+s")
@@ -269,27 +265,26 @@ class Check:
     def _benchmarks(self, stage: str, source: str) -> None:
         """One process until a case fails, then another for the rest: what broke the device must not break the others.
 
-        Cases write themselves down (benchmarks/gpu/conftest.py).
+        Cases write themselves down (benchmarks/gpu/bench.py).
         """
         if self.again or self.retry:
             result_file.forget(self.result, stage, only_failed=not self.again)
-        nodes = [f"benchmarks/gpu/test_gpu.py::{name}" for name in BENCHMARKS[stage]]
-        command = (sys.executable, "-m", "pytest", *nodes, "-m", "gpu", "-x", "-q", "-p", "no:cacheprovider")
-        environment = {"AEP_GPU_RESULT": str(self.result), "AEP_GPU_STAGE": stage, "AEP_GPU_SOURCE": source}
+        command = (sys.executable, "-m", "benchmarks.gpu.bench", stage)
+        environment = {"AEP_GPU_RESULT": str(self.result), "AEP_GPU_SOURCE": source}
         while True:
             known = len(result_file.finished(self.result, stage, source))
             end = {"AEP_GPU_END": str(time.time() + self.left)}
             outcome = self._run(command, environment | end, self.left) if self.left > 0 else Outcome(None, "")
-            if outcome.code is None:
+            if outcome.code in (None, TIME_IS_UP):
                 self._no_time_left(stage, "the rest")
                 break
-            if outcome.code not in (0, 1, 5):  # it crashed
+            if outcome.code == 0:
+                break
+            if outcome.code != 1:  # it crashed
                 why = f"its process ended with status {outcome.code}: {outcome.last_line}"[:300]
                 result_file.fail_begun(self.result, stage, source, why)
-            if outcome.code in (0, 5):
-                break
             if len(result_file.finished(self.result, stage, source)) == known:
-                # A failure that no case wrote down (in collection, say): it would come again.
+                # A failure that no case wrote down (in an import, say): it would come again.
                 self._record(stage, "(process)", source, "failed", 0.0, outcome.last_line)
                 break
         statuses = [entry["status"] for entry in result_file.read(self.result)["stages"].get(stage, {}).values()]

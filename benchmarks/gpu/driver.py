@@ -101,7 +101,7 @@ def gates(dtype: torch.dtype) -> Iterator[Call]:
         for criterion, size in (("confidence", 0), ("entropy", 0), ("margin", 0), ("patience", 2), ("vote", 19)):
             features, running = _randn(rows, 5, 3, 3, dtype=dtype, grad=False), torch.randn(rows, 19, dtype=wide)
             logits, state = torch.randn(rows, 19, dtype=dtype), torch.zeros(rows, size, dtype=torch.int64)
-            options = {"weight": 0.7, "threshold": 0.41 if size == 0 else 1.0, "policy": criterion}
+            options = {"weight": 0.7, "threshold": 0.41 if size == 0 else 1.0, "criterion": criterion}
             arguments = features, running, 0.5, torch.arange(rows), state, logits
             yield Call(f"gate {criterion}", ops.gate, reference.gate, arguments, options)
         yield Call("gate of the last exit", ops.gate, reference.gate, arguments, options | {"last": True})

@@ -47,7 +47,8 @@ def l2_bytes() -> int:
     return int(getattr(properties, "L2_cache_size", 0)) or 64 << 20
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """Type and first line of the message."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
 
@@ -75,7 +76,7 @@ def waits(function: Function, arguments: tuple[Any, ...]) -> str:
     try:
         function(*arguments)
     except RuntimeError as error:
-        return _in_a_line(error)
+        return in_a_line(error)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     return ""
@@ -94,7 +95,7 @@ class Rotation:
             try:
                 self.graph = captured(self._pass)
             except Exception as error:
-                self.refused = _in_a_line(error)
+                self.refused = in_a_line(error)
                 broken_captures.append(f"an earlier capture failed: {self.refused}"[:200])
 
     def _pass(self) -> None:
@@ -213,7 +214,7 @@ def compared(
         except Exception as error:
             if who == "fused":
                 raise
-            broken[who] = _in_a_line(error)
+            broken[who] = in_a_line(error)
             continue
         assert_close(comparison.comparable(result), expected, dtype, f"{name}: {who}")
         kept[who] = function

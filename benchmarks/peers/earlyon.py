@@ -9,9 +9,9 @@ temperatures on a fifth of them and searches thresholds on the rest. Both may le
 same test images, their multiply-adds counted by aep_ext, and timed in turn on the same images, on the first seed.
 
 The data is where RUN's configuration says, or where ``--data`` or the environment variable AEP_PEER_DATA say
-(``cifar10-jpeg:FILE``). earlyon 0.3 is on the registry: ``pip install earlyon``; it needs torchvision. It has three
-ways to answer: ``wrapper(x)``, batch 1, by hooks on the backbone; ``staged_model(wrapper).infer(x)``, batch 1, stage
-after stage; ``wrapper.forward_inference_batched(x)``, where a batch leaves as one, as its least confident sample may.
+(``cifar10-jpeg:FILE``). earlyon 0.3 is on the registry: ``pip install earlyon``; it needs torchvision. Of its ways to
+answer two are timed: ``staged_model(wrapper).infer(x)``, batch 1, the quickest there, and
+``wrapper.forward_inference_batched(x)``, where a batch leaves as one, as its least confident sample may.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from aep_ext import MultiExitNet, load
 from aep_ext._io import write_json
 from aep_ext.calibration import CachedLogits, calibrate
 from aep_ext.inference import GatedNet, collect_logits, compile
-from aep_ext.pruning import prune
 from aep_ext.pruning.cost import subset_costs
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.folder import RunFolder
@@ -88,13 +87,6 @@ def wrap(net: MultiExitNet, shape: Sequence[int]) -> Any:
     return EarlyExitWrapper(backbone, early, nn.Identity(), config, input_shape=(1, *shape)).eval()
 
 
-def staged(wrapper: Any) -> Any:
-    """earlyon's own cut into stages; it compares the two itself on an image of zeros."""
-    from earlyon.staged import staged_model
-
-    return staged_model(wrapper).eval()
-
-
 def check_logits(net: MultiExitNet, wrapper: Any, x: Tensor) -> float:
     """All exits' logits of both, on the same images: equal bit for bit where the network runs its heads as modules.
 
@@ -118,24 +110,11 @@ def check_logits(net: MultiExitNet, wrapper: Any, x: Tensor) -> float:
     return float((theirs - ours).abs().max())
 
 
-def check_paths(wrapper: Any, stages: Any, x: Tensor) -> list[int]:
-    """The exits taken by its two ways at batch 1, which must be the same, as must the logits; the last exit is -1."""
-    exits = []
-    for one in x.split(1):
-        a, b = wrapper(one, mode="inference"), stages.infer(one)
-        if a.exit_taken != b.exit_taken or not torch.equal(a.prediction, b.prediction):
-            raise AssertionError(f"earlyon's two ways differ: exits {a.exit_taken} and {b.exit_taken}")
-        exits.append(a.exit_taken)
-    return exits
-
-
-def calibrate_earlyon(wrapper: Any, temperatures: DataLoader, thresholds: DataLoader, drop: float) -> Any:
-    """Its own calibration for an accuracy budget, by its own nine thresholds and by a fine grid of 280.
-
-    The one of the two that needs less computation on the calibration images stays in ``wrapper.config``.
+def calibrate_earlyon(wrapper: Any, temperatures: Images, thresholds: Images, drop: float) -> Any:
+    """Its own calibration for an accuracy budget, on a grid finer than its own nine thresholds; changes ``wrapper``.
 
     Args:
-        wrapper: changed.
+        wrapper: of :func:`wrap`.
         temperatures, thresholds: images for the one and for the other.
         drop: points of accuracy that may be lost against its final classifier.
 
@@ -144,24 +123,21 @@ def calibrate_earlyon(wrapper: Any, temperatures: DataLoader, thresholds: DataLo
     """
     from earlyon.core.thresholds import calibrate_thresholds
 
-    def found(grid: tuple[float, ...] | None) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            return calibrate_thresholds(
-                wrapper,
-                thresholds,
-                target_accuracy_drop=drop / 100,
-                grid=grid,
-                fit_temperature=True,
-                temperature_loader=temperatures,
-            )
-
-    best = min(found(None), found(FINE_GRID), key=lambda result: result.avg_computation_used)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = calibrate_thresholds(
+            wrapper,
+            loader(thresholds),
+            target_accuracy_drop=drop / 100,
+            grid=FINE_GRID,
+            fit_temperature=True,
+            temperature_loader=loader(temperatures),
+        )
     config = wrapper.config
-    config.confidence_thresholds, config.enabled_exits = list(best.thresholds), list(best.enabled_exits)
-    config.temperatures = dict(best.temperatures)
+    config.confidence_thresholds, config.enabled_exits = list(found.thresholds), list(found.enabled_exits)
+    config.temperatures = dict(found.temperatures)
     config.validate()
-    return best
+    return found
 
 
 def exit_macs(net: MultiExitNet, shape: Sequence[int], enabled: Sequence[bool]) -> list[int]:
@@ -234,7 +210,7 @@ def gated_by_earlyon(net: MultiExitNet, val: Images, test: Images, drop: float) 
     gap = check_logits(net, wrapper, val[0][:MEASURED_ROWS])
     order = torch.randperm(len(val[0]), generator=torch.Generator().manual_seed(SEED))
     parts = order.split([round(SHARE * len(order)), len(order) - round(SHARE * len(order))])
-    calibrate_earlyon(wrapper, *(loader((val[0][rows], val[1][rows])) for rows in parts), drop)
+    calibrate_earlyon(wrapper, *((val[0][rows], val[1][rows]) for rows in parts), drop)
     return wrapper, evaluate_earlyon(net, wrapper, test) | {"largest_logit_difference_to_fused_heads": gap}
 
 
@@ -261,9 +237,10 @@ def timed(
     seconds: float,
     backend: str | None,
 ) -> list[dict[str, Any]]:
-    """Times all in turn on the images x, after earlyon's ways were compared; one row for every batch size."""
-    stages = staged(wrapper)
-    check_paths(wrapper, stages, x)
+    """Times all in turn on the images x; one row for every batch size."""
+    from earlyon.staged import staged_model
+
+    stages = staged_model(wrapper).eval()  # earlyon compares the two itself on an image of zeros
     ours: dict[str, Callable[[Tensor], object]] = {"aep_ext": gated, "ensemble": net, "last_exit": LastExit(net).eval()}
     if backend is not None:
         example = x[:MEASURED_ROWS]
@@ -274,13 +251,9 @@ def timed(
     rows = []
     with torch.inference_mode():
         for n in batches:
+            theirs = {"earlyon_batched": wrapper.forward_inference_batched}
             if n == 1:
-                theirs = {"earlyon_wrapper": wrapper, "earlyon_staged": stages.infer}
-            else:
-                theirs = {
-                    "earlyon_batched": wrapper.forward_inference_batched,
-                    "earlyon_staged_one_by_one": lambda part: [stages.infer(one) for one in part.split(1)],
-                }
+                theirs = {"earlyon_staged": stages.infer}
             times = time_in_turn(ours | theirs, [x[part] for part in draw_batches(len(x), n, SEED)], seconds)
             rows.append(_row(n, times))
     return rows
@@ -308,7 +281,6 @@ def compare_run(
     run: str | Path,
     *,
     data: str | None = None,
-    exits: Sequence[int] | None = None,
     drop: float = 0.5,
     threads: int = 1,
     samples: int = 512,
@@ -322,7 +294,6 @@ def compare_run(
     Args:
         run: folder of a finished run.
         data: where its data is, if not where its configuration says.
-        exits: original numbers of the exits that both may use; all of them by default.
         drop: points of accuracy that each may lose.
         threads: of torch.
         samples: test images to time on.
@@ -343,8 +314,7 @@ def compare_run(
     method, seeds, rows = config.exit_weights[0], [], []
     for seed in config.seeds or ():
         began = time.monotonic()
-        net = load(folder.model(seed, method) / "full")
-        net = prune(net, range(net.num_exits) if exits is None else exits).eval()
+        net = load(folder.model(seed, method) / "full").eval()
         gated, ours = gated_by_us(net, val, test, drop)
         wrapper, theirs = gated_by_earlyon(net, val, test, drop)
         seeds.append({"seed": seed, "aep_ext": ours, "earlyon": theirs})
@@ -399,7 +369,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", required=True, metavar="DIR", help="a finished folder of aep run")
     parser.add_argument("--output", required=True, metavar="FILE", help="the result file (JSON)")
     parser.add_argument("--data", default=os.environ.get("AEP_PEER_DATA"), help="where the run's data is")
-    parser.add_argument("--exits", type=lambda text: [int(part) for part in text.split(",")], metavar="E,E,...")
     parser.add_argument("--drop", type=float, default=0.5, metavar="POINTS")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--samples", type=int, default=512, metavar="N")

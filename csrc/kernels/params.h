@@ -1,7 +1,7 @@
 // Parameters of the aep kernels: one plain struct per operator, shared by the CPU and the CUDA kernels.
 //
 // Interface changes after the first version are announced here:
-//   SmallLinearParams and GateOneParams: new. GateParams::clear_behind: new, set it to true for what was.
+//   SmallLinearParams and GateOneParams: new. GateParams::last: new, set it to false for what was.
 //   joint_cross_entropy's row losses may come without the log-sum-exp; its backward forms the rows' coefficients itself
 //   (LossCoefficients); JointCrossEntropyGradParams and LossGradScaleParams are new.
 //   EnsembleBackwardParams::partials: ensemble_backward_partials() says how large, for both backends.
@@ -56,7 +56,7 @@ struct SmallLinearParams {
 struct EnsembleParams {
   const void* logits;   // dtype (E, N, K), any strides
   const void* weights;  // acc (E)
-  void* output;         // dtype (N, K), class stride 1. ensemble_stats: may be null when only the statistics are wanted
+  void* output;         // dtype (N, K), class stride 1
   DType dtype;
   int64_t E, N, K;
   int64_t stride_e, stride_n, stride_k;
@@ -206,13 +206,13 @@ struct SubsetCorrectParams {
 };
 constexpr int64_t kMaxSubsetExits = 16;
 
-enum class GatePolicy : int32_t { confidence = 0, entropy = 1, margin = 2, patience = 3, vote = 4 };
-enum class GateOn : int32_t { ensemble = 0, exit = 1 };
+enum class GateCriterion : int32_t { confidence = 0, entropy = 1, margin = 2, patience = 3, vote = 4 };
+enum class CriterionOn : int32_t { ensemble = 0, exit = 1 };
 
 // One exit's gate over n rows.
 //   running' = running + weight * exit_logits (the product rounded, then added; rounded once to running_dtype);
 //   ws' = weight_sum + weight (acc).
-//   Judged values: running' / (ws' * temperature), or exit_logits / temperature for GateOn::exit; statistics as in
+//   Judged values: running' / (ws' * temperature), or exit_logits / temperature for CriterionOn::exit; statistics as in
 //   EnsembleStatsParams. The judged class is the argmax of running' (or of exit_logits) before the division; `argmax`,
 //   the answer, is always that of running'.
 //   A row leaves when, for confidence and margin, the (float32) statistic >= the (float32) threshold; for entropy, <=;
@@ -220,11 +220,11 @@ enum class GateOn : int32_t { ensemble = 0, exit = 1 };
 //   patience: state = {last judged class or -1, run length}; the same class: run + 1, another: run = 1.
 //   vote: state[judged class] += 1; the largest count is compared.
 //   A row whose judged values hold a NaN (or whose statistics are NaN) never leaves: no vote, patience {-1, 0}.
-//   enabled == false: the state advances, nobody leaves. last: every row leaves, a NaN row too, whatever `enabled` says.
+//   enabled == false: the state advances, nobody leaves. last: every row leaves, a NaN row too, whatever enabled says.
 //   A row that leaves carries R = running' / ws' in `running_out` (of the stored running'; one division in acc, rounded
 //   once to running_dtype); a row that stays carries running'.
 // Outputs are a stable partition: the rows that stay in order, then those that leave, in order. `features_out` holds
-// the rows that stay in front, and zeros behind (or what was there: clear_behind). Outputs never overlap inputs.
+// the rows that stay in front, and zeros behind. Outputs never overlap inputs.
 struct GateParams {
   const void* features;     // n dense rows of feature_row_bytes, feature_stride_bytes apart; no dtype needed
   const void* running;      // running_dtype (n, K), class stride 1
@@ -246,13 +246,12 @@ struct GateParams {
   int64_t running_stride_n, logits_stride_n;
   int64_t feature_row_bytes, feature_stride_bytes, feature_out_stride_bytes;
   Scalar weight_sum, weight, threshold, temperature;  // acc
-  GatePolicy policy;
-  GateOn on;
+  GateCriterion criterion;
+  CriterionOn criterion_on;
   bool enabled, last;
-  bool clear_behind;  // false: the rows of features_out behind those that stay are not written
 };
 
-// The gate for one row, in place, for policies without a state (confidence, entropy, margin): the same sums, statistics
+// The gate for one row, in place, for criteria without a state (confidence, entropy, margin): the same sums, statistics
 // decision and R, to the bit. No partition, so nothing else is left of it. CPU only.
 struct GateOneParams {
   void* running;            // running_dtype (K), read and written
@@ -263,8 +262,8 @@ struct GateOneParams {
   DType running_dtype;      // dtype, or the acc type of dtype
   int64_t K;
   double weight_sum, weight, threshold, temperature;  // converted to acc
-  GatePolicy policy;
-  GateOn on;
+  GateCriterion criterion;
+  CriterionOn criterion_on;
   bool enabled, last;
 };
 

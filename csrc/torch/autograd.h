@@ -41,13 +41,6 @@ inline void no_tangents(const char* op, std::initializer_list<const at::Tensor*>
   }
 }
 
-// Operators that write into tensors of the caller record nothing: refuse what would need it, as torch's own do.
-inline void no_gradients(const char* op, std::initializer_list<const at::Tensor*> tensors) {
-  no_tangents(op, tensors);
-  TORCH_CHECK_VALUE(!needs_graph(tensors), "aep::", op,
-                    ": arguments must not require a gradient where out is given, got requires_grad=True");
-}
-
 // Tells autograd that the tensors were written.
 inline void mark_written(std::initializer_list<const at::Tensor*> tensors) {
   for (const at::Tensor* tensor : tensors) {

@@ -247,7 +247,7 @@ void check_subsets(const Tensor& exit_logits, const Tensor& weights, const Tenso
 }
 
 void check_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                const Tensor& exit_logits, std::string_view policy, std::string_view on) {
+                const Tensor& exit_logits, std::string_view criterion, std::string_view criterion_on) {
   constexpr const char* op = "gate";
   floating(op, {"exit_logits"}, exit_logits);
   TORCH_CHECK_VALUE(exit_logits.dim() == 2 && exit_logits.size(1) >= 1, "aep::", op,
@@ -256,9 +256,11 @@ void check_gate(const Tensor& features, const Tensor& running, const Tensor& ind
   const int64_t classes = exit_logits.size(1);
   const at::Device device = exit_logits.device();
   TORCH_CHECK_VALUE(
-      policy == "confidence" || policy == "entropy" || policy == "margin" || policy == "patience" || policy == "vote",
-      "aep::", op, ": policy must be one of confidence, entropy, margin, patience, vote, got '", policy, "'");
-  TORCH_CHECK_VALUE(on == "ensemble" || on == "exit", "aep::", op, ": on must be 'ensemble' or 'exit', got '", on, "'");
+      criterion == "confidence" || criterion == "entropy" || criterion == "margin" || criterion == "patience" ||
+          criterion == "vote",
+      "aep::", op, ": criterion must be one of confidence, entropy, margin, patience, vote, got '", criterion, "'");
+  TORCH_CHECK_VALUE(criterion_on == "ensemble" || criterion_on == "exit", "aep::", op,
+                    ": criterion_on must be 'ensemble' or 'exit', got '", criterion_on, "'");
   floating(op, {"features"}, features);
   TORCH_CHECK_VALUE(features.dim() >= 1 && features.size(0) == rows, "aep::", op, ": features must have ", rows,
                     " rows, got shape ", features.sizes());
@@ -267,20 +269,21 @@ void check_gate(const Tensor& features, const Tensor& running, const Tensor& ind
   has_shape(op, {"running"}, running, {rows, classes});
   on_device(op, {"running"}, running, device);
   is_integers(op, {"indices"}, indices, {rows}, device);
-  const int64_t width = policy == "patience" ? 2 : policy == "vote" ? classes : 0;
+  const int64_t width = criterion == "patience" ? 2 : criterion == "vote" ? classes : 0;
   is_integers(op, {"state"}, state, {rows, width}, device);
 }
 
 void check_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
-                    std::string_view policy, std::string_view on) {
+                    std::string_view criterion, std::string_view criterion_on) {
   constexpr const char* op = "gate_one_";
   floating(op, {"exit_logits"}, exit_logits);
   TORCH_CHECK_VALUE(exit_logits.dim() == 2 && exit_logits.size(0) == 1 && exit_logits.size(1) >= 1, "aep::", op,
                     ": exit_logits must have shape [1, K] with K >= 1, got ", exit_logits.sizes());
   const at::Device device = exit_logits.device();
-  TORCH_CHECK_VALUE(policy == "confidence" || policy == "entropy" || policy == "margin", "aep::", op,
-                    ": policy must be one of confidence, entropy, margin, got '", policy, "'");
-  TORCH_CHECK_VALUE(on == "ensemble" || on == "exit", "aep::", op, ": on must be 'ensemble' or 'exit', got '", on, "'");
+  TORCH_CHECK_VALUE(criterion == "confidence" || criterion == "entropy" || criterion == "margin", "aep::", op,
+                    ": criterion must be one of confidence, entropy, margin, got '", criterion, "'");
+  TORCH_CHECK_VALUE(criterion_on == "ensemble" || criterion_on == "exit", "aep::", op,
+                    ": criterion_on must be 'ensemble' or 'exit', got '", criterion_on, "'");
   is_running_sum(op, running, exit_logits.scalar_type());
   is_row(op, "running", running, exit_logits.size(1), device);
   has_type(op, {"stats"}, stats, at::kFloat);

@@ -1,5 +1,5 @@
-// Checks of the operators' arguments, in the words of aep_ext/ops/_checks.py: "aep::<operator>: <rule>, got <value>".
-// They run in the backend kernels, where sizes are known; fake tensors are checked by the Python twin.
+// Checks of the operators' arguments, with messages of the form "aep::<operator>: <rule>, got <value>". They run in the
+// backend kernels, where sizes are known.
 #pragma once
 
 #include <ATen/core/List.h>
@@ -34,8 +34,8 @@ void check_device(const char* op, const char* name, const Tensor& tensor, at::De
 void check_floating(const char* op, const char* name, const Tensor& tensor);
 void check_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target);
 void check_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                const Tensor& exit_logits, std::string_view policy, std::string_view on);
+                const Tensor& exit_logits, std::string_view criterion, std::string_view criterion_on);
 void check_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
-                    std::string_view policy, std::string_view on);
+                    std::string_view criterion, std::string_view criterion_on);
 
 }  // namespace aep

@@ -17,11 +17,12 @@ namespace {
 EnsembleCall ensemble_call(const Tensor& exit_logits, const Tensor& weights) {
   const auto type = exit_logits.scalar_type();
   EnsembleCall call;
-  call.exit_logits = exit_logits;
+  call.output = fresh(exit_logits.sizes().slice(1), type, exit_logits);
   call.weights = accumulated(weights, type);
   auto& p = call.params;
   p.logits = exit_logits.const_data_ptr();
   p.weights = call.weights.const_data_ptr();
+  p.output = call.output.mutable_data_ptr();
   p.dtype = kernel_type(type);
   p.E = exit_logits.size(0), p.N = exit_logits.size(1), p.K = exit_logits.size(2);
   p.stride_e = exit_logits.stride(0), p.stride_n = exit_logits.stride(1), p.stride_k = exit_logits.stride(2);
@@ -29,47 +30,25 @@ EnsembleCall ensemble_call(const Tensor& exit_logits, const Tensor& weights) {
   return call;
 }
 
-void write_logits_to(EnsembleCall& call, const char* op, const char* name, const Tensor* out) {
-  const Tensor& x = call.exit_logits;
-  call.output = result(op, name, out, x.sizes().slice(1), x.scalar_type(), x);
-  call.params.output = call.output.mutable_data_ptr();
-}
-
 }  // namespace
 
-EnsembleCall prepare_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights, const Tensor* out) {
-  check_ensemble(op, exit_logits, weights);
-  EnsembleCall call = ensemble_call(exit_logits, weights);
-  write_logits_to(call, op, "", out);
-  if (out) {
-    check_apart(op, {{"", out}}, {{"exit_logits", &exit_logits}, {"weights", &weights}});
-  }
-  return call;
+EnsembleCall prepare_ensemble(const Tensor& exit_logits, const Tensor& weights) {
+  check_ensemble("ensemble", exit_logits, weights);
+  return ensemble_call(exit_logits, weights);
 }
 
 EnsembleStatsCall prepare_ensemble_stats(const Tensor& exit_logits, const Tensor& weights, double normalizer,
                                          double temperature, const OptionalTensor& normalizer_tensor,
-                                         const OptionalTensor& temperature_tensor, const StatsOut* out) {
+                                         const OptionalTensor& temperature_tensor) {
   constexpr const char* op = "ensemble_stats";
   check_ensemble(op, exit_logits, weights);
   check_scalar(op, "normalizer", normalizer_tensor, normalizer, exit_logits.device(), true);
   check_scalar(op, "temperature", temperature_tensor, temperature, exit_logits.device(), true);
   EnsembleStatsCall call;
   call.ensemble = ensemble_call(exit_logits, weights);
-  if (!out || out->logits) {
-    write_logits_to(call.ensemble, op, "logits", out ? out->logits : nullptr);
-  }
   const int64_t rows = exit_logits.size(1);
-  call.stats = result(op, "stats", out ? out->stats : nullptr, {rows, 3}, at::kFloat, exit_logits);
-  call.argmax = result(op, "argmax", out ? out->argmax : nullptr, {rows}, at::kLong, exit_logits);
-  if (out) {
-    const auto given = [](const OptionalTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; };
-    check_apart(op, {{"logits", out->logits}, {"stats", out->stats}, {"argmax", out->argmax}},
-                {{"exit_logits", &exit_logits},
-                 {"weights", &weights},
-                 {"normalizer", given(normalizer_tensor)},
-                 {"temperature", given(temperature_tensor)}});
-  }
+  call.stats = fresh({rows, 3}, at::kFloat, exit_logits);
+  call.argmax = fresh({rows}, at::kLong, exit_logits);
   auto& p = call.params;
   p.ensemble = call.ensemble.params;
   p.normalizer = kernel_scalar(normalizer_tensor, normalizer, exit_logits.scalar_type(), call.keep[0]);
@@ -235,36 +214,6 @@ StatsResult stats_autograd(const Tensor& exit_logits, const Tensor& weights, dou
   return dispatch_stats(exit_logits, weights, normalizer, temperature, normalizer_tensor, temperature_tensor);
 }
 
-void ensemble_out_autograd(const Tensor& exit_logits, const Tensor& weights, const Tensor& out) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("aep::ensemble", "out")
-                       .typed<void(const Tensor&, const Tensor&, const Tensor&)>();
-  no_gradients("ensemble", {&exit_logits, &weights, &out});
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    op.call(exit_logits, weights, out);
-  }
-  mark_written({&out});
-}
-
-void stats_out_autograd(const Tensor& exit_logits, const Tensor& weights, double normalizer, double temperature,
-                        const OptionalTensor& normalizer_tensor, const OptionalTensor& temperature_tensor,
-                        const OptionalTensor& logits, const Tensor& stats, const Tensor& argmax) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("aep::ensemble_stats", "out")
-                       .typed<void(const Tensor&, const Tensor&, double, double, const OptionalTensor&,
-                                   const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&)>();
-  const Tensor none;
-  const Tensor& sums = logits.has_value() ? *logits : none;
-  no_gradients("ensemble_stats", {&exit_logits, &weights, &sums, &stats});
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    op.call(exit_logits, weights, normalizer, temperature, normalizer_tensor, temperature_tensor, logits, stats,
-            argmax);
-  }
-  mark_written({&sums, &stats, &argmax});
-}
-
 Tensor backward_logits_autograd(const Tensor& grad, const Tensor& weights) {
   no_tangents("ensemble_backward_logits", {&grad, &weights});
   std::vector<Tensor> result(1);
@@ -294,14 +243,6 @@ Tensor backward_weights_autograd(const Tensor& grad, const Tensor& exit_logits) 
 TORCH_LIBRARY_IMPL(aep, Autograd, m) {
   m.impl("ensemble", &aep::ensemble_autograd);
   m.impl("ensemble_stats", &aep::stats_autograd);
-  m.impl("ensemble.out", &aep::ensemble_out_autograd);
-  m.impl("ensemble_stats.out", &aep::stats_out_autograd);
   m.impl("ensemble_backward_logits", &aep::backward_logits_autograd);
   m.impl("ensemble_backward_weights", &aep::backward_weights_autograd);
-}
-
-// In inference mode the Autograd kernels are passed by, but the tensors written may be ordinary ones.
-TORCH_LIBRARY_IMPL(aep, ADInplaceOrView, m) {
-  m.impl("ensemble.out", &aep::ensemble_out_autograd);
-  m.impl("ensemble_stats.out", &aep::stats_out_autograd);
 }

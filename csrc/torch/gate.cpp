@@ -9,11 +9,11 @@ namespace aep {
 using OptionalTensor = std::optional<Tensor>;
 using GateResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-kernels::GatePolicy kernel_policy(std::string_view policy) {
-  if (policy == "confidence") return kernels::GatePolicy::confidence;
-  if (policy == "entropy") return kernels::GatePolicy::entropy;
-  if (policy == "margin") return kernels::GatePolicy::margin;
-  return policy == "patience" ? kernels::GatePolicy::patience : kernels::GatePolicy::vote;
+kernels::GateCriterion kernel_criterion(std::string_view criterion) {
+  if (criterion == "confidence") return kernels::GateCriterion::confidence;
+  if (criterion == "entropy") return kernels::GateCriterion::entropy;
+  if (criterion == "margin") return kernels::GateCriterion::margin;
+  return criterion == "patience" ? kernels::GateCriterion::patience : kernels::GateCriterion::vote;
 }
 
 namespace {
@@ -31,10 +31,10 @@ Tensor rows_like(const Tensor& tensor, const Tensor& like, at::MemoryFormat form
 }  // namespace
 
 GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
-                      std::string_view on, bool enabled, bool last, const GateOut* out) {
+                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view criterion,
+                      std::string_view criterion_on, bool enabled, bool last) {
   constexpr const char* op = "gate";
-  check_gate(features, running, indices, state, exit_logits, policy, on);
+  check_gate(features, running, indices, state, exit_logits, criterion, criterion_on);
   const at::Device device = exit_logits.device();
   check_scalar(op, "weight_sum", scalars.weight_sum_tensor, scalars.weight_sum, device, false);
   check_scalar(op, "weight", scalars.weight_tensor, scalars.weight, device, false);
@@ -46,41 +46,14 @@ GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tenso
   auto& p = call.params;
   p.n = exit_logits.size(0), p.K = exit_logits.size(1), p.S = state.size(1);
   const auto format = features.suggest_memory_format();
-  const auto give = [&](const char* name, const Tensor* given, at::IntArrayRef sizes, at::ScalarType as,
-                        at::MemoryFormat layout = at::MemoryFormat::Contiguous) {
-    return result(op, name, given, sizes, as, features, layout);
-  };
-  call.features =
-      give("features", out ? &out->features : nullptr, features.sizes(), features.scalar_type(), format);
-  call.running = give("running", out ? &out->running : nullptr, {p.n, p.K}, running.scalar_type());
-  call.indices = give("indices", out ? &out->indices : nullptr, {p.n}, at::kLong);
-  call.state = give("state", out ? &out->state : nullptr, {p.n, p.S}, at::kLong);
-  call.stats = give("stats", out ? &out->stats : nullptr, {p.n, 3}, at::kFloat);
-  call.argmax = give("argmax", out ? &out->argmax : nullptr, {p.n}, at::kLong);
-  call.weight_sum = give("weight_sum", out ? &out->weight_sum : nullptr, {}, accumulate_type(type));
-  call.count = give("count", out ? &out->count : nullptr, {}, at::kLong);
-  if (out) {
-    const auto given = [](const OptionalTensor& tensor) { return tensor.has_value() ? &*tensor : nullptr; };
-    check_apart(op,
-                {{"features", &out->features},
-                 {"running", &out->running},
-                 {"indices", &out->indices},
-                 {"state", &out->state},
-                 {"stats", &out->stats},
-                 {"argmax", &out->argmax},
-                 {"weight_sum", &out->weight_sum},
-                 {"count", &out->count}},
-                {{"features", &features},
-                 {"running", &running},
-                 {"indices", &indices},
-                 {"state", &state},
-                 {"exit_logits", &exit_logits},
-                 {"weight_sum", given(scalars.weight_sum_tensor)},
-                 {"weight", given(scalars.weight_tensor)},
-                 {"threshold", given(scalars.threshold_tensor)},
-                 {"temperature", given(scalars.temperature_tensor)}});
-  }
-
+  call.features = fresh(features.sizes(), features.scalar_type(), features, format);
+  call.running = fresh({p.n, p.K}, running.scalar_type(), features);
+  call.indices = fresh({p.n}, at::kLong, features);
+  call.state = fresh({p.n, p.S}, at::kLong, features);
+  call.stats = fresh({p.n, 3}, at::kFloat, features);
+  call.argmax = fresh({p.n}, at::kLong, features);
+  call.weight_sum = fresh({}, accumulate_type(type), features);
+  call.count = fresh({}, at::kLong, features);
   auto& keep = call.keep;
   keep[0] = rows_like(features, call.features, format);
   keep[1] = dense_rows(running);
@@ -111,10 +84,9 @@ GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tenso
   p.weight = kernel_scalar(scalars.weight_tensor, scalars.weight, type, keep[6]);
   p.threshold = kernel_scalar(scalars.threshold_tensor, scalars.threshold, type, keep[7]);
   p.temperature = kernel_scalar(scalars.temperature_tensor, scalars.temperature, type, keep[8]);
-  p.policy = kernel_policy(policy);
-  p.on = on == "ensemble" ? kernels::GateOn::ensemble : kernels::GateOn::exit;
+  p.criterion = kernel_criterion(criterion);
+  p.criterion_on = criterion_on == "ensemble" ? kernels::CriterionOn::ensemble : kernels::CriterionOn::exit;
   p.enabled = enabled, p.last = last;
-  p.clear_behind = out == nullptr;
   return call;
 }
 
@@ -122,50 +94,20 @@ namespace {
 
 GateResult gate_autograd(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
                          const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                         double temperature, std::string_view policy, std::string_view on, bool enabled, bool last,
+                         double temperature, std::string_view criterion, std::string_view criterion_on, bool enabled, bool last,
                          const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
                          const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor) {
   static auto op = find_operator<GateResult(
       const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double, double,
-      std::string_view, std::string_view, bool, bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-      const OptionalTensor&)>("aep::gate");
+      std::string_view, std::string_view, bool, bool, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, const OptionalTensor&)>("aep::gate");
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature, policy, on,
+  return op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature, criterion, criterion_on,
                  enabled, last, weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor);
-}
-
-void gate_out_autograd(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                       const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                       double temperature, std::string_view policy, std::string_view on, bool enabled, bool last,
-                       const OptionalTensor& weight_sum_tensor, const OptionalTensor& weight_tensor,
-                       const OptionalTensor& threshold_tensor, const OptionalTensor& temperature_tensor,
-                       const Tensor& features_out, const Tensor& running_out, const Tensor& indices_out,
-                       const Tensor& state_out, const Tensor& stats_out, const Tensor& argmax_out,
-                       const Tensor& weight_sum_out, const Tensor& count_out) {
-  static auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("aep::gate", "out")
-          .typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double,
-                      double, std::string_view, std::string_view, bool, bool, const OptionalTensor&, const OptionalTensor&,
-                      const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-                      const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>();
-  no_gradients("gate", {&features, &running, &exit_logits, &features_out, &running_out, &stats_out, &weight_sum_out});
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    op.call(features, running, indices, state, exit_logits, weight_sum, weight, threshold, temperature, policy, on,
-            enabled, last, weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor, features_out, running_out,
-            indices_out, state_out, stats_out, argmax_out, weight_sum_out, count_out);
-  }
-  mark_written(
-      {&features_out, &running_out, &indices_out, &state_out, &stats_out, &argmax_out, &weight_sum_out, &count_out});
 }
 
 }  // namespace
 
 }  // namespace aep
 
-TORCH_LIBRARY_IMPL(aep, Autograd, m) {
-  m.impl("gate", &aep::gate_autograd);
-  m.impl("gate.out", &aep::gate_out_autograd);
-}
-TORCH_LIBRARY_IMPL(aep, ADInplaceOrView, m) { m.impl("gate.out", &aep::gate_out_autograd); }
+TORCH_LIBRARY_IMPL(aep, Autograd, m) { m.impl("gate", &aep::gate_autograd); }

@@ -24,7 +24,7 @@ Bytes bytes_of(const char* name, const Tensor& tensor) {
   return {name, begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
 }
 
-// check_apart() for tensors that are known to be rows: it runs at every exit of one image.
+// No result shares memory with another or with the logits. It runs at every exit of one image.
 void check_rows_apart(const std::array<Bytes, 4>& rows) {
   for (size_t i = 0; i + 1 < rows.size(); ++i) {
     for (size_t j = i + 1; j < rows.size(); ++j) {
@@ -38,8 +38,9 @@ void check_rows_apart(const std::array<Bytes, 4>& rows) {
 
 GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves,
                              const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                             double temperature, std::string_view policy, std::string_view on, bool enabled, bool last) {
-  check_gate_one(running, stats, leaves, exit_logits, policy, on);
+                             double temperature, std::string_view criterion, std::string_view criterion_on, bool enabled,
+                             bool last) {
+  check_gate_one(running, stats, leaves, exit_logits, criterion, criterion_on);
   const at::Device device = exit_logits.device();
   check_scalar(kOp, "weight_sum", std::nullopt, weight_sum, device, false);
   check_scalar(kOp, "weight", std::nullopt, weight, device, false);
@@ -60,8 +61,8 @@ GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const T
   p.running_dtype = kernel_type(running.scalar_type());
   p.K = classes;
   p.weight_sum = weight_sum, p.weight = weight, p.threshold = threshold, p.temperature = temperature;
-  p.policy = kernel_policy(policy);
-  p.on = on == "ensemble" ? kernels::GateOn::ensemble : kernels::GateOn::exit;
+  p.criterion = kernel_criterion(criterion);
+  p.criterion_on = criterion_on == "ensemble" ? kernels::CriterionOn::ensemble : kernels::CriterionOn::exit;
   p.enabled = enabled, p.last = last;
   return call;
 }
@@ -69,16 +70,17 @@ GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const T
 namespace {
 
 void gate_one_autograd(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
-                       double weight_sum, double weight, double threshold, double temperature, std::string_view policy,
-                       std::string_view on, bool enabled, bool last) {
-  static auto op = find_operator<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double,
-                                      double, double, std::string_view, std::string_view, bool, bool)>("aep::gate_one_");
+                       double weight_sum, double weight, double threshold, double temperature, std::string_view criterion,
+                       std::string_view criterion_on, bool enabled, bool last) {
+  static auto op =
+      find_operator<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, double, double, double,
+                         std::string_view, std::string_view, bool, bool)>("aep::gate_one_");
   no_tangents(kOp, {&running, &stats, &exit_logits});
   TORCH_CHECK_VALUE(!needs_graph({&running, &stats, &exit_logits}), "aep::", kOp,
                     ": arguments must not require a gradient, got requires_grad=True");
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    op.call(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature, policy, on, enabled, last);
+    op.call(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature, criterion, criterion_on, enabled, last);
   }
   mark_written({&running, &stats, &leaves});
 }

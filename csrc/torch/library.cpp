@@ -6,8 +6,6 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(aep, m) {
-  // `out` overloads write what they are given and return nothing: functionalization and torch.compile can follow that.
-
   m.def("global_avg_pool(Tensor features) -> Tensor");
 
   // (E, N, K) logits; the pooled features of all exits one behind the other, kept for the backward (pooled_size()).
@@ -16,18 +14,12 @@ TORCH_LIBRARY(aep, m) {
       "-> (Tensor logits, Tensor pooled)");
 
   m.def("ensemble(Tensor exit_logits, Tensor weights) -> Tensor");
-  m.def("ensemble.out(Tensor exit_logits, Tensor weights, *, Tensor(a!) out) -> ()");
   m.def("ensemble_backward_logits(Tensor grad, Tensor weights) -> Tensor");
   m.def("ensemble_backward_weights(Tensor grad, Tensor exit_logits) -> Tensor");
   m.def(
       "ensemble_stats(Tensor exit_logits, Tensor weights, float normalizer=1.0, float temperature=1.0, "
       "Tensor? normalizer_tensor=None, Tensor? temperature_tensor=None) "
       "-> (Tensor logits, Tensor stats, Tensor argmax)");
-  // Without `logits`: statistics alone.
-  m.def(
-      "ensemble_stats.out(Tensor exit_logits, Tensor weights, float normalizer=1.0, float temperature=1.0, "
-      "Tensor? normalizer_tensor=None, Tensor? temperature_tensor=None, *, Tensor(a!)? logits, Tensor(b!) stats, "
-      "Tensor(c!) argmax) -> ()");
 
   // kept (2 * E * N + 1), for the backward: the rows' maxima, their sums of exponentials, the divisor of the mean.
   m.def(
@@ -63,26 +55,18 @@ TORCH_LIBRARY(aep, m) {
       "bool[] wanted) -> (Tensor loss, Tensor exit_losses, Tensor[] gradients)");
 
   m.def("subset_correct(Tensor exit_logits, Tensor weights, Tensor target) -> Tensor");
-  m.def("subset_correct.out(Tensor exit_logits, Tensor weights, Tensor target, *, Tensor(a!) out) -> ()");
 
   // What is seldom given stands last: defaults cost less than arguments.
   m.def(
       "gate(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, float weight_sum, "
-      "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
-      "bool enabled=True, bool last=False, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, Tensor? threshold_tensor=None, "
-      "Tensor? temperature_tensor=None) -> (Tensor features, Tensor running, Tensor indices, Tensor state, "
+      "float weight, float threshold, float temperature=1.0, str criterion=\"confidence\", str criterion_on=\"ensemble\", "
+      "bool enabled=True, bool last=False, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, "
+      "Tensor? threshold_tensor=None, Tensor? temperature_tensor=None) -> (Tensor features, Tensor running, Tensor indices, Tensor state, "
       "Tensor stats, Tensor argmax, Tensor weight_sum, Tensor count)");
-  m.def(
-      "gate.out(Tensor features, Tensor running, Tensor indices, Tensor state, Tensor exit_logits, float weight_sum, "
-      "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
-      "bool enabled=True, bool last=False, Tensor? weight_sum_tensor=None, Tensor? weight_tensor=None, Tensor? threshold_tensor=None, "
-      "Tensor? temperature_tensor=None, *, Tensor(a!) features_out, Tensor(b!) running_out, Tensor(c!) indices_out, "
-      "Tensor(d!) state_out, Tensor(e!) stats_out, Tensor(f!) argmax_out, Tensor(g!) weight_sum_out, "
-      "Tensor(h!) count_out) -> ()");
-  // One row in place, for policies without a state; CPU only. The decision is a tensor, not a bool: a result that depends
+  // One row in place, for criteria without a state; CPU only. The decision is a tensor, not a bool: a result that depends
   // on data could not be traced.
   m.def(
       "gate_one_(Tensor(a!) running, Tensor(b!) stats, Tensor(c!) leaves, Tensor exit_logits, float weight_sum, "
-      "float weight, float threshold, float temperature=1.0, str policy=\"confidence\", str on=\"ensemble\", "
+      "float weight, float threshold, float temperature=1.0, str criterion=\"confidence\", str criterion_on=\"ensemble\", "
       "bool enabled=True, bool last=False) -> ()");
 }

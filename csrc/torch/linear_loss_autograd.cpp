@@ -16,7 +16,7 @@ using Losses = std::tuple<Tensor, Tensor>;
 
 namespace {
 
-constexpr const char* kOp = "linear_joint_cross_entropy";
+constexpr const char* kLinearLoss = "linear_joint_cross_entropy";
 
 struct Rest {
   const Tensor* target;
@@ -112,16 +112,16 @@ class LinearLossFunction : public torch::autograd::Function<LinearLossFunction> 
       }
     }
     if (at::GradMode::is_enabled()) {
-      refuse_second(kOp, result);
+      refuse_second(kLinearLoss, result);
     }
     return result;
   }
 };
 
-Losses loss_autograd(at::TensorList pooled, at::TensorList weights, const Biases& biases, const Tensor& target,
-                     const Tensor& exit_weights, const OptionalTensor& class_weight, double label_smoothing,
-                     int64_t ignore_index, std::string_view reduction, std::optional<int64_t> chunk) {
-  TORCH_CHECK_VALUE(!class_weight.has_value() || !needs_graph({&*class_weight}), "aep::", kOp,
+Losses linear_loss_autograd(at::TensorList pooled, at::TensorList weights, const Biases& biases, const Tensor& target,
+                            const Tensor& exit_weights, const OptionalTensor& class_weight, double label_smoothing,
+                            int64_t ignore_index, std::string_view reduction, std::optional<int64_t> chunk) {
+  TORCH_CHECK_VALUE(!class_weight.has_value() || !needs_graph({&*class_weight}), "aep::", kLinearLoss,
                     ": class_weight must not require a gradient, got requires_grad=True");
   std::vector<Tensor> tensors(pooled.begin(), pooled.end());
   tensors.insert(tensors.end(), weights.begin(), weights.end());
@@ -133,10 +133,10 @@ Losses loss_autograd(at::TensorList pooled, at::TensorList weights, const Biases
   }
   tensors.push_back(exit_weights);
   for (const Tensor& tensor : tensors) {
-    no_tangents(kOp, {&tensor});
+    no_tangents(kLinearLoss, {&tensor});
   }
   if (class_weight.has_value()) {
-    no_tangents(kOp, {&*class_weight});
+    no_tangents(kLinearLoss, {&*class_weight});
   }
   const Rest rest{&target, &class_weight, label_smoothing, ignore_index, reduction, chunk};
   // Lists of unequal length cannot be told apart behind this point; the backend's checks name them.
@@ -150,10 +150,11 @@ Losses loss_autograd(at::TensorList pooled, at::TensorList weights, const Biases
 }
 
 // What the operator above is made of; by itself it has no derivative.
-WithGradients with_grad_autograd(at::TensorList pooled, at::TensorList weights, const Biases& biases,
-                                 const Tensor& target, const Tensor& exit_weights, const OptionalTensor& class_weight,
-                                 double label_smoothing, int64_t ignore_index, std::string_view reduction,
-                                 std::optional<int64_t> chunk, const c10::List<bool>& wanted) {
+WithGradients linear_with_grad_autograd(at::TensorList pooled, at::TensorList weights, const Biases& biases,
+                                        const Tensor& target, const Tensor& exit_weights,
+                                        const OptionalTensor& class_weight, double label_smoothing,
+                                        int64_t ignore_index, std::string_view reduction,
+                                        std::optional<int64_t> chunk, const c10::List<bool>& wanted) {
   std::vector<Tensor> tensors(pooled.begin(), pooled.end());
   tensors.insert(tensors.end(), weights.begin(), weights.end());
   for (size_t e = 0; e < biases.size(); ++e) {
@@ -194,8 +195,8 @@ Losses loss_autocast(at::TensorList pooled, at::TensorList weights, const Biases
 }  // namespace aep
 
 TORCH_LIBRARY_IMPL(aep, Autograd, m) {
-  m.impl("linear_joint_cross_entropy", &aep::loss_autograd);
-  m.impl("linear_joint_cross_entropy_with_grad", &aep::with_grad_autograd);
+  m.impl("linear_joint_cross_entropy", &aep::linear_loss_autograd);
+  m.impl("linear_joint_cross_entropy_with_grad", &aep::linear_with_grad_autograd);
 }
 TORCH_LIBRARY_IMPL(aep, AutocastCPU, m) { m.impl("linear_joint_cross_entropy", &aep::loss_autocast); }
 TORCH_LIBRARY_IMPL(aep, AutocastCUDA, m) { m.impl("linear_joint_cross_entropy", &aep::loss_autocast); }

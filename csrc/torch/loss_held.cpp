@@ -34,10 +34,10 @@ double held_factor(at::ScalarType type, const c10::SymInt& rows, std::string_vie
 
 namespace {
 
-constexpr const char* kOp = "joint_cross_entropy";
+constexpr const char* kHeldLoss = "joint_cross_entropy";
 
-double held_factor(const Tensor& exit_logits, std::string_view reduction) {
-  return aep::held_factor(exit_logits.scalar_type(), exit_logits.sym_size(1), reduction);
+double factor_of(const Tensor& exit_logits, std::string_view reduction) {
+  return held_factor(exit_logits.scalar_type(), exit_logits.sym_size(1), reduction);
 }
 
 // Whether every element has a place of its own. Sufficient: each stride reaches past all that the smaller ones span.
@@ -64,11 +64,11 @@ bool without_overlap(const Tensor& tensor) {
 
 void check_replaceable(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
                        const OptionalTensor& class_weight) {
-  TORCH_CHECK(without_overlap(exit_logits), "aep::", kOp,
+  TORCH_CHECK(without_overlap(exit_logits), "aep::", kHeldLoss,
               ": memory='in_place' needs exit_logits whose elements do not share memory (clone() them), got shape ",
               exit_logits.sizes(), " with strides ", exit_logits.strides());
   for (const Tensor* other : {&target, &exit_weights, class_weight.has_value() ? &*class_weight : nullptr}) {
-    TORCH_CHECK(!other || !other->storage().is_alias_of(exit_logits.storage()), "aep::", kOp,
+    TORCH_CHECK(!other || !other->storage().is_alias_of(exit_logits.storage()), "aep::", kHeldLoss,
                 ": memory='in_place' overwrites exit_logits: no other argument may share their memory, got one of shape ",
                 other->sizes(), " that does");
   }
@@ -81,7 +81,7 @@ LossGradCall prepare_loss_grad(const Tensor& exit_logits, const Tensor& target, 
                                std::string_view reduction, bool in_place) {
   LossGradCall call;
   call.loss = prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
-  TORCH_CHECK_VALUE(reduction != "none", "aep::", kOp, ": memory='", in_place ? "in_place" : "in_forward",
+  TORCH_CHECK_VALUE(reduction != "none", "aep::", kHeldLoss, ": memory='", in_place ? "in_place" : "in_forward",
                     "' needs reduction 'mean' or 'sum', got 'none'");
   if (in_place) {
     check_replaceable(exit_logits, target, exit_weights, class_weight);
@@ -94,7 +94,7 @@ LossGradCall prepare_loss_grad(const Tensor& exit_logits, const Tensor& target, 
   p.loss.row_max = p.loss.row_sum = nullptr;
   p.coefficients.exit_weights = call.loss.reduce.exit_weights;
   p.coefficients.denominator = call.loss.reduce.denominator;
-  p.coefficients.factor = held_factor(exit_logits, reduction);
+  p.coefficients.factor = factor_of(exit_logits, reduction);
   p.grad_logits = call.grad_logits.mutable_data_ptr();
   p.out_stride_e = call.grad_logits.stride(0), p.out_stride_n = call.grad_logits.stride(1);
   p.out_stride_k = call.grad_logits.stride(2);
@@ -215,7 +215,7 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
     }
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({held, exit_weights.requires_grad() ? exit_losses : Tensor()});
-    ctx->saved_data["factor"] = held_factor(exit_logits, options->reduction);
+    ctx->saved_data["factor"] = factor_of(exit_logits, options->reduction);
     ctx->saved_data["holders"] = options->in_place ? kAnyHolders : holders_of_saved();
     ctx->saved_data["weights"] = exit_weights.scalar_type();
     if (options->in_place) {
@@ -241,7 +241,7 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
                          ctx->saved_data["holders"].toInt());
     }
     if (at::GradMode::is_enabled()) {
-      refuse_second(kOp, result);
+      refuse_second(kHeldLoss, result);
     }
     return result;
   }
@@ -256,17 +256,17 @@ class Overwritten : public torch::autograd::Function<Overwritten> {
   }
 
   static variable_list backward(AutogradContext*, variable_list) {
-    TORCH_CHECK(false, "aep::", kOp, ": memory='in_place' has overwritten exit_logits with their gradient, "
+    TORCH_CHECK(false, "aep::", kHeldLoss, ": memory='in_place' has overwritten exit_logits with their gradient, "
                 "got a use of them after the loss");
   }
 };
 
 void check_arguments(const Tensor& exit_logits, const Tensor& exit_weights, const OptionalTensor& class_weight) {
-  TORCH_CHECK_VALUE(!class_weight.has_value() || !needs_graph({&*class_weight}), "aep::", kOp,
+  TORCH_CHECK_VALUE(!class_weight.has_value() || !needs_graph({&*class_weight}), "aep::", kHeldLoss,
                     ": class_weight must not require a gradient, got requires_grad=True");
-  no_tangents(kOp, {&exit_logits, &exit_weights});
+  no_tangents(kHeldLoss, {&exit_logits, &exit_weights});
   if (class_weight.has_value()) {
-    no_tangents(kOp, {&*class_weight});
+    no_tangents(kHeldLoss, {&*class_weight});
   }
 }
 

@@ -62,13 +62,11 @@ std::optional<kernels::SmallLinearParams> small_linear_params(const HeadCall& ca
 // The same by ATen.
 void finish_exit(const HeadCall& call, size_t exit, const Tensor& weight, const std::optional<Tensor>& bias);
 
-// `out` below: null for new tensors, else what the caller gave.
 struct EnsembleCall {
-  Tensor output, exit_logits, weights;
+  Tensor output, weights;
   kernels::EnsembleParams params{};
 };
-EnsembleCall prepare_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights,
-                              const Tensor* out = nullptr);
+EnsembleCall prepare_ensemble(const Tensor& exit_logits, const Tensor& weights);
 
 struct EnsembleBackwardCall {
   Tensor output, operand, grad, partials;
@@ -83,13 +81,9 @@ struct EnsembleStatsCall {
   std::array<Tensor, 2> keep;
   kernels::EnsembleStatsParams params{};
 };
-struct StatsOut {
-  const Tensor *logits, *stats, *argmax;  // logits null: statistics alone
-};
 EnsembleStatsCall prepare_ensemble_stats(const Tensor& exit_logits, const Tensor& weights, double normalizer,
                                          double temperature, const std::optional<Tensor>& normalizer_tensor,
-                                         const std::optional<Tensor>& temperature_tensor,
-                                         const StatsOut* out = nullptr);
+                                         const std::optional<Tensor>& temperature_tensor);
 
 struct LossCall {
   Tensor loss, exit_losses, kept, row_losses, class_weight, exit_weights;
@@ -131,8 +125,7 @@ struct SubsetCall {
   kernels::SubsetCorrectParams params{};
 };
 // The counts are not zeroed yet: labels are checked first.
-SubsetCall prepare_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target,
-                           const Tensor* out = nullptr);
+SubsetCall prepare_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target);
 
 struct GateScalars {
   double weight_sum, weight, threshold, temperature;
@@ -143,12 +136,9 @@ struct GateCall {
   std::array<Tensor, 9> keep;                                                  // dense inputs, scalars
   kernels::GateParams params{};                                                // scratch is the backend's
 };
-struct GateOut {
-  const Tensor &features, &running, &indices, &state, &stats, &argmax, &weight_sum, &count;
-};
 GateCall prepare_gate(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view policy,
-                      std::string_view on, bool enabled, bool last, const GateOut* out = nullptr);
+                      const Tensor& exit_logits, const GateScalars& scalars, std::string_view criterion,
+                      std::string_view criterion_on, bool enabled, bool last);
 
 struct GateOneCall {
   Tensor exit_logits;  // dense
@@ -156,9 +146,10 @@ struct GateOneCall {
 };
 GateOneCall prepare_gate_one(const Tensor& running, const Tensor& stats, const Tensor& leaves,
                              const Tensor& exit_logits, double weight_sum, double weight, double threshold,
-                             double temperature, std::string_view policy, std::string_view on, bool enabled, bool last);
+                             double temperature, std::string_view criterion, std::string_view criterion_on, bool enabled,
+                             bool last);
 
 // The name, checked before.
-kernels::GatePolicy kernel_policy(std::string_view policy);
+kernels::GateCriterion kernel_criterion(std::string_view criterion);
 
 }  // namespace aep

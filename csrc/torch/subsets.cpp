@@ -6,17 +6,13 @@
 
 namespace aep {
 
-SubsetCall prepare_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target, const Tensor* out) {
-  constexpr const char* op = "subset_correct";
+SubsetCall prepare_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target) {
   check_subsets(exit_logits, weights, target);
   SubsetCall call;
   auto& p = call.params;
   p.E = exit_logits.size(0), p.N = exit_logits.size(1), p.K = exit_logits.size(2);
   call.weights = accumulated(weights, exit_logits.scalar_type());
-  call.counts = result(op, "", out, {(int64_t{1} << p.E) - 1, 2}, at::kLong, exit_logits);
-  if (out) {
-    check_apart(op, {{"", out}}, {{"exit_logits", &exit_logits}, {"weights", &weights}, {"target", &target}});
-  }
+  call.counts = fresh({(int64_t{1} << p.E) - 1, 2}, at::kLong, exit_logits);
   p.logits = exit_logits.const_data_ptr();
   p.weights = call.weights.const_data_ptr();
   p.target = target.const_data_ptr<int64_t>();
@@ -35,23 +31,8 @@ Tensor subsets_autograd(const Tensor& exit_logits, const Tensor& weights, const 
   return op.call(exit_logits, weights, target);
 }
 
-void subsets_out_autograd(const Tensor& exit_logits, const Tensor& weights, const Tensor& target, const Tensor& out) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("aep::subset_correct", "out")
-                       .typed<void(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>();
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    op.call(exit_logits, weights, target, out);
-  }
-  mark_written({&out});
-}
-
 }  // namespace
 
 }  // namespace aep
 
-TORCH_LIBRARY_IMPL(aep, Autograd, m) {
-  m.impl("subset_correct", &aep::subsets_autograd);
-  m.impl("subset_correct.out", &aep::subsets_out_autograd);
-}
-TORCH_LIBRARY_IMPL(aep, ADInplaceOrView, m) { m.impl("subset_correct.out", &aep::subsets_out_autograd); }
+TORCH_LIBRARY_IMPL(aep, Autograd, m) { m.impl("subset_correct", &aep::subsets_autograd); }

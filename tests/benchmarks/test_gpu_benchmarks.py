@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,22 +11,7 @@ from rehearse import SIZES
 
 from aep_ext import ops
 from aep_ext.inference.cuda_graph import CudaGraphGatedNet
-from benchmarks.gpu import cases, measure, result_file
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("operator", list(SIZES))
-def test_all_functions_of_an_operator_give_the_same(operator, dtype, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    torch.manual_seed(0)
-    comparison = cases.OperatorCase(operator, replace(SIZES[operator], dtype=dtype)).comparison("cpu")
-    functions, left_out = measure.functions_of(comparison)
-    assert left_out == {} or (list(left_out) == ["liger"] and "not installed" in left_out["liger"])
-    functions.pop("liger", None)  # it needs a GPU
-    kept, broken = measure.compared(operator, dtype, comparison, functions, comparison.make())
-    assert broken == {} and list(kept) == ["fused", *comparison.baselines, "inductor"]
+from benchmarks.gpu import bench, cases, measure, result_file
 
 
 def test_cases_have_names_of_their_own():
@@ -111,48 +89,29 @@ def test_thresholds_let_the_share_go_at_the_exit(small):
             torch.testing.assert_close(cases.prefix(net, e)(xs[0]), net.exit_logits(xs[0])[e])
 
 
-CASES = """
-import pytest
+def test_cases_write_themselves_down_and_are_not_run_twice(tmp_path, monkeypatch):
+    result, ran = tmp_path / "gpu.json", []
+    monkeypatch.setenv("AEP_GPU_SOURCE", "abc")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
-@pytest.mark.parametrize("case", ["good", "bad", "left"], ids=str)
-def test_it(record, case):
-    if case == "left":
-        pytest.skip("a peer is missing")
-    record({"x": 1}, lambda: None)
-    assert case == "good", "it is bad\\nand more"
-"""
+    def part(name):
+        def measured():
+            ran.append(name)
+            if name == "left":
+                raise bench.LeftOut("a peer is missing")
+            assert name == "good", "it is bad\nand more"
+            return {"x": 1}
 
+        return name, measured
 
-def test_cases_write_themselves_down_and_are_not_run_twice(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    folder, result = tmp_path / "benchmarks" / "gpu", tmp_path / "gpu.json"
-    folder.mkdir(parents=True)
-    (folder.parent / "__init__.py").touch()
-    for name in ("__init__", "conftest", "result_file"):
-        shutil.copy(ROOT / "benchmarks" / "gpu" / f"{name}.py", folder)
-    (folder / "test_some.py").write_text(CASES, encoding="utf-8")
+    def run(end: float) -> int:
+        monkeypatch.setenv("AEP_GPU_END", str(end))
+        return bench.run("ops", [part(name) for name in ("good", "left", "bad", "last")], result)
 
-    def run(end: float) -> str:
-        env = os.environ | {
-            "PYTHONPATH": str(tmp_path),
-            "AEP_GPU_RESULT": str(result),
-            "AEP_GPU_STAGE": "ops",
-            "AEP_GPU_SOURCE": "abc",
-            "AEP_GPU_END": str(end),
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTEST_ADDOPTS": "",  # of the run around this one: options of plugins that are not loaded here
-        }
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull]
-        # Without pytest-benchmark's timing: describing the machine takes it seconds.
-        command += ["-p", "pytest_benchmark.plugin", "--benchmark-disable", "--rootdir", str(tmp_path)]
-        command += [str(folder / "test_some.py")]
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120).stdout
-
-    assert "3 skipped" in run(time.time() - 1)
-    assert {e["status"] for e in result_file.read(result)["stages"]["ops"].values()} == {"unfinished"}
-    assert "1 failed, 1 passed, 1 skipped" in run(time.time() + 100)
-    found = json.loads(result.read_text(encoding="utf-8"))["stages"]["ops"]
-    assert {name: e["status"] for name, e in found.items()} == {"good": "passed", "bad": "failed", "left": "left out"}
+    assert run(time.time() - 1) == bench.TIME_IS_UP and not ran
+    assert run(time.time() + 100) == bench.FAILED and ran == ["good", "left", "bad"]
+    found = result_file.read(result)["stages"]["ops"]
+    assert {name: e["status"] for name, e in found.items()} == {"good": "passed", "left": "left out", "bad": "failed"}
     assert found["good"]["details"] == {"x": 1} and found["left"]["note"] == "a peer is missing"
-    assert found["bad"]["note"].startswith("AssertionError: it is bad")
-    assert "3 deselected" in run(time.time() + 100)
+    assert found["bad"]["note"] == "AssertionError: it is bad"
+    assert run(time.time() + 100) == bench.FAILED and ran == ["good", "left", "bad", "last"]

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.gpu.stages import Outcome, run_for_real
 
 from aep_ext import _load
 from benchmarks import goals
@@ -54,7 +53,6 @@ def check(tmp_path, monkeypatch):
 
 
 def test_operators(check):
-    pytest.importorskip("pytest_benchmark")
     parts = check("ops")
     assert len(parts) == 8
     for name, part in parts.items():
@@ -68,18 +66,14 @@ def test_operators(check):
 
 
 def test_gated_graphs(check):
-    pytest.importorskip("torchvision")
-    pytest.importorskip("pytest_benchmark")
     (part,) = check("graphed").values()
-    assert part["details"]["path"] == "one graph" and part["details"]["left_at"]["100% at exit 0"][0] == 1
+    assert part["details"]["left_at"]["100% at exit 0"][0] == 1
     for goal in GOALS:
         assert goal.subject != "graphed" or goals.value_at(part["details"], goal.measure) is not None
 
 
 @pytest.mark.slow
 def test_networks(check):
-    pytest.importorskip("torchvision")
-    pytest.importorskip("pytest_benchmark")
     assert len(check("e2e")) == 2
 
 

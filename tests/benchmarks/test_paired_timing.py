@@ -104,14 +104,6 @@ def test_a_wrong_result_is_not_timed(timing, takes, who):
     assert timing.benchmark.stats is None
 
 
-def test_disabled_it_compares_and_times_nothing(timing, takes):
-    timing.benchmark.disabled = True
-    timing(Comparison(takes(2e-3), {"eager": takes(2e-3)}, once={"published": takes(2e-3)}, bytes_moved=1))
-    assert "fused_median_us" not in timing.benchmark.extra_info
-    with pytest.raises(AssertionError):
-        timing(Comparison(takes(2e-3), {"eager": takes(2e-3, 2.0)}))
-
-
 def test_without_a_compiler_the_baseline_is_left_out_with_the_reason(timing, takes, monkeypatch):
     def compiled(*_: object) -> None:
         raise RuntimeError("no C++ compiler\nand a long explanation")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from benchmarks import compare
-from benchmarks.aggregate import ResultError, aggregate, load, main, merge, save
-from benchmarks.sweep import case_name, outcomes, pieces, run_all
+from benchmarks.aggregate import ResultError, aggregate_case, load, open_result, save
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = [f"benchmarks/test_{file}.py::test_{file}[{i}]" for file in "ab" for i in range(3)]
-NAMES = [case_name(node) for node in NODES]
 EXTRA = {
     "operator": "gate", "case": {"size": "8"}, "marks": ["goal"], "threads": 1, "rounds": 25,
     "fused_median_us": 12.345678, "eager_median_us": 24.7, "ratio_eager": 2.000123, "paired_ratio_eager": 1.9,
@@ -27,159 +22,75 @@ EXTRA = {
 }  # fmt: skip
 
 
-def raw(*names: str) -> dict:
-    info = {"node": "a-name", "system": "Linux", "machine": "x86_64", "python_version": "3.12"}
-    benchmarks = [{"name": name, "extra_info": EXTRA, "stats": {"data": list(range(1000))}} for name in names]
-    return {"machine_info": info | {"aep_ext": {"torch": "9"}}, "benchmarks": benchmarks, "commit_info": {"id": "x"}}
-
-
-def test_every_number_finds_its_place_and_the_machine_has_no_name(tmp_path):
-    result = aggregate(raw("test_gate[cpu-8]"))
-    case = result["cases"]["test_gate[cpu-8]"]
+def test_every_number_finds_its_place():
+    case = aggregate_case(EXTRA)
     assert case["median_us"] == {"fused": 12.35, "eager": 24.7} and case["ratio"] == {"published": 1234.0}
     assert (case["paired_ratio"], case["iqr"]) == ({"eager": 1.9}, {"eager": 0.05})
     assert case["more"] == {"best_eager": "eager", "gb_per_s": 7.123, "left_out": {"inductor": "no compiler"}}
     assert (case["operator"], case["threads"], case["rounds"], case["marks"]) == ("gate", 1, 25, ["goal"])
-    assert result["machine"] == {"system": "Linux", "machine": "x86_64", "python_version": "3.12", "torch": "9"}
-    with pytest.raises(ResultError, match=r"two cases are called test_gate\[cpu-8\]"):
-        aggregate(raw("test_gate[cpu-8]", "test_gate[cpu-8]"))
 
 
-def test_the_command_writes_one_line_for_each_case(tmp_path, capsys):
-    file, result = tmp_path / "raw.json", tmp_path / "new" / "r.json"
-    file.write_text(json.dumps(raw(*(f"test_gate[cpu-{i}]" for i in range(500)))), encoding="utf-8")
-    assert main([str(file), str(result)]) == 0
-    assert [path.name for path in result.parent.iterdir()] == ["r.json"] and result.stat().st_size < 300_000
-    assert sum(line.startswith('"test_gate') for line in result.read_text().splitlines()) == 500
-    assert len(load(result)["cases"]) == 500
-    assert main([str(tmp_path / "none.json"), str(result)]) == 1 and main([str(file)]) == 2
-    for text in ("[]", "nothing", '{"format": 2, "cases": {}}'):
-        file.write_text(text, encoding="utf-8")
-        with pytest.raises(ResultError, match=r"raw\.json"):
-            load(file)
-
-
-def test_merging_keeps_the_newer_case_and_forgets_skips_that_ran(make_case, make_result):
-    old = make_result({"a": make_case(best_eager=1.0), "b": make_case(best_eager=1.0)})
-    old["skipped"] = {"c": "not there", "d": "not there"}
-    merged = merge(old, make_result({"b": make_case(best_eager=2.0), "c": make_case(best_eager=3.0)}))
-    ratios = {name: case["ratio"]["best_eager"] for name, case in merged["cases"].items()}
-    assert ratios == {"a": 1.0, "b": 2.0, "c": 3.0} and merged["skipped"] == {"d": "not there"}
+def test_a_file_has_one_line_for_each_case_and_one_machine(tmp_path, make_case, make_result):
+    path = tmp_path / "new" / "r.json"
+    result = make_result({f"test_gate[cpu-{i}]": make_case(best_eager=1.0) for i in range(100)})
+    save(path, result)
+    assert [file.name for file in path.parent.iterdir()] == ["r.json"]
+    assert sum(line.startswith('"test_gate') for line in path.read_text().splitlines()) == 100
+    assert load(path) == open_result(path, result["machine"]) == result
     with pytest.raises(ResultError, match="torch: '9.9', '10.0'"):
-        merge(old, make_result({}, torch="10.0"))
+        open_result(path, result["machine"] | {"torch": "10.0"})
+    for text in ("[]", "nothing", '{"format": 2, "cases": {}}'):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ResultError, match=r"r\.json"):
+            load(path)
 
 
-@pytest.fixture
-def runner(make_case, make_result):
-    """Stands for pytest: remembers what it ran, and is killed before a case of the test's choice."""
+BENCHMARK = """
+import pathlib, pytest
+from benchmarks.paired_timing import Comparison
 
-    class Runner:
-        def __init__(self) -> None:
-            self.ran: list[str] = []
-            self.killed_at = self.skips = self.fails = ""
-
-        def __call__(self, piece):
-            names = [case_name(node) for node in piece]
-            if self.killed_at in names:
-                raise KeyboardInterrupt
-            self.ran += names
-            ran = [name for name in names if name not in (self.skips, self.fails)]
-            result = make_result({name: make_case(best_eager=2.0) for name in ran}) if ran else None
-            skipped = {self.skips: "not there"} if self.skips in names else {}
-            return result, skipped, [self.fails] if self.fails in names else []
-
-    return Runner()
-
-
-def test_after_a_kill_the_sweep_goes_on_where_it_was(tmp_path, runner):
-    assert pieces(NODES, 2) == [NODES[:2], NODES[2:3], NODES[3:5], NODES[5:]]
-    runner.killed_at = NAMES[3]
-    with pytest.raises(KeyboardInterrupt):
-        run_all(tmp_path / "r.json", NODES, 2, runner, lambda text: None)
-    assert sorted(load(tmp_path / "r.json")["cases"]) == NAMES[:3]
-    runner.killed_at = ""
-    assert run_all(tmp_path / "r.json", NODES, 2, runner, lambda text: None) == 0
-    assert runner.ran == NAMES  # each once
-    assert sorted(load(tmp_path / "r.json")["cases"]) == NAMES
-
-
-def test_what_was_skipped_or_failed_is_tried_again(tmp_path, runner):
-    said: list[str] = []
-    runner.skips, runner.fails = NAMES[0], NAMES[4]
-    assert run_all(tmp_path / "r.json", NODES, 3, runner, said.append) == 1
-    result = load(tmp_path / "r.json")
-    assert result["skipped"] == {NAMES[0]: "not there"} and NAMES[4] not in result["cases"]
-    assert "1 skipped" in said[1] and f"FAILED: {NAMES[4]}" in said[2]
-    runner.skips, runner.fails, runner.ran = "", "", []
-    assert run_all(tmp_path / "r.json", NODES, 3, runner, said.append) == 0
-    assert runner.ran == [NAMES[0], NAMES[4]] and load(tmp_path / "r.json")["skipped"] == {}
-
-
-def test_outcomes_are_read_from_junit(tmp_path):
-    path = tmp_path / "junit.xml"
-    path.write_text(
-        '<testsuites><testsuite><testcase name="test_a[1]"/><testcase name="test_a[2]">'
-        '<skipped message="why"/></testcase>'
-        '<testcase name="test_a[3]"><failure message="x"/></testcase><testcase name="test_a[4]"><error/></testcase>'
-        "</testsuite></testsuites>",
-        encoding="utf-8",
-    )
-    assert outcomes(path) == ({"test_a[2]": "why"}, ["test_a[3]", "test_a[4]"])
-
-
-_CONFTEST = """
-def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true")
-    parser.addoption("--inductor")
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: none")
-"""
-_BENCHMARK = """
-import pathlib, time, pytest
-@pytest.mark.parametrize("i", range(3))
-def test_{name}(benchmark, i):
-    with pathlib.Path("ran.txt").open("a") as file:
-        file.write(f"test_{name}[{{i}}]\\n")
-    time.sleep(0.05)
-    benchmark.extra_info.update(operator="{name}", threads=1, fused_median_us=1.0, paired_ratio_eager=2.0)
-    benchmark.pedantic(int)
-    assert ("{name}", i) != ("b", 2)
+@pytest.mark.quick
+@pytest.mark.parametrize("i", range(4))
+def test_it(paired_timing, i):
+    with pathlib.Path({ran!r}).open("a") as file:
+        file.write(f"{{i}} ")
+    if i == 1:
+        pytest.skip("not there")
+    paired_timing(Comparison(lambda: 1, {{"eager": lambda: 1 + (i == 2)}}))
+    if i == 0 and {killed}:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_real_sweep_is_killed_and_goes_on(tmp_path):
-    """pytest itself on small benchmarks; the process group is killed as soon as the first piece is in the file."""
+def test_a_sweep_is_killed_and_goes_on_and_tries_again_what_failed(tmp_path):
+    """pytest itself on small benchmarks; the process is killed in the middle of a case."""
     pytest.importorskip("pytest_benchmark")
-    (tmp_path / "conftest.py").write_text(_CONFTEST, encoding="utf-8")
-    for name in "ab":
-        (tmp_path / f"test_{name}.py").write_text(_BENCHMARK.format(name=name), encoding="utf-8")
-    code = "import sys; from pathlib import Path; from benchmarks import sweep; sweep.ROOT = Path.cwd(); "
-    code += "sys.exit(sweep.main(['--output', 'r.json', '--folder', '.', '--piece', '3']))"
-    # Other plugins than the one that is needed would only take their time at every start of pytest.
-    plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p pytest_benchmark.plugin"}
-    # pytest-benchmark measures nothing where it takes itself for a worker of pytest-xdist, as this process may be one.
-    around = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
-    options = {"cwd": tmp_path, "env": around | plugins | {"PYTHONPATH": str(ROOT)}}
-    command, output = [sys.executable, "-c", code], tmp_path / "r.json"
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    folder, output, ran = tmp_path / "benchmarks", tmp_path / "r.json", tmp_path / "ran.txt"
+    folder.mkdir()
+    (folder / "conftest.py").write_text("from benchmarks_conftest import *\n", encoding="utf-8")
+    shutil.copy(ROOT / "benchmarks" / "conftest.py", tmp_path / "benchmarks_conftest.py")
+    # Other plugins than the one that is needed would only take their time at every start of pytest; pytest-benchmark
+    # measures nothing where it takes itself for a worker of pytest-xdist, as this process may be one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    command = [sys.executable, "-m", "pytest", "-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider", "-q"]
+    command += ["-c", os.devnull, "--rootdir", str(tmp_path), str(folder / "test_some.py")]
+    command += ["--benchmark-only", "--case-seconds=0.01", f"--result={output}"]
 
-    process = subprocess.Popen(command, start_new_session=True, **silent, **options)
-    deadline = time.monotonic() + 60
-    while not output.is_file():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    def sweep(killed: bool) -> tuple[int, str]:
+        ran.write_text("")
+        (folder / "test_some.py").write_text(BENCHMARK.format(ran=str(ran), killed=killed), encoding="utf-8")
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
 
-    before = set(load(output)["cases"])
-    assert before and len(before) < 5
-    (tmp_path / "ran.txt").unlink()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    assert done.returncode == 1, done.stderr  # the one that fails
-    assert f"6 cases, {len(before)} done before" in done.stdout and "FAILED: test_b[2]" in done.stdout
-    everything = {f"test_{name}[{i}]" for name in "ab" for i in range(3)}
-    assert sorted((tmp_path / "ran.txt").read_text(encoding="utf-8").split()) == sorted(everything - before)
-    assert set(load(output)["cases"]) == everything - {"test_b[2]"}
+    assert sweep(killed=True)[0] < 0 and not output.exists()
+    status, text = sweep(killed=False)
+    assert (status, ran.read_text()) == (1, "0 1 2 3 "), text
+    assert set(load(output)["cases"]) == {"test_it[0]", "test_it[3]"}
+    assert load(output)["skipped"] == {"test_it[1]": "not there"}
+    assert sweep(killed=False)[0] == 1 and ran.read_text() == "1 2 "
 
 
 @pytest.fixture

@@ -165,7 +165,9 @@ def test_documents_are_rendered_and_checked(monkeypatch, tmp_path, result, capsy
     assert report.rendered(made) == made
     with pytest.raises(ResultError, match=r"other\.json"):
         report.rendered(text.replace("cpu-ops", "other"))
-    with pytest.raises(ResultError, match=r"cpu-ops\.json, table peer"):
+    with pytest.raises(ResultError, match="cpu-ops.json, table nothing: there is no such table; there are goals, "):
+        report.rendered(text.replace("goals", "nothing"))
+    with pytest.raises(ResultError, match=r"cpu-ops\.json, table peer: not a comparison"):
         report.rendered(text.replace("goals", "peer"))
 
     document = tmp_path / "R.md"

@@ -82,7 +82,34 @@ def test_architectures_that_are_not_understood(bad):
 )
 def test_the_default_architectures_are_those_this_nvcc_knows(monkeypatch, toolkit, listed, expected):
     monkeypatch.setattr(cuda, "_output", lambda command: listed)
-    assert cuda.default_architectures(toolkit) == expected
+    assert cuda.default_architectures(toolkit, []) == expected
+
+
+def test_the_gpus_architectures_are_those_this_nvcc_knows(monkeypatch, toolkit):
+    """One that is newer than the toolkit runs the default list's PTX."""
+    monkeypatch.setattr(cuda, "_output", lambda command: "compute_80\ncompute_89\ncompute_90\ncompute_100")
+    assert cuda.default_architectures(toolkit, ["8.0", "8.9"]) == "8.0;8.9"
+    assert cuda.default_architectures(toolkit, ["13.0"]) == "8.0;9.0;10.0+PTX"
+
+
+def test_the_driver_is_asked_for_the_gpus(monkeypatch):
+    class Driver:
+        """Two H200 and an A100."""
+
+        cuInit = staticmethod(lambda flags: 0)
+
+        def cuDeviceGetCount(self, out) -> int:
+            out._obj.value = 3
+            return 0
+
+        def cuDeviceGetAttribute(self, out, attribute, gpu) -> int:
+            out._obj.value = {75: (9, 8, 9), 76: (0, 0, 0)}[attribute][gpu]
+            return 0
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver())
+    assert cuda.gpu_architectures() == ["8.0", "9.0"]
+    monkeypatch.setattr(Driver, "cuInit", staticmethod(lambda flags: 100))  # CUDA_ERROR_NO_DEVICE
+    assert cuda.gpu_architectures() == []
 
 
 def test_headers_that_came_as_wheels(tmp_path):

@@ -58,7 +58,7 @@ def _run(*command: object, cwd: Path, **env: str) -> subprocess.CompletedProcess
 def test_a_pure_python_wheel_installs_runs_and_says_what_it_is(source, python, tmp_path):
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", tmp_path]
-    run = _run(*pip, "wheel", *options, source, cwd=tmp_path, AEP_BUILD="none")
+    run = _run(*pip, "wheel", *options, source, cwd=tmp_path, AEP_NO_EXTENSIONS="1")
     assert run.returncode == 0, run.stdout + run.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -71,7 +71,7 @@ def test_a_pure_python_wheel_installs_runs_and_says_what_it_is(source, python, t
     run = _run(python, "-c", "import aep_ext; print(aep_ext.__file__); print(aep_ext.build_info())", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert str(python.parent.parent) in run.stdout.splitlines()[0]
-    assert "built with AEP_BUILD=none: no native code" in run.stdout
+    assert "built with AEP_NO_EXTENSIONS=1: no native code" in run.stdout
     assert run.stderr.count("RuntimeWarning") == 1
 
 
@@ -90,9 +90,9 @@ def test_a_source_distribution_holds_all_that_a_build_needs(source, tmp_path):
 
 def test_an_impossible_wish_stops_the_installation_with_its_reason(source, tmp_path):
     code = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
-    run = _run(sys.executable, "-c", code, tmp_path, cwd=source, AEP_BUILD="gpu")
+    run = _run(sys.executable, "-c", code, tmp_path, cwd=source, FORCE_CUDA="gpu")
     assert run.returncode != 0
-    assert "AEP_BUILD must be cpu, cuda or none, got 'gpu'" in run.stderr
+    assert "FORCE_CUDA must be 0 or 1, got 'gpu'" in run.stderr
 
 
 def test_torch_is_no_build_requirement_beside_a_torch(source, tmp_path):

@@ -56,14 +56,6 @@ def test_other_isolation_stays_closed(monkeypatch, make_site):
     assert target.find_torch() is None
 
 
-def test_folders_named_by_pth_files_are_searched_and_their_code_is_not_run(monkeypatch, make_site, tmp_path):
-    elsewhere = make_site(name="elsewhere")
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "a.pth").write_text(f"# comment\nimport sys; sys.exit(1)\n{elsewhere}\nmissing-folder\n", encoding="utf-8")
-    assert target.pth_entries(str(site)) == [str(elsewhere)]
-
-
 def test_the_targets_folders_are_those_of_this_python():
     folders = target.target_site_dirs()
     searched = {str(Path(entry).resolve()) for entry in [*folders, *sys.path]}

@@ -82,7 +82,7 @@ def test_the_reference(logits):
     answers = torch.einsum("e,enk->nk", torch.tensor([3.0, 2.0, 1.0]), logits.logits).argmax(1)
     assert given.reference_correct == int((answers == logits.target).sum())
     fitted = calibrate(logits, costs=MACS, exits=[2], folds=2)
-    weights = torch.tensor(fit_output_weights(logits.logits, logits.target, tolerance=1e-4).weights)
+    weights = torch.tensor(fit_output_weights(logits.logits, logits.target, tolerance=1e-3).weights)
     answers = torch.einsum("e,enk->nk", weights, logits.logits).argmax(1)
     assert abs(fitted.reference_correct - int((answers == logits.target).sum())) <= 1
     own = logits.logits[0].argmax(1) == logits.target

@@ -169,7 +169,7 @@ def test_the_whole_way_keeps_the_promise(method):
 
 
 def test_a_path_made_for_a_loss_begins_without_it():
-    """A small risk of degradation can be kept, where a path of accuracy alone begins with too many exchanged answers."""
+    """A small risk of degradation can be kept, where one of accuracy alone begins with exchanged answers."""
     logits = cached_logits(4, 6000, seed=15)
     reference = logits.logits[-1].argmax(1) == logits.target
     found = calibrate(

@@ -7,19 +7,18 @@ using namespace testing;
 namespace {
 
 struct Case {
-  GatePolicy policy;
-  GateOn on;
+  GateCriterion criterion;
+  CriterionOn criterion_on;
   double threshold;
   bool enabled;
-  bool clear_behind = true;
   bool last = false;
 };
 
 void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int64_t K, int64_t feature_bytes) {
   if (!take(d)) return;
-  Random random(static_cast<uint64_t>(n * 10 + K) + static_cast<uint64_t>(c.policy));
+  Random random(static_cast<uint64_t>(n * 10 + K) + static_cast<uint64_t>(c.criterion));
   const DType acc = acc_of(d);
-  const int64_t S = c.policy == GatePolicy::patience ? 2 : c.policy == GatePolicy::vote ? K : 0;
+  const int64_t S = c.criterion == GateCriterion::patience ? 2 : c.criterion == GateCriterion::vote ? K : 0;
   Values running(rd, n * (K + 2)), logits(d, n * (K + 1)), running_out(rd, n * K), sum_out(acc, 1);
   running.fill_normal(random, 2);
   logits.fill_normal(random, 3);
@@ -38,8 +37,8 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
   Guarded stats_out(bytes(n * 12)), argmax_out(bytes(n * 8)), count_out(8), scratch(backend::gate_scratch_bytes(n));
   for (int64_t i = 0; i < n; ++i) indices.as<int64_t>()[i] = 1000 + 3 * i;
   for (int64_t i = 0; i < n * S; ++i)
-    state.as<int64_t>()[i] = random.below(c.policy == GatePolicy::patience && i % 2 == 0 ? K + 1 : 3) -
-                             (c.policy == GatePolicy::patience && i % 2 == 0 ? 1 : 0);
+    state.as<int64_t>()[i] = random.below(c.criterion == GateCriterion::patience && i % 2 == 0 ? K + 1 : 3) -
+                             (c.criterion == GateCriterion::patience && i % 2 == 0 ? 1 : 0);
 
   const double weight = rounded(acc, 0.3), weight_sum = rounded(acc, 0.45), temperature = rounded(acc, 1.7),
                threshold = rounded(acc, c.threshold);
@@ -57,8 +56,7 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
   p.feature_out_stride_bytes = feature_bytes;
   p.weight = {&weight_buffer, 0}, p.weight_sum = {nullptr, weight_sum}, p.temperature = {nullptr, temperature},
   p.threshold = {nullptr, threshold};
-  p.policy = c.policy, p.on = c.on, p.enabled = c.enabled, p.last = c.last;
-  p.clear_behind = c.clear_behind;
+  p.criterion = c.criterion, p.criterion_on = c.criterion_on, p.enabled = c.enabled, p.last = c.last;
   t.gate_judge(p, n / 2, n);
   t.gate_judge(p, 0, n / 2);
   const int64_t count = backend::gate_partition(p);
@@ -68,7 +66,7 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
   CHECK(count == count_out.as<int64_t>()[0]);
   CHECK(sum_out.get(0) == round_acc(d, weight_sum + weight));
   const double divisor =
-      c.on == GateOn::ensemble ? round_acc(d, round_acc(d, weight_sum + weight) * temperature) : temperature;
+      c.criterion_on == CriterionOn::ensemble ? round_acc(d, round_acc(d, weight_sum + weight) * temperature) : temperature;
   std::vector<int64_t> stay, leave;
   const auto first_best = [](const std::vector<double>& v) {
     for (size_t k = 0; k < v.size(); ++k) {
@@ -87,7 +85,7 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
       own.push_back(logits.get(i * (K + 1) + k));
       sum.push_back(rounded(rd, multiply_add(d, running.get(i * (K + 2) + k), weight, own.back())));
     }
-    const std::vector<double>& judged = c.on == GateOn::ensemble ? sum : own;
+    const std::vector<double>& judged = c.criterion_on == CriterionOn::ensemble ? sum : own;
     double top = -INFINITY, total = 0, first = 0, second = 0, entropy = 0;
     for (double v : judged) top = isnan(v) || isnan(top) ? NAN : fmax(top, v / divisor);
     for (double v : judged) total += exp(v / divisor - top);
@@ -112,15 +110,15 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
       }
     }
     const double limit = static_cast<double>(static_cast<float>(threshold));
-    if (c.policy == GatePolicy::confidence) leaves = kernel_stats[0] >= limit;
-    if (c.policy == GatePolicy::entropy) leaves = kernel_stats[1] <= limit;
-    if (c.policy == GatePolicy::margin) leaves = kernel_stats[2] >= limit;
-    if (c.policy == GatePolicy::patience) {
+    if (c.criterion == GateCriterion::confidence) leaves = kernel_stats[0] >= limit;
+    if (c.criterion == GateCriterion::entropy) leaves = kernel_stats[1] <= limit;
+    if (c.criterion == GateCriterion::margin) leaves = kernel_stats[2] >= limit;
+    if (c.criterion == GateCriterion::patience) {
       s[1] = valid ? (s[0] == cls ? s[1] + 1 : 1) : 0;
       s[0] = valid ? cls : -1;
       leaves = valid && static_cast<double>(s[1]) >= threshold;
     }
-    if (c.policy == GatePolicy::vote) {
+    if (c.criterion == GateCriterion::vote) {
       int64_t most = 0;
       if (valid) s[static_cast<size_t>(cls)] += 1;
       for (int64_t v : s) most = v > most ? v : most;
@@ -133,14 +131,14 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
     for (double& v : sum) v = leaves ? rounded(rd, round_acc(d, v / sum_out.get(0))) : v;
     sums[at] = sum, stats[at] = {first, entropy, first - second}, states[at] = s;
   }
-  CHECK(count == static_cast<int64_t>(stay.size()), "%s %s policy %d: %ld stay, want %zu", t.name, name_of(d),
-        int(c.policy), long(count), stay.size());
+  CHECK(count == static_cast<int64_t>(stay.size()), "%s %s criterion %d: %ld stay, want %zu", t.name, name_of(d),
+        int(c.criterion), long(count), stay.size());
   std::vector<int64_t> order = stay;
   order.insert(order.end(), leave.begin(), leave.end());
   for (int64_t to = 0; to < n; ++to) {
     const int64_t from = order[static_cast<size_t>(to)];
     const size_t at = static_cast<size_t>(from);
-    CHECK(indices_out.as<int64_t>()[to] == 1000 + 3 * from, "%s %s policy %d", t.name, name_of(d), int(c.policy));
+    CHECK(indices_out.as<int64_t>()[to] == 1000 + 3 * from, "%s %s criterion %d", t.name, name_of(d), int(c.criterion));
     CHECK(argmax_out.as<int64_t>()[to] == answers[at]);
     for (int64_t k = 0; k < K; ++k) CHECK(same(running_out.get(to * K + k), sums[at][static_cast<size_t>(k)]));
     for (int64_t s = 0; s < S; ++s) CHECK(state_out.as<int64_t>()[to * S + s] == states[at][static_cast<size_t>(s)]);
@@ -150,8 +148,7 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
             name_of(d), long(from), q, got, stats[at][static_cast<size_t>(q)]);
     }
     for (int64_t i = 0; i < feature_bytes; ++i) {
-      const unsigned char want = to < count ? features.as<unsigned char>()[from * (feature_bytes + 5) + i]
-                                           : c.clear_behind ? 0 : 0xa5;
+      const unsigned char want = to < count ? features.as<unsigned char>()[from * (feature_bytes + 5) + i] : 0;
       CHECK(features_out.as<unsigned char>()[to * feature_bytes + i] == want);
     }
   }
@@ -161,14 +158,13 @@ void run(const KernelTable& t, DType d, DType rd, const Case& c, int64_t n, int6
 
 int main() {
   const Case cases[] = {
-      {GatePolicy::confidence, GateOn::ensemble, 0.6, true},  {GatePolicy::confidence, GateOn::exit, 0.6, true},
-      {GatePolicy::entropy, GateOn::ensemble, 0.9, true},     {GatePolicy::margin, GateOn::exit, 0.3, true},
-      {GatePolicy::patience, GateOn::ensemble, 2, true},      {GatePolicy::patience, GateOn::exit, 1.5, true},
-      {GatePolicy::vote, GateOn::ensemble, 3, true},          {GatePolicy::vote, GateOn::exit, 2, true},
-      {GatePolicy::confidence, GateOn::ensemble, 0.0, false}, {GatePolicy::vote, GateOn::ensemble, 1, false},
-      {GatePolicy::confidence, GateOn::ensemble, 0.0, true},  {GatePolicy::entropy, GateOn::exit, INFINITY, true},
-      {GatePolicy::confidence, GateOn::ensemble, 0.6, true, false},
-      {GatePolicy::vote, GateOn::ensemble, 9, false, true, true}};
+      {GateCriterion::confidence, CriterionOn::ensemble, 0.6, true},  {GateCriterion::confidence, CriterionOn::exit, 0.6, true},
+      {GateCriterion::entropy, CriterionOn::ensemble, 0.9, true},     {GateCriterion::margin, CriterionOn::exit, 0.3, true},
+      {GateCriterion::patience, CriterionOn::ensemble, 2, true},      {GateCriterion::patience, CriterionOn::exit, 1.5, true},
+      {GateCriterion::vote, CriterionOn::ensemble, 3, true},          {GateCriterion::vote, CriterionOn::exit, 2, true},
+      {GateCriterion::confidence, CriterionOn::ensemble, 0.0, false}, {GateCriterion::vote, CriterionOn::ensemble, 1, false},
+      {GateCriterion::confidence, CriterionOn::ensemble, 0.0, true},  {GateCriterion::entropy, CriterionOn::exit, INFINITY, true},
+      {GateCriterion::vote, CriterionOn::ensemble, 9, false, true}};
   for (const KernelTable* t : tables()) {
     for (DType d : kAllTypes) {
       for (const Case& c : cases) {

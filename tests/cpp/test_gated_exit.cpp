@@ -12,8 +12,8 @@ namespace {
 int64_t exits = 3;
 
 struct Case {
-  GatePolicy policy;
-  GateOn on;
+  GateCriterion criterion;
+  CriterionOn criterion_on;
   double threshold;
   bool may_leave = true;
 };
@@ -45,8 +45,8 @@ void step(Row& row, DType d, const Case& c, Values& logits, int64_t at, int64_t 
   p.weight_sum_out = sum_out.data(), p.count_out = &count, p.scratch = scratch.data(), p.dtype = d;
   p.running_dtype = acc, p.n = 1, p.K = K, p.S = S, p.running_stride_n = K, p.logits_stride_n = K;
   p.weight = {nullptr, weight}, p.weight_sum = {nullptr, weight_sum}, p.temperature = {nullptr, temperature};
-  p.threshold = {nullptr, c.threshold}, p.policy = c.policy, p.on = c.on, p.enabled = enabled, p.last = e == exits - 1;
-  p.clear_behind = true;
+  p.threshold = {nullptr, c.threshold}, p.criterion = c.criterion, p.criterion_on = c.criterion_on,
+  p.enabled = enabled, p.last = e == exits - 1;
   cpu::kScalarTable.gate_judge(p, 0, 1);
   cpu::gate_partition(p);
   cpu::kScalarTable.gate_scatter(p, 0, 1);
@@ -59,16 +59,16 @@ void step(Row& row, DType d, const Case& c, Values& logits, int64_t at, int64_t 
   }
   for (int64_t i = 0; i < S; ++i) row.state[static_cast<size_t>(i)] = state_out.as<int64_t>()[i];
   row.confidence = static_cast<double>(stats[0]);
-  if (c.policy <= GatePolicy::margin) {
-    row.by_a_hair |= fabs(static_cast<double>(stats[static_cast<int>(c.policy)]) - c.threshold) < 1e-5;
+  if (c.criterion <= GateCriterion::margin) {
+    row.by_a_hair |= fabs(static_cast<double>(stats[static_cast<int>(c.criterion)]) - c.threshold) < 1e-5;
   }
   if (count == 0) row.exit = e;
 }
 
 void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
   const DType acc = acc_of(d);
-  const int64_t S = c.policy == GatePolicy::patience ? 2 : c.policy == GatePolicy::vote ? K : 0;
-  Random random(static_cast<uint64_t>(N * 1000 + K) + static_cast<uint64_t>(c.policy));
+  const int64_t S = c.criterion == GateCriterion::patience ? 2 : c.criterion == GateCriterion::vote ? K : 0;
+  Random random(static_cast<uint64_t>(N * 1000 + K) + static_cast<uint64_t>(c.criterion));
   const auto E = static_cast<size_t>(exits);
   Guarded thresholds((E - 1) * 8), temperatures(E * 8), enabled(E - 1), state(size_t(N * S) * 8);
   Guarded exit(size_t(N) * 8), confidence(size_t(N) * 4), tally(E * 8), remaining(E * 8), condition(4);
@@ -83,7 +83,7 @@ void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
   for (Row& row : rows) {
     row.running.assign(static_cast<size_t>(K), 0.0);
     row.state.assign(static_cast<size_t>(S), 0);
-    if (c.policy == GatePolicy::patience) row.state[0] = -1;
+    if (c.criterion == GateCriterion::patience) row.state[0] = -1;
   }
   // Twice: the second replay finds what the first one left behind.
   for (int replay = 0; replay < 2; ++replay) {
@@ -99,7 +99,7 @@ void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
       p.state = S ? state.as<int64_t>() : nullptr, p.exit = exit.as<int64_t>(), p.logits = answers.data();
       p.confidence = confidence.as<float>(), p.tally = tally.as<uint32_t>(), p.remaining = remaining.as<int64_t>();
       p.dtype = d, p.weights_dtype = weights_dtype, p.N = N, p.K = K, p.S = S, p.logits_stride_n = K + 3;
-      p.e = e, p.E = exits, p.policy = c.policy, p.on = c.on, p.may_leave = c.may_leave, p.sets = true;
+      p.e = e, p.E = exits, p.criterion = c.criterion, p.criterion_on = c.criterion_on, p.may_leave = c.may_leave, p.sets = true;
       p.condition = reinterpret_cast<unsigned long long>(condition.data());  // the emulation writes it there
       backend::check(cuda::launch_gated_exit(p, nullptr), "gated_exit");
       const double weight = rounded(acc, weights.get(e));
@@ -112,8 +112,8 @@ void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
           if (row.by_a_hair) row.exit = exit.as<int64_t>()[n];
         }
         left += row.exit < 0;
-        CHECK(exit.as<int64_t>()[n] == row.exit, "%s policy %d N %ld K %ld exit %ld row %ld: %ld, want %ld", name_of(d),
-              int(c.policy), long(N), long(K), long(e), long(n), long(exit.as<int64_t>()[n]), long(row.exit));
+        CHECK(exit.as<int64_t>()[n] == row.exit, "%s criterion %d N %ld K %ld exit %ld row %ld: %ld, want %ld", name_of(d),
+              int(c.criterion), long(N), long(K), long(e), long(n), long(exit.as<int64_t>()[n]), long(row.exit));
         for (int64_t i = 0; i < S && row.exit < 0; ++i)
           CHECK(state.as<int64_t>()[n * S + i] == row.state[static_cast<size_t>(i)]);
         for (int64_t k = 0; k < K; ++k) CHECK(same(running.get(n * K + k), row.running[static_cast<size_t>(k)]));
@@ -136,11 +136,11 @@ void run(DType d, DType weights_dtype, const Case& c, int64_t N, int64_t K) {
 
 int main() {
   const Case cases[] = {
-      {GatePolicy::confidence, GateOn::ensemble, 0.6}, {GatePolicy::confidence, GateOn::exit, 0.6},
-      {GatePolicy::entropy, GateOn::ensemble, 0.9},    {GatePolicy::margin, GateOn::exit, 0.3},
-      {GatePolicy::patience, GateOn::ensemble, 2},     {GatePolicy::vote, GateOn::exit, 2},
-      {GatePolicy::confidence, GateOn::ensemble, 0.0}, {GatePolicy::confidence, GateOn::ensemble, 2.0},
-      {GatePolicy::vote, GateOn::ensemble, 1, false},  {GatePolicy::margin, GateOn::ensemble, 0.1, false},
+      {GateCriterion::confidence, CriterionOn::ensemble, 0.6}, {GateCriterion::confidence, CriterionOn::exit, 0.6},
+      {GateCriterion::entropy, CriterionOn::ensemble, 0.9},    {GateCriterion::margin, CriterionOn::exit, 0.3},
+      {GateCriterion::patience, CriterionOn::ensemble, 2},     {GateCriterion::vote, CriterionOn::exit, 2},
+      {GateCriterion::confidence, CriterionOn::ensemble, 0.0}, {GateCriterion::confidence, CriterionOn::ensemble, 2.0},
+      {GateCriterion::vote, CriterionOn::ensemble, 1, false},  {GateCriterion::margin, CriterionOn::ensemble, 0.1, false},
   };
   for (DType d : kAllTypes) {
     for (const Case& c : cases) {
@@ -151,7 +151,7 @@ int main() {
     }
     run(d, DType::f32, cases[0], 2, 2100);  // a thread's second turn
     exits = 11;                             // more weights than are loaded at once
-    run(d, DType::f32, {GatePolicy::confidence, GateOn::ensemble, 0.95}, 6, 5);
+    run(d, DType::f32, {GateCriterion::confidence, CriterionOn::ensemble, 0.95}, 6, 5);
     exits = 3;
   }
   return finish("gated_exit");

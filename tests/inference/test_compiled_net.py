@@ -36,7 +36,6 @@ def test_interface(compiled: CompiledNet, net: MultiExitNet) -> None:
     assert (compiled.num_exits, compiled.num_classes, compiled.exit_ids) == (4, 5, (0, 1, 2, 3))
     assert torch.equal(compiled.output_weights, net.output_weights)
     assert compiled.backend in repr(compiled)
-    assert compiled.batches == (() if compiled.backend == "eager" else (1, 7))
     assert 0 <= compiled.max_logit_difference < 1e-3 and compiled.timings == {}
 
 
@@ -155,7 +154,7 @@ def test_threads_take_turns(compiled: CompiledNet, net: MultiExitNet) -> None:
 
 def test_verify(compiled: CompiledNet) -> None:
     x = torch.randn(130, 3, 16, 16)
-    found = compiled.verify(x)
+    found = compiled.verify(x.split(64))
     assert found.n == 130 and found.same_predictions >= 129
     assert 0 <= found.max_logit_difference < 1e-2
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:10], torch.zeros(10)), batch_size=4)
@@ -165,7 +164,7 @@ def test_verify(compiled: CompiledNet) -> None:
         with pytest.raises(TypeError, match="CompiledNet.verify: the loader must give tensors, or tuples that start"):
             compiled.verify([batch])
     with pytest.raises(ValueError, match="CompiledNet: x must have shape"):
-        compiled.verify(torch.zeros(1, 3, 8, 8))
+        compiled.verify([torch.zeros(1, 3, 8, 8)])
 
 
 def images(n: int, seed: int = 0) -> torch.Tensor:

@@ -45,8 +45,8 @@ def gate_loop(logits, weights, policy, thresholds, temperatures, enabled, on):
             weight=weights[e],
             threshold=0.0 if last else thresholds[e],
             temperature=temperatures[e],
-            policy=policy,
-            on=on,
+            criterion=policy,
+            criterion_on=on,
             enabled=False if last else enabled[e],
             last=last,
         )
@@ -124,7 +124,7 @@ def cases(draw):
             weight=weights[0],
             threshold=0.0,
             temperature=temperatures[0],
-            on=on,
+            criterion_on=on,
             enabled=False,
         )
         column = {"confidence": 0, "entropy": 1, "margin": 2}[policy]

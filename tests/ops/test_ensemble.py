@@ -187,7 +187,7 @@ def test_fixed_weights_keep_no_logits(native):
 
 
 @pytest.mark.parametrize("path", ["as loaded", "reference"])
-def test_judged_logits_that_overflow_are_as_infinite_ones(path, device, on_reference):
+def test_logits_that_overflow_are_as_infinite_ones(path, device, on_reference):
     logits = torch.tensor([[[3e38, 1.0, 0.0], [3.0, 1.0, 0.0]]], device=device)
     args, options = (logits, torch.ones(1, device=device)), {"temperature": 0.5}
     result = (

@@ -20,19 +20,19 @@ LAYOUTS = {
 }
 
 
-def initial_state(policy: str, rows: int, classes: int, device: str = "cpu") -> Tensor:
-    if policy == "patience":
+def initial_state(criterion: str, rows: int, classes: int, device: str = "cpu") -> Tensor:
+    if criterion == "patience":
         return torch.tensor([-1, 0], device=device).repeat(rows, 1)
-    return torch.zeros(rows, classes if policy == "vote" else 0, dtype=torch.int64, device=device)
+    return torch.zeros(rows, classes if criterion == "vote" else 0, dtype=torch.int64, device=device)
 
 
-def make(rows=13, classes=7, policy="confidence", device="cpu", dtype=torch.float32, maps=(6, 4, 4)) -> dict:
-    state = initial_state(policy, rows, classes, device)
+def make(rows=13, classes=7, criterion="confidence", device="cpu", dtype=torch.float32, maps=(6, 4, 4)) -> dict:
+    state = initial_state(criterion, rows, classes, device)
     logits = torch.randn(rows, classes, device=device).mul(2).to(dtype)
-    if policy == "patience":
+    if criterion == "patience":
         last = torch.where(torch.rand(rows, device=device) < 0.7, logits.argmax(-1), 0)
         state = torch.stack([last, torch.randint(1, 4, (rows,), device=device)], 1)
-    elif policy == "vote":
+    elif criterion == "vote":
         state = torch.randint(0, 2, (rows, classes), device=device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return {
@@ -43,9 +43,9 @@ def make(rows=13, classes=7, policy="confidence", device="cpu", dtype=torch.floa
         "state": state,
         "exit_logits": logits,
         "weight": 0.3,
-        "threshold": THRESHOLD[policy],
+        "threshold": THRESHOLD[criterion],
         "temperature": 1.2,
-        "policy": policy,
+        "criterion": criterion,
     }
 
 
@@ -59,8 +59,8 @@ def naive(
     weight,
     threshold,
     temperature,
-    policy,
-    on="ensemble",
+    criterion,
+    criterion_on="ensemble",
     enabled=True,
     last=False,
 ):
@@ -68,26 +68,26 @@ def naive(
     stay, leave = [], []
     for i in range(len(indices)):
         total = [r + weight * x for r, x in zip(running[i].tolist(), exit_logits[i].double().tolist(), strict=True)]
-        judged = [t / ((weight_sum + weight) * temperature) for t in total]
-        if on == "exit":
-            judged = [x / temperature for x in exit_logits[i].double().tolist()]
-        top = max(judged)
-        exps = [math.exp(j - top) for j in judged]
+        scaled = [t / ((weight_sum + weight) * temperature) for t in total]
+        if criterion_on == "exit":
+            scaled = [x / temperature for x in exit_logits[i].double().tolist()]
+        top = max(scaled)
+        exps = [math.exp(j - top) for j in scaled]
         p = sorted((x / sum(exps) for x in exps), reverse=True)
         stats = [p[0], -sum(q * math.log(q) for q in p if q > 0), p[0] - p[1] if len(p) > 1 else p[0]]
-        winner = judged.index(top)
+        winner = scaled.index(top)
         s = state[i].tolist()
-        if policy == "patience":
+        if criterion == "patience":
             s = [winner, s[1] + 1 if s[0] == winner else 1]
-        elif policy == "vote":
+        elif criterion == "vote":
             s[winner] += 1
         reached = {
             "confidence": stats[0] >= threshold,
             "entropy": stats[1] <= threshold,
             "margin": stats[2] >= threshold,
-            "patience": policy == "patience" and s[1] >= threshold,
-            "vote": policy == "vote" and max(s) >= threshold,
-        }[policy]
+            "patience": criterion == "patience" and s[1] >= threshold,
+            "vote": criterion == "vote" and max(s) >= threshold,
+        }[criterion]
         leaves = last or (enabled and reached)
         answer = [t / (weight_sum + weight) for t in total]
         row = (features[i], answer if leaves else total, int(indices[i]), s, stats, total.index(max(total)))
@@ -97,10 +97,10 @@ def naive(
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("enabled", [True, False])
-@pytest.mark.parametrize("on", ["ensemble", "exit"])
-@pytest.mark.parametrize("policy", WIDTH)
-def test_equals_naive(policy, on, enabled, last, device):
-    args = make(23, 7, policy, device) | {"on": on, "enabled": enabled, "last": last}
+@pytest.mark.parametrize("criterion_on", ["ensemble", "exit"])
+@pytest.mark.parametrize("criterion", WIDTH)
+def test_equals_naive(criterion, criterion_on, enabled, last, device):
+    args = make(23, 7, criterion, device) | {"criterion_on": criterion_on, "enabled": enabled, "last": last}
     for result in (ops.gate(**args), reference.gate(**args)):
         rows, count = naive(**{k: v.cpu() if isinstance(v, Tensor) else v for k, v in args.items()})
         assert result.count.item() == count and result.count.device.type == device
@@ -114,10 +114,10 @@ def test_equals_naive(policy, on, enabled, last, device):
         torch.testing.assert_close(result.weight_sum.cpu(), torch.tensor(0.7))
 
 
-@pytest.mark.parametrize("policy", WIDTH)
+@pytest.mark.parametrize("criterion", WIDTH)
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (1, 10), (33, 2), (64, 100), (5, 21841)], ids=str)
-def test_equals_reference(shape, policy, dtype, device, close):
-    args = make(*shape, policy, device, dtype, maps=(4, 2, 2))
+def test_equals_reference(shape, criterion, dtype, device, close):
+    args = make(*shape, criterion, device, dtype, maps=(4, 2, 2))
     for last in (False, True):
         check(ops.gate(**args, last=last), reference.gate(**args, last=last), close)
 
@@ -185,7 +185,7 @@ def test_everything_is_permuted_together(device):
         torch.nn.functional.one_hot(number % classes, classes).float(),
         weight=0.5,
         threshold=1,
-        policy="patience",
+        criterion="patience",
         enabled=False,
     )
     assert torch.equal(result.indices, number) and result.count == rows
@@ -199,7 +199,7 @@ def test_everything_is_permuted_together(device):
         torch.nn.functional.one_hot(number % classes, classes).float(),
         weight=0.5,
         threshold=6,
-        policy="patience",
+        criterion="patience",
     )
     leaves = number % 3 == 0
     order = torch.cat([number[~leaves], number[leaves]])
@@ -213,28 +213,31 @@ def test_everything_is_permuted_together(device):
 
 
 @pytest.mark.parametrize(
-    "policy, stay, leave", [("confidence", 1.01, 0.0), ("margin", 1.01, 0.0), ("entropy", -1.0, 99.0)]
+    "criterion, stay, leave", [("confidence", 1.01, 0.0), ("margin", 1.01, 0.0), ("entropy", -1.0, 99.0)]
 )
-def test_all_stay_and_all_leave(policy, stay, leave, device):
-    args = make(9, 4, policy, device)
+def test_all_stay_and_all_leave(criterion, stay, leave, device):
+    args = make(9, 4, criterion, device)
     assert ops.gate(**args | {"threshold": stay}).count == 9
     result = ops.gate(**args | {"threshold": leave})
     assert result.count == 0 and not result.features.any() and torch.equal(result.indices, args["indices"])
 
 
-@pytest.mark.parametrize("policy", ["confidence", "margin", "entropy"])
-def test_threshold_is_inclusive(policy, device):
-    args = make(6, 5, policy, device)
-    column = ["confidence", "entropy", "margin"].index(policy)
+@pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy"])
+def test_threshold_is_inclusive(criterion, device):
+    args = make(6, 5, criterion, device)
+    column = ["confidence", "entropy", "margin"].index(criterion)
     value = ops.gate(**args | {"enabled": False}).stats[2, column].item()
     result = ops.gate(**args | {"threshold": value})
     assert args["indices"][2].item() in result.indices[int(result.count) :].tolist()
 
 
-@pytest.mark.parametrize("on", ["ensemble", "exit"])
-@pytest.mark.parametrize("policy", WIDTH)
-def test_nan_rows_leave_at_the_last_exit_only(policy, on, device, close):
-    args = make(6, 5, policy, device) | {"threshold": 9.0 if policy == "entropy" else 0.0, "on": on}
+@pytest.mark.parametrize("criterion_on", ["ensemble", "exit"])
+@pytest.mark.parametrize("criterion", WIDTH)
+def test_nan_rows_leave_at_the_last_exit_only(criterion, criterion_on, device, close):
+    args = make(6, 5, criterion, device) | {
+        "threshold": 9.0 if criterion == "entropy" else 0.0,
+        "criterion_on": criterion_on,
+    }
     args["exit_logits"][2, 1] = float("nan")
     args["exit_logits"][4, 3] = float("inf")
     before = args["state"].clone()
@@ -242,9 +245,9 @@ def test_nan_rows_leave_at_the_last_exit_only(policy, on, device, close):
     check(result, reference.gate(**args), close)
     assert result.count == 2 and torch.equal(result.indices[:2], args["indices"][[2, 4]])
     assert result.stats[:2].isnan().all()
-    if policy == "patience":
+    if criterion == "patience":
         assert result.state[:2].tolist() == [[-1, 0], [-1, 0]]
-    elif policy == "vote":
+    elif criterion == "vote":
         assert torch.equal(result.state[:2], before[[2, 4]])
     end = ops.gate(**args | {"last": True, "enabled": False})
     check(end, reference.gate(**args | {"last": True, "enabled": False}), close)
@@ -272,7 +275,7 @@ def test_one_exit_answers_with_its_own_logits(device):
 
 
 def test_a_nan_in_the_running_sum_does_not_matter_to_the_exit(device, close):
-    args = make(4, 5, "confidence", device) | {"on": "exit", "threshold": 0.0}
+    args = make(4, 5, "confidence", device) | {"criterion_on": "exit", "threshold": 0.0}
     args["running"][1, 2] = float("nan")
     result = ops.gate(**args)
     assert result.count == 0 and result.argmax[1] == 2
@@ -299,8 +302,8 @@ def test_patience_counts_a_run(device):
             logits,
             weight=1.0,
             threshold=3,
-            policy="patience",
-            on="exit",
+            criterion="patience",
+            criterion_on="exit",
         )
         state, running, total = result.state, result.running, result.weight_sum
         seen.append((state.tolist()[0], int(result.count)))
@@ -318,8 +321,8 @@ def test_scalars_as_tensors(device, close):
 
 
 def test_inputs_are_neither_changed_nor_returned(device):
-    for policy in WIDTH:
-        args = make(5, 4, policy, device)
+    for criterion in WIDTH:
+        args = make(5, 4, criterion, device)
         copies = {k: v.clone() for k, v in args.items() if isinstance(v, Tensor)}
         result = ops.gate(**args | {"enabled": False})
         inputs = {v.untyped_storage().data_ptr() for v in args.values() if isinstance(v, Tensor) and v.numel()}

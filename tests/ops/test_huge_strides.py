@@ -124,16 +124,16 @@ def test_feature_maps(apart, close, where):
     close(ops.multi_exit_linear_head([x, far], weights, None)[1], x.mean((2, 3)) @ weights[0].T)
 
 
-@pytest.mark.parametrize("policy", ["confidence", "vote"])
+@pytest.mark.parametrize("criterion", ["confidence", "vote"])
 @pytest.mark.parametrize("rows", [3, 130])
-def test_gate(apart, rows, policy):
+def test_gate(apart, rows, criterion):
     """Few rows in one launch, more in several (130 rows of 40 classes)."""
     features, running, logits = torch.randn(rows, 6), torch.randn(rows, 40), torch.randn(rows, 40)
     indices = torch.arange(rows)
-    state = torch.zeros(rows, 40 if policy == "vote" else 0, dtype=torch.int64)
+    state = torch.zeros(rows, 40 if criterion == "vote" else 0, dtype=torch.int64)
     step = 2 * _FAR // (rows - 1) if rows > 3 else _FAR
     strides = (step, 1)
-    scalars = {"weight": 0.25, "threshold": 0.09 if policy == "confidence" else 1.0, "policy": policy}
+    scalars = {"weight": 0.25, "threshold": 0.09 if criterion == "confidence" else 1.0, "criterion": criterion}
     near = ops.gate(features, running, 0.5, indices, state, logits, **scalars)
     views = apart(indices, step), state, apart(logits, *strides)
     far = ops.gate(apart(features, *strides), apart(running, *strides), 0.5, *views, **scalars)

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
 from aep_ext import _load, ops
-from aep_ext.ops import _checks
+from aep_ext.ops import label_checks
 
 EXITS, ROWS, CLASSES = 2, 6, 5
 
@@ -64,16 +64,6 @@ def counts(target: Tensor) -> Tensor:
     return ops.subset_correct(logits(target.device.type, False), torch.ones(EXITS, device=target.device), target)
 
 
-def counts_out(target: Tensor) -> Tensor:
-    out = torch.full((3, 2), -7, device=target.device)
-    try:
-        weights = torch.ones(EXITS, device=target.device)
-        return ops.subset_correct(logits(target.device.type, False), weights, target, out=out)
-    except IndexError:
-        assert (out == -7).all()
-        raise
-
-
 CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "recompute": ("joint_cross_entropy", loss_of("recompute")),
     "in_forward": ("joint_cross_entropy", loss_of("in_forward")),
@@ -81,7 +71,6 @@ CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "linear": ("linear_joint_cross_entropy", linear(False)),
     "linear with gradients": ("linear_joint_cross_entropy", linear(True)),
     "subsets": ("subset_correct", counts),
-    "subsets, out": ("subset_correct", counts_out),
 }
 
 
@@ -142,7 +131,7 @@ def test_where_labels_are_looked_at(monkeypatch):
 
     def wanted() -> list[bool]:
         kinds = ("cpu", "meta", "cuda", "xpu")
-        return [_checks._labels_wanted("joint_cross_entropy", torch.device(kind)) for kind in kinds]
+        return [label_checks._looks("joint_cross_entropy", torch.device(kind)) for kind in kinds]
 
     assert wanted() == [True, False, False, False]
     with ops.check_labels():

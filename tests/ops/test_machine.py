@@ -87,7 +87,7 @@ def everything(threads: int) -> list[torch.Tensor]:
         results += [loss.loss.detach(), loss.exit_losses.detach(), leaf.grad]
         state = torch.tensor([-1, 0]).repeat(SHAPE[1], 1)
         running, indices = torch.zeros(SHAPE[1:]), torch.arange(SHAPE[1])
-        results += ops.gate(features, running, 0.0, indices, state, x[0], weight=0.5, threshold=1, policy="patience")
+        results += ops.gate(features, running, 0.0, indices, state, x[0], weight=0.5, threshold=1, criterion="patience")
         results += ops.gate(features, running, 0.0, indices, state[:, :0], x[0], weight=0.5, threshold=0.1)
         results += (
             [torch.ops.aep.multi_exit_linear_head([features], [torch.ones(3, 8)], [None])[1]] if _load.extension else []

@@ -93,14 +93,14 @@ def test_joint_cross_entropy(x, reduction, smoothing, weighted, ignored):
 
 @SETTINGS
 @given(logits(max_exits=2), st.sampled_from(["confidence", "entropy", "margin", "patience", "vote"]), st.booleans())
-def test_gate(x, policy, on_exit):
+def test_gate(x, criterion, on_exit):
     x = x[0]
     n, classes = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(3)
-    state = torch.randint(0, 3, (n, {"patience": 2, "vote": classes}.get(policy, 0)), generator=generator)
+    state = torch.randint(0, 3, (n, {"patience": 2, "vote": classes}.get(criterion, 0)), generator=generator)
     # Thresholds that no statistic of these rows meets exactly.
-    threshold = {"confidence": 0.41234, "entropy": 1.1234, "margin": 0.21234, "patience": 2, "vote": 2}[policy]
+    threshold = {"confidence": 0.41234, "entropy": 1.1234, "margin": 0.21234, "patience": 2, "vote": 2}[criterion]
     args = {
         "features": torch.randn(n, 3, generator=generator),
         "running": torch.randn(n, classes, generator=generator).to(wide),
@@ -110,8 +110,8 @@ def test_gate(x, policy, on_exit):
         "exit_logits": x,
         "weight": 0.7,
         "threshold": threshold,
-        "policy": policy,
-        "on": "exit" if on_exit else "ensemble",
+        "criterion": criterion,
+        "criterion_on": "exit" if on_exit else "ensemble",
     }
     actual, expected = ops.gate(**args), reference.gate(**args)
     for name, a, b in zip(actual._fields, actual, expected, strict=True):

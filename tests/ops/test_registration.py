@@ -87,11 +87,11 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
             row = torch.zeros(1, 4), torch.zeros(1, 3), torch.zeros(1, dtype=torch.bool)
             yield *row, rand(1, 4).detach(), 0.2, 0.3, 0.5, 1.5, "margin", "exit", True, True
     else:
-        for policy, width in {"confidence": 0, "patience": 2, "vote": 4}.items():
+        for criterion, width in {"confidence": 0, "patience": 2, "vote": 4}.items():
             features = rand(5, 2, 3, 3)
-            if policy == "patience":
+            if criterion == "patience":
                 features = features.detach().contiguous(memory_format=torch.channels_last).requires_grad_(grad)
-            scalar = torch.tensor(0.5, device=device) if policy == "vote" else None
+            scalar = torch.tensor(0.5, device=device) if criterion == "vote" else None
             yield (
                 features,
                 rand(5, 4),
@@ -102,10 +102,10 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
                 0.5,
                 0.5,
                 1.0,
-                policy,
+                criterion,
                 "ensemble",
                 True,
-                policy == "vote",
+                criterion == "vote",
                 scalar,
                 None,
                 scalar,
@@ -126,28 +126,6 @@ def test_opcheck(name, grad, device, native):
         torch.library.opcheck(operator, args, test_utils=checks)
 
 
-def out_samples(name: str, device: str) -> Iterator[tuple[tuple, dict[str, Tensor | None]]]:
-    """Arguments and out tensors of ``aep::name.out``."""
-    for args in samples(name, device, False):
-        results = getattr(torch.ops.aep, name).default(*args)
-        if name in ("ensemble", "subset_correct"):
-            yield args, {"out": torch.zeros_like(results)}
-        elif name == "ensemble_stats":
-            out = dict(zip(("logits", "stats", "argmax"), map(torch.zeros_like, results), strict=True))
-            yield args, out
-            yield args, out | {"logits": None}
-        else:
-            names = [f"{field}_out" for field in ops.GateResult._fields]
-            yield args, dict(zip(names, map(torch.zeros_like, results), strict=True))
-
-
-@pytest.mark.parametrize("name", ["ensemble", "ensemble_stats", "subset_correct", "gate"])
-def test_opcheck_of_out(name, device, native):
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    for args, out in out_samples(name, device):
-        torch.library.opcheck(getattr(torch.ops.aep, name).out, args, out, test_utils=checks)
-
-
 @pytest.mark.parametrize("name", [name for name in OPERATORS if "backward" in name])
 def test_backward_operators_say_that_they_have_no_derivative(name, device, native):
     operator = getattr(torch.ops.aep, name).default
@@ -163,11 +141,11 @@ def calls(device: str) -> dict[str, tuple[Callable[..., object], Callable[[int],
     def head(*tensors: Tensor) -> Tensor:
         return ops.multi_exit_linear_head(tensors[:2], tensors[2:4], [tensors[4], None])
 
-    def gate(features: Tensor, running: Tensor, logits: Tensor, policy: str) -> tuple:
+    def gate(features: Tensor, running: Tensor, logits: Tensor, criterion: str) -> tuple:
         n, classes = logits.shape
-        state = torch.zeros(n, {"confidence": 0, "patience": 2, "vote": classes}[policy], dtype=torch.int64, **kind)
+        state = torch.zeros(n, {"confidence": 0, "patience": 2, "vote": classes}[criterion], dtype=torch.int64, **kind)
         indices = torch.arange(n, **kind)
-        return ops.gate(features, running, 0.5, indices, state, logits, weight=0.5, threshold=0.5, policy=policy)
+        return ops.gate(features, running, 0.5, indices, state, logits, weight=0.5, threshold=0.5, criterion=criterion)
 
     weights = torch.tensor([0.2, 0.3, 0.5], **kind)
     return {

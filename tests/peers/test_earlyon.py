@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("earlyon", reason="the peer: pip install earlyon")
 
+from aep_ext.termination import GatedNet
+
 from aep_ext import ExitWeights, MultiExitNet, deploy
 from aep_ext.pruning import count_macs, prune
 from aep_ext.surgery import networks
-from aep_ext.termination import GatedNet
 from aep_ext.training.folder import RunFolder
 from benchmarks.peers import earlyon as comparison
 from benchmarks.peers import earlyon_net as peer

@@ -53,7 +53,7 @@ def build(folder: Path) -> Path:
     package = folder / "aep_ext"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "aep_ext", package, ignore=shutil.ignore_patterns("_C.*", "_build.*", "__pycache__"))
-    for name in ("termination/executor.py", "ops/gating_one.py"):  # the operator that only the CPU has is passed by
+    for name in ("inference/executor.py", "ops/gate.py"):  # the operator that only the CPU has is passed by
         text = (package / name).read_text(encoding="utf-8")
         if "logits.is_cpu" not in text:
             raise BuildError(f"{name} does not ask for CPU tensors any more: emulated_package.py needs a look")

@@ -40,8 +40,8 @@ def run_exit(static: StaticPass, e: int, exit_logits: Tensor, may_leave: bool) -
         weight=factors[e],
         threshold=0.0 if last else float(t["thresholds"][e]),
         temperature=float(t["temperatures"][e]),
-        policy=static.criterion,
-        on=static.criterion_on,
+        criterion=static.criterion,
+        criterion_on=static.criterion_on,
         enabled=not last and may_leave and bool(t["enabled"][e]),
         last=last,
     )

@@ -357,6 +357,7 @@ def install() -> None:
         assert hasattr(torch.cuda, name), f"this torch has no torch.cuda.{name}"
         setattr(torch.cuda, name, stand_in)
     torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool = _end_allocation, lambda device, pool: None
+    torch._C._cuda_clearCublasWorkspaces = lambda: None
     torch.compile, torch.autocast = _same, _Autocast
     torch.is_autocast_enabled = _of_the_cpu(torch.is_autocast_enabled)
     torch.get_autocast_dtype = _of_the_cpu(torch.get_autocast_dtype)

@@ -1,6 +1,6 @@
 """A rehearsal of the GPU check without a GPU: pretend_cuda, and cases so small that a CPU is through in seconds.
 
-PYTHONPATH=.:tests/support python -m rehearse -m pytest benchmarks/gpu/test_gpu.py::test_operator -m gpu
+PYTHONPATH=.:tests/support python -m rehearse -m benchmarks.gpu.bench ops
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The paper's eight networks against the published figures (tests/golden), and networks by name."""
+"""The paper's eight networks against the published numbers (tests/golden), and networks by name."""
 
 from __future__ import annotations
 

@@ -139,15 +139,12 @@ void ensemble_stats_of(const EnsembleStatsParams& q, int64_t begin, int64_t end)
   ExitRows<S> exits(p.logits, p.E, p.K, p.stride_e, p.stride_n, p.stride_k);
   WeightedSum<kE, S> sums(static_cast<const A*>(p.weights), p.E);
   const int64_t most = smaller<int64_t>(V::n, larger<int64_t>(1, kStatsBytes / (p.K * int64_t(sizeof(S)))));
-  Scratch<S, 1024> own_rows(p.output ? 0 : most * p.K);
   const Divisor<A> divisor(read<A>(q.normalizer) * read<A>(q.temperature));
   A top[V::n], next[V::n], sum[V::n], weighted[V::n], below[V::n];
   for (int i = 0; i < V::n; ++i) sum[i] = 1, weighted[i] = below[i] = 0;  // lanes without a row hold something harmless
   for (int64_t first = begin; first < end; first += most) {
     const int count = static_cast<int>(smaller(most, end - first));
-    const auto row = [&](int i) {
-      return p.output ? static_cast<S*>(p.output) + (first + i) * p.out_stride_n : own_rows.get() + i * p.K;
-    };
+    const auto row = [&](int i) { return static_cast<S*>(p.output) + (first + i) * p.out_stride_n; };
     for (int i = 0; i < count; ++i) {
       const int64_t n = first + i;
       sums.start(exits.sample(n), p.stride_k == 1 && n + 1 < end ? p.stride_n : 0);

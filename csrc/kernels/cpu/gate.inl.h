@@ -40,10 +40,10 @@ TopTwo<Acc<S>> top_two(const S* row, int64_t K) {
 // Statistics of the row whose running' is in `running`, with its largest two values in `top`: of running' or of the
 // exit's logits.
 template <class R, class S>
-RowStats judge(GateOn on, const R* running, const TopTwo<Acc<S>>& top, const S* logits, int64_t K,
+RowStats judge(CriterionOn criterion_on, const R* running, const TopTwo<Acc<S>>& top, const S* logits, int64_t K,
                const Divisor<Acc<S>>& divisor) {
   Acc<S> first, second;
-  if (on == GateOn::ensemble) {
+  if (criterion_on == CriterionOn::ensemble) {
     top.reduce(first, second);
     return row_stats(running, K, first, second, divisor);
   }
@@ -51,14 +51,14 @@ RowStats judge(GateOn on, const R* running, const TopTwo<Acc<S>>& top, const S* 
   return row_stats(logits, K, first, second, divisor);
 }
 
-// For the policies that compare a statistic; false for NaN.
-inline bool reaches(GatePolicy policy, const RowStats& stats, float threshold) {
-  switch (policy) {
-    case GatePolicy::confidence:
+// For the criteria that compare a statistic; false for NaN.
+inline bool reaches(GateCriterion criterion, const RowStats& stats, float threshold) {
+  switch (criterion) {
+    case GateCriterion::confidence:
       return stats.confidence >= threshold;
-    case GatePolicy::entropy:
+    case GateCriterion::entropy:
       return stats.entropy <= threshold;
-    case GatePolicy::margin:
+    case GateCriterion::margin:
       return stats.margin >= threshold;
     default:
       return false;
@@ -69,16 +69,16 @@ template <class A>
 bool leaves(const GateParams& p, int64_t row, const RowStats& stats, bool judged, float threshold,
             double count_threshold) {
   if (!judged) return false;
-  switch (p.policy) {
-    case GatePolicy::confidence:
-    case GatePolicy::entropy:
-    case GatePolicy::margin:
-      return reaches(p.policy, stats, threshold);
-    case GatePolicy::patience: {
+  switch (p.criterion) {
+    case GateCriterion::confidence:
+    case GateCriterion::entropy:
+    case GateCriterion::margin:
+      return reaches(p.criterion, stats, threshold);
+    case GateCriterion::patience: {
       const int64_t* state = p.state + row * 2;
       return static_cast<double>(state[0] == stats.argmax ? state[1] + 1 : 1) >= count_threshold;
     }
-    case GatePolicy::vote: {
+    case GateCriterion::vote: {
       const int64_t* votes = p.state + row * p.S;
       int64_t most = 0;
       for (int64_t k = 0; k < p.S; ++k) most = larger(most, votes[k] + (k == stats.argmax));
@@ -93,16 +93,17 @@ void gate_judge_as(const GateParams& p, int64_t begin, int64_t end) {
   using A = Acc<S>;
   if (begin >= end) return;
   const A weight = read<A>(p.weight), temperature = read<A>(p.temperature), threshold = read<A>(p.threshold);
-  const Divisor<A> divisor(p.on == GateOn::ensemble ? (read<A>(p.weight_sum) + weight) * temperature : temperature);
+  const Divisor<A> divisor(p.criterion_on == CriterionOn::ensemble
+                               ? (read<A>(p.weight_sum) + weight) * temperature : temperature);
   GateRow* places = static_cast<GateRow*>(p.scratch);
   Scratch<R, 1024> running(p.K);
   for (int64_t n = begin; n < end; ++n) {
     const S* logits = static_cast<const S*>(p.exit_logits) + n * p.logits_stride_n;
     TopTwo<A> top;
     update_running(static_cast<const R*>(p.running) + n * p.running_stride_n, logits, weight, p.K, running.get(), top);
-    const RowStats stats = judge(p.on, running.get(), top, logits, p.K, divisor);
+    const RowStats stats = judge(p.criterion_on, running.get(), top, logits, p.K, divisor);
     GateRow& row = places[n];
-    row.answer = p.on == GateOn::ensemble ? stats.argmax : argmax_of(running.get(), p.K);
+    row.answer = p.criterion_on == CriterionOn::ensemble ? stats.argmax : argmax_of(running.get(), p.K);
     const bool judged = stats.confidence == stats.confidence;
     row.judged = judged ? stats.argmax : -1;
     row.stats[0] = stats.confidence;
@@ -133,19 +134,19 @@ void gate_scatter_as(const GateParams& p, int64_t begin, int64_t end) {
     if (p.S > 0) {
       int64_t* state = p.state_out + to * p.S;
       const int64_t* old = p.state + n * p.S;
-      if (p.policy == GatePolicy::patience) {
+      if (p.criterion == GateCriterion::patience) {
         state[0] = row.judged;
         state[1] = row.judged < 0 ? 0 : row.judged == old[0] ? old[1] + 1 : 1;
       } else {
         for (int64_t k = 0; k < p.S; ++k) state[k] = old[k];
-        if (p.policy == GatePolicy::vote && row.judged >= 0) state[row.judged] += 1;
+        if (p.criterion == GateCriterion::vote && row.judged >= 0) state[row.judged] += 1;
       }
     }
     if (bytes == 0) continue;
     char* out = static_cast<char*>(p.features_out) + to * p.feature_out_stride_bytes;
     if (!row.leaves) {
       memcpy(out, static_cast<const char*>(p.features) + n * p.feature_stride_bytes, bytes);
-    } else if (p.clear_behind) {
+    } else {
       memset(out, 0, bytes);  // leavers are placed behind the stayers: these are the rows that must be zero
     }
   }
@@ -156,18 +157,18 @@ void gate_one_as(const GateOneParams& p) {
   using A = Acc<S>;
   const A weight = static_cast<A>(p.weight), temperature = static_cast<A>(p.temperature);
   const A weight_sum = static_cast<A>(p.weight_sum) + weight;
-  const Divisor<A> divisor(p.on == GateOn::ensemble ? weight_sum * temperature : temperature);
+  const Divisor<A> divisor(p.criterion_on == CriterionOn::ensemble ? weight_sum * temperature : temperature);
   R* running = static_cast<R*>(p.running);
   const S* logits = static_cast<const S*>(p.exit_logits);
   TopTwo<A> top;
   update_running(running, logits, weight, p.K, running, top);
-  const RowStats stats = judge(p.on, running, top, logits, p.K, divisor);
+  const RowStats stats = judge(p.criterion_on, running, top, logits, p.K, divisor);
   p.stats_out[0] = stats.confidence;
   p.stats_out[1] = stats.entropy;
   p.stats_out[2] = stats.margin;
   const bool judged = stats.confidence == stats.confidence;
   const float threshold = static_cast<float>(static_cast<A>(p.threshold));
-  *p.leaves_out = p.last || (p.enabled && judged && reaches(p.policy, stats, threshold));
+  *p.leaves_out = p.last || (p.enabled && judged && reaches(p.criterion, stats, threshold));
   if (*p.leaves_out) divide(running, weight_sum, p.K);
 }
 

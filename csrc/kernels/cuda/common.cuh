@@ -139,6 +139,7 @@ struct RowParts {
     packs = (count - head) / V;
     edges = count - packs * V;
   }
+  __device__ I count() const { return edges + packs * V; }
   __device__ I pack(I i) const { return head + i * V; }
   __device__ I edge(I i) const { return i < head ? i : i + packs * V; }
 };

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksAtOnce<S>) ensemble_kernel
 // A sum is of one class alone: where rows follow each other without gaps, they are one row.
 inline EnsembleParams joined_rows(EnsembleParams p) {
   if (p.K == 1) p.stride_k = 1;
-  if (p.N > 1 && p.stride_k == 1 && p.stride_n == p.K && (!p.output || p.out_stride_n == p.K)) p.K *= p.N, p.N = 1;
+  if (p.N > 1 && p.stride_k == 1 && p.stride_n == p.K && p.out_stride_n == p.K) p.K *= p.N, p.N = 1;
   return p;
 }
 
@@ -80,7 +80,7 @@ __device__ void take(const EnsembleParams& p, int64_t n, int64_t k, const Diviso
                      RowState<Acc<S>>& row) {
   const S* x = static_cast<const S*>(p.logits) + n * p.stride_n + k * p.stride_k;
   const Pack<V, S> stored = weighted_sums<V, kAligned>(p, x);
-  if (p.output) store_whole<V, kAligned>(static_cast<S*>(p.output) + n * p.out_stride_n + k, stored);
+  store_whole<V, kAligned>(static_cast<S*>(p.output) + n * p.out_stride_n + k, stored);
   Acc<S> values[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) values[i] = value_of(stored.value[i]);
@@ -138,7 +138,7 @@ cudaError_t launch_stats(const EnsembleStatsParams& q, cudaStream_t stream) {
   const EnsembleParams& p = q.ensemble;
   if (p.N == 0) return cudaSuccess;
   const bool packs = (p.K == 1 || p.stride_k == 1) && p.K >= V && (p.E == 1 || p.stride_e % V == 0) &&
-                     (p.N == 1 || !p.output || (p.out_stride_n - p.stride_n) % V == 0);
+                     (p.N == 1 || (p.out_stride_n - p.stride_n) % V == 0);
   if (!packs) return launch_stats_by<1, false, S>(q, stream);
   return aligned_to_16(p.logits) && aligned_to_16(p.output) ? launch_stats_by<V, true, S>(q, stream)
                                                             : launch_stats_by<V, false, S>(q, stream);

@@ -50,18 +50,18 @@ __device__ int64_t largest_of_team(int64_t value, int64_t* shared) {
 
 template <class A>
 __device__ bool decide(const GateParams& p, int64_t n, const RowResult& result, int64_t most, A threshold) {
-  switch (p.policy) {
-    case GatePolicy::confidence:
+  switch (p.criterion) {
+    case GateCriterion::confidence:
       return result.confidence >= static_cast<float>(threshold);
-    case GatePolicy::entropy:
+    case GateCriterion::entropy:
       return result.entropy <= static_cast<float>(threshold);
-    case GatePolicy::margin:
+    case GateCriterion::margin:
       return result.margin >= static_cast<float>(threshold);
-    case GatePolicy::patience: {
+    case GateCriterion::patience: {
       const int64_t* state = p.state + n * 2;
       return static_cast<double>(state[0] == result.argmax ? state[1] + 1 : 1) >= static_cast<double>(threshold);
     }
-    case GatePolicy::vote:
+    case GateCriterion::vote:
       return static_cast<double>(most) >= static_cast<double>(threshold);
   }
   return false;
@@ -73,7 +73,7 @@ __device__ GateRow judge_row(const GateParams& p, int64_t n, RowState<Acc<S>>* s
   using A = Acc<S>;
   const unsigned size = kBlock ? blockDim.x : kWarpSize, rank = kBlock ? threadIdx.x : threadIdx.x % kWarpSize;
   const A weight = read<A>(p.weight), temperature = read<A>(p.temperature), threshold = read<A>(p.threshold);
-  const bool on_exit = p.on == GateOn::exit;
+  const bool on_exit = p.criterion_on == CriterionOn::exit;
   const A divisor = on_exit ? temperature : product(add(read<A>(p.weight_sum), weight), temperature);
   const S* logits = static_cast<const S*>(p.exit_logits) + n * p.logits_stride_n;
   RowState<A> sums = empty_row<A>(), own = empty_row<A>();
@@ -87,7 +87,7 @@ __device__ GateRow judge_row(const GateParams& p, int64_t n, RowState<Acc<S>>* s
   const RowResult answer = finish_row(sums), result = on_exit ? finish_row(own) : answer;
   const bool judged = result.confidence == result.confidence;
   int64_t most = 0;
-  if (p.policy == GatePolicy::vote) {
+  if (p.criterion == GateCriterion::vote) {
     const int64_t* votes = p.state + n * p.S;
     for (int64_t k = rank; k < p.S; k += size) most = larger(most, votes[k] + (k == result.argmax ? 1 : 0));
     most = largest_of_team<kBlock>(most, shared_votes);
@@ -156,14 +156,14 @@ __device__ void move_row(const GateParams& p, int64_t n, int64_t chunk, const Ga
         running[k] = sum;
       }
     }
-    if (p.policy == GatePolicy::patience) {
+    if (p.criterion == GateCriterion::patience) {
       if (threadIdx.x == 0) {
         const int64_t* old = p.state + n * 2;
         p.state_out[to * 2] = row.judged;
         p.state_out[to * 2 + 1] = row.judged < 0 ? 0 : row.judged == old[0] ? old[1] + 1 : 1;
       }
     } else {
-      const bool vote = p.policy == GatePolicy::vote;
+      const bool vote = p.criterion == GateCriterion::vote;
       for (int64_t k = threadIdx.x; k < p.S; k += blockDim.x)
         p.state_out[to * p.S + k] = p.state[n * p.S + k] + (vote && k == row.judged ? 1 : 0);
     }
@@ -173,8 +173,7 @@ __device__ void move_row(const GateParams& p, int64_t n, int64_t chunk, const Ga
       for (int i = 0; i < 3; ++i) p.stats_out[to * 3 + i] = row.stats[i];
     }
   }
-  // Leavers are placed behind the stayers: theirs are the rows that are zero, or left alone.
-  if (row.leaves && !p.clear_behind) return;
+  // Leavers are placed behind the stayers: theirs are the rows that are zero.
   // The widest unit that all rows are aligned to.
   const uint64_t alignment =
       reinterpret_cast<uint64_t>(p.features) | reinterpret_cast<uint64_t>(p.features_out) |

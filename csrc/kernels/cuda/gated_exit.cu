@@ -53,16 +53,16 @@ __device__ A sum_of(const void* weights, DType dtype, int64_t count) {
 template <class A>
 __device__ bool reaches(const GatedExitParams& p, const RowResult& row, const int64_t* patience, int64_t most,
                         A threshold) {
-  switch (p.policy) {
-    case GatePolicy::confidence:
+  switch (p.criterion) {
+    case GateCriterion::confidence:
       return row.confidence >= static_cast<float>(threshold);
-    case GatePolicy::entropy:
+    case GateCriterion::entropy:
       return row.entropy <= static_cast<float>(threshold);
-    case GatePolicy::margin:
+    case GateCriterion::margin:
       return row.margin >= static_cast<float>(threshold);
-    case GatePolicy::patience:
+    case GateCriterion::patience:
       return static_cast<double>(patience[0] == row.argmax ? patience[1] + 1 : 1) >= static_cast<double>(threshold);
-    case GatePolicy::vote:
+    case GateCriterion::vote:
       return static_cast<double>(most) >= static_cast<double>(threshold);
   }
   return false;
@@ -89,13 +89,13 @@ __global__ void gated_exit_of(GatedExitParams p) {
   AEP_SHARED(RowState<A>, shared, kMaxThreads / kWarpSize);
   AEP_SHARED(int64_t, shared_votes, kMaxThreads);
   const bool first = p.e == 0, last = p.e == p.E - 1, live = !last && p.may_leave && p.enabled[p.e];
-  const bool vote = p.policy == GatePolicy::vote, patience = p.policy == GatePolicy::patience;
+  const bool vote = p.criterion == GateCriterion::vote, patience = p.criterion == GateCriterion::patience;
   const bool judges = live || last || vote || patience;
   const A weight = number<A>(p.weights, p.weights_dtype, p.e);
   const A weight_sum = add(sum_of<A>(p.weights, p.weights_dtype, p.e), weight);
   const A temperature = static_cast<A>(p.temperatures[p.e]);
   const A threshold = last ? A(0) : static_cast<A>(p.thresholds[p.e]);
-  const bool on_exit = p.on == GateOn::exit;
+  const bool on_exit = p.criterion_on == CriterionOn::exit;
   const A divisor = on_exit ? temperature : product(weight_sum, temperature);
   A* running = static_cast<A*>(p.running);
   uint32_t staying = 0;

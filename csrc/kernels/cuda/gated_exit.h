@@ -31,8 +31,8 @@ struct GatedExitParams {
   int64_t N, K, S;  // N >= 1
   int64_t logits_stride_n;
   int64_t e, E;
-  GatePolicy policy;
-  GateOn on;
+  GateCriterion criterion;
+  CriterionOn criterion_on;
   bool may_leave;  // false: as if enabled[e] were false
   bool sets;       // whether `condition` is set to remaining[e] > 0
   unsigned long long condition;

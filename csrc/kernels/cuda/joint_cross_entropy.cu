@@ -98,22 +98,6 @@ bool same_packs(int64_t E, int64_t N, int64_t stride_e, int64_t stride_n, int64_
          (N == 1 || (out_stride_n - stride_n) % V == 0);
 }
 
-// How a row of K values is taken apart that begins `begin` values behind the tensor's first: whole packs, each a
-// multiple of V values behind that first one, and its edges, the few values in front of them and behind. So rows of any
-// length are read 16 bytes at a time, and the order of additions does not depend on where the tensor begins.
-template <int V>
-struct Parts {
-  int64_t K, head;
-  int edges;
-  __device__ Parts(int64_t begin, int64_t count) : K(count), head(0), edges(0) {
-    if constexpr (V > 1) {
-      head = smaller<int64_t>((V - begin % V) % V, K);
-      edges = static_cast<int>(head + (K - head) % V);  // fewer than 2 V, so a thread of a team each
-    }
-  }
-  __device__ int64_t edge(int i) const { return i < head ? i : K - edges + i; }
-};
-
 // c[e, n] of LossCoefficients.
 template <class A>
 __device__ A coefficient_of(const LossCoefficients& c, int64_t e, int64_t n) {
@@ -132,24 +116,25 @@ __device__ A coefficient_of(const LossCoefficients& c, int64_t e, int64_t n) {
 // The calling thread's share of a row. `take` gets a pack, or an edge as a pack of one, and where it begins. The next
 // pack is asked for before the last one is worked on.
 template <class Team, int V, class S, class Take>
-__device__ void for_packs(const S* x, int64_t stride_k, const Parts<V>& parts, bool aligned, Take take) {
-  const int64_t step = int64_t(Team::size()) * V;
-  const auto load = [&](int64_t k) { return load_pack<V>(x + (V > 1 ? k : k * stride_k), 1, V, aligned); };
-  int64_t k = parts.head + int64_t(Team::rank()) * V;
-  if (k + V <= parts.K) {
-    Pack<V, S> next = load(k);
+__device__ void for_packs(const S* x, int64_t stride_k, const RowParts<V>& parts, bool aligned, Take take) {
+  const auto load = [&](int64_t i) {
+    return load_pack<V>(x + (V > 1 ? parts.pack(i) : i * stride_k), 1, V, aligned);
+  };
+  int64_t i = Team::rank();
+  if (i < parts.packs) {
+    Pack<V, S> next = load(i);
     while (true) {
       const Pack<V, S> pack = next;
-      const int64_t at = k;
-      k += step;
-      const bool more = k + V <= parts.K;
-      if (more) next = load(k);
+      const int64_t at = parts.pack(i);
+      i += Team::size();
+      const bool more = i < parts.packs;
+      if (more) next = load(i);
       take(pack, at);
       if (!more) break;
     }
   }
   if constexpr (V > 1) {
-    const int edge = static_cast<int>(Team::rank());
+    const int64_t edge = Team::rank();  // fewer than 2 V, so a thread of a team each
     if (edge < parts.edges) take(load_pack<1>(x + parts.edge(edge), 1, 1, false), parts.edge(edge));
   }
 }
@@ -157,11 +142,11 @@ __device__ void for_packs(const S* x, int64_t stride_k, const Parts<V>& parts, b
 // A row's gradient, from what turns its logits into probabilities: e^(x - shift) * whole. Each element is read and
 // written by the same thread, the next ones before it: `out` may be `x`.
 template <class Team, int V, class S>
-__device__ void write_gradient(const S* x, int64_t stride_k, S* out, int64_t out_stride_k, const Parts<V>& parts,
+__device__ void write_gradient(const S* x, int64_t stride_k, S* out, int64_t out_stride_k, const RowParts<V>& parts,
                                int64_t y, const Acc<S>* class_weight, Acc<S> smoothing, Acc<S> total, Acc<S> c,
                                Acc<S> shift, Acc<S> whole, bool aligned, bool out_aligned) {
   using A = Acc<S>;
-  const A share = smoothing / static_cast<A>(parts.K);
+  const A share = smoothing / static_cast<A>(parts.count());
   const A own = (A(1) - smoothing) * (class_weight ? class_weight[y] : A(1));  // the target's part of the loss
   const A scale = (smoothing > 0 ? own + share * total : own) * whole;
   for_packs<Team, V>(x, stride_k, parts, aligned, [&](auto pack, int64_t k) {
@@ -196,7 +181,7 @@ __device__ inline double top_of(double a, double b) { return fmax(a, b); }
 
 // A thread's share of a row, each logit read once.
 template <class Team, int V, class S>
-__device__ LogSum<Acc<S>> sum_of_share(const S* x, int64_t stride_k, const Parts<V>& parts,
+__device__ LogSum<Acc<S>> sum_of_share(const S* x, int64_t stride_k, const RowParts<V>& parts,
                                        const Acc<S>* class_weight, bool smoothing, bool aligned) {
   using A = Acc<S>;
   LogSum<A> row = empty_sum<A>();
@@ -234,7 +219,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, kGrad>)
     const int64_t e = i / p.N, n = i % p.N, y = p.target[n * p.target_stride];
     const int64_t begin = e * p.stride_e + n * p.stride_n;
     const S* x = static_cast<const S*>(p.logits) + begin;
-    const Parts<V> parts(begin, p.K);
+    const RowParts<V> parts(begin, p.K);
     LogSum<A> row = sum_of_share<Rows, V>(x, p.stride_k, parts, class_weight, smoothing > 0, aligned);
     row = Rows::merge(row, smoothing > 0, shared);
     // As the softmax: NaN for a row with NaN or +inf, or of nothing but -inf.
@@ -356,7 +341,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResident<S, true>)
       write_zeros<Rows>(out, 1, p.K);
       continue;
     }
-    write_gradient<Rows, V>(x, p.stride_k, out, 1, Parts<V>(begin, p.K), y, class_weight, smoothing, total,
+    write_gradient<Rows, V>(x, p.stride_k, out, 1, RowParts<V>(begin, p.K), y, class_weight, smoothing, total,
                             coefficient_of<A>(p.coefficients, e, n), static_cast<const A*>(p.row_max)[i],
                             A(1) / static_cast<const A*>(p.row_sum)[i], aligned, out_aligned);
   }

@@ -75,13 +75,9 @@ void run(const kernels::EnsembleParams& p) {
 }
 
 Tensor ensemble(const Tensor& exit_logits, const Tensor& weights) {
-  EnsembleCall call = prepare_ensemble("ensemble", exit_logits, weights);
+  EnsembleCall call = prepare_ensemble(exit_logits, weights);
   run(call.params);
   return std::move(call.output);
-}
-
-void ensemble_out(const Tensor& exit_logits, const Tensor& weights, const Tensor& out) {
-  run(prepare_ensemble("ensemble", exit_logits, weights, &out).params);
 }
 
 Tensor ensemble_backward_logits(const Tensor& grad, const Tensor& weights) {
@@ -112,15 +108,6 @@ std::tuple<Tensor, Tensor, Tensor> ensemble_stats(const Tensor& exit_logits, con
       prepare_ensemble_stats(exit_logits, weights, normalizer, temperature, normalizer_tensor, temperature_tensor);
   run(call.params);
   return {std::move(call.ensemble.output), std::move(call.stats), std::move(call.argmax)};
-}
-
-void ensemble_stats_out(const Tensor& exit_logits, const Tensor& weights, double normalizer, double temperature,
-                        const OptionalTensor& normalizer_tensor, const OptionalTensor& temperature_tensor,
-                        const OptionalTensor& logits, const Tensor& stats, const Tensor& argmax) {
-  const StatsOut out{logits.has_value() ? &*logits : nullptr, &stats, &argmax};
-  const EnsembleStatsCall call = prepare_ensemble_stats(exit_logits, weights, normalizer, temperature,
-                                                        normalizer_tensor, temperature_tensor, &out);
-  run(call.params);
 }
 
 std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
@@ -209,10 +196,6 @@ Tensor subset_correct(const Tensor& exit_logits, const Tensor& weights, const Te
   return std::move(call.counts);
 }
 
-void subset_correct_out(const Tensor& exit_logits, const Tensor& weights, const Tensor& target, const Tensor& out) {
-  run(prepare_subsets(exit_logits, weights, target, &out), target);
-}
-
 void run(kernels::GateParams& p) {
   const size_t bytes = cpu::gate_scratch_bytes(p.n);
   alignas(8) char few[4096];
@@ -227,37 +210,24 @@ void run(kernels::GateParams& p) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
     const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
     const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-    std::string_view policy, std::string_view on, bool enabled, bool last, const OptionalTensor& weight_sum_tensor,
+    std::string_view criterion, std::string_view criterion_on, bool enabled, bool last,
+    const OptionalTensor& weight_sum_tensor,
     const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
     const OptionalTensor& temperature_tensor) {
   const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
                             weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
-  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, last);
+  GateCall call =
+      prepare_gate(features, running, indices, state, exit_logits, scalars, criterion, criterion_on, enabled, last);
   run(call.params);
   return {std::move(call.features), std::move(call.running), std::move(call.indices),    std::move(call.state),
           std::move(call.stats),    std::move(call.argmax),  std::move(call.weight_sum), std::move(call.count)};
 }
 
-void gate_out(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-              const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-              std::string_view policy, std::string_view on, bool enabled, bool last, const OptionalTensor& weight_sum_tensor,
-              const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
-              const OptionalTensor& temperature_tensor, const Tensor& features_out, const Tensor& running_out,
-              const Tensor& indices_out, const Tensor& state_out, const Tensor& stats_out, const Tensor& argmax_out,
-              const Tensor& weight_sum_out, const Tensor& count_out) {
-  const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
-                            weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
-  const GateOut out{features_out, running_out, indices_out,    state_out,
-                    stats_out,    argmax_out,  weight_sum_out, count_out};
-  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, last, &out);
-  run(call.params);
-}
-
 void gate_one_(const Tensor& running, const Tensor& stats, const Tensor& leaves, const Tensor& exit_logits,
-               double weight_sum, double weight, double threshold, double temperature, std::string_view policy,
-               std::string_view on, bool enabled, bool last) {
+               double weight_sum, double weight, double threshold, double temperature, std::string_view criterion,
+               std::string_view criterion_on, bool enabled, bool last) {
   cpu::gate_one(prepare_gate_one(running, stats, leaves, exit_logits, weight_sum, weight, threshold, temperature,
-                                 policy, on, enabled, last)
+                                 criterion, criterion_on, enabled, last)
                     .params);
 }
 
@@ -269,19 +239,15 @@ TORCH_LIBRARY_IMPL(aep, CPU, m) {
   m.impl("global_avg_pool", &aep::global_avg_pool);
   m.impl("multi_exit_linear_head", &aep::multi_exit_linear_head);
   m.impl("ensemble", &aep::ensemble);
-  m.impl("ensemble.out", &aep::ensemble_out);
   m.impl("ensemble_backward_logits", &aep::ensemble_backward_logits);
   m.impl("ensemble_backward_weights", &aep::ensemble_backward_weights);
   m.impl("ensemble_stats", &aep::ensemble_stats);
-  m.impl("ensemble_stats.out", &aep::ensemble_stats_out);
   m.impl("joint_cross_entropy", &aep::joint_cross_entropy);
   m.impl("joint_cross_entropy_backward", &aep::joint_cross_entropy_backward);
   m.impl("joint_cross_entropy_with_grad", &aep::joint_cross_entropy_with_grad);
   m.impl("joint_cross_entropy_", &aep::joint_cross_entropy_);
   m.impl("joint_cross_entropy_scale_", &aep::joint_cross_entropy_scale_);
   m.impl("subset_correct", &aep::subset_correct);
-  m.impl("subset_correct.out", &aep::subset_correct_out);
   m.impl("gate", &aep::gate);
-  m.impl("gate.out", &aep::gate_out);
   m.impl("gate_one_", &aep::gate_one_);
 }

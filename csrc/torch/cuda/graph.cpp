@@ -27,18 +27,18 @@ void check(cudaError_t error, const char* what) {
 
 [[noreturn]] void refuse(const std::string& rule) { throw py::value_error("aep::GatedGraph: " + rule); }
 
-kernels::GatePolicy policy_of(const std::string& name) {
-  if (name == "confidence") return kernels::GatePolicy::confidence;
-  if (name == "entropy") return kernels::GatePolicy::entropy;
-  if (name == "margin") return kernels::GatePolicy::margin;
-  if (name == "patience") return kernels::GatePolicy::patience;
-  if (name == "vote") return kernels::GatePolicy::vote;
-  refuse("policy must be built in, got '" + name + "'");
+kernels::GateCriterion criterion_of(const std::string& name) {
+  if (name == "confidence") return kernels::GateCriterion::confidence;
+  if (name == "entropy") return kernels::GateCriterion::entropy;
+  if (name == "margin") return kernels::GateCriterion::margin;
+  if (name == "patience") return kernels::GateCriterion::patience;
+  if (name == "vote") return kernels::GateCriterion::vote;
+  refuse("criterion must be built in, got '" + name + "'");
 }
 
 class GatedGraph {
  public:
-  GatedGraph(py::dict tensors, const std::string& policy, const std::string& on) : device_(at::kCUDA) {
+  GatedGraph(py::dict tensors, const std::string& criterion, const std::string& criterion_on) : device_(at::kCUDA) {
     auto& p = base_;
     const Tensor exit = take(tensors, "exit", at::kLong), running = take(tensors, "running");
     device_ = exit.device();
@@ -53,8 +53,8 @@ class GatedGraph {
     const Tensor state = take(tensors, "state", at::kLong), weights = take(tensors, "weights");
     const Tensor confidence = take(tensors, "confidence", at::kFloat), tally = take(tensors, "tally", at::kInt);
     const Tensor remaining = take(tensors, "remaining", at::kLong);
-    p.policy = policy_of(policy);
-    p.S = p.policy == kernels::GatePolicy::patience ? 2 : p.policy == kernels::GatePolicy::vote ? p.K : 0;
+    p.criterion = criterion_of(criterion);
+    p.S = p.criterion == kernels::GateCriterion::patience ? 2 : p.criterion == kernels::GateCriterion::vote ? p.K : 0;
     expect("logits", logits, p.N * p.K);
     expect("state", state, p.N * p.S);
     expect("weights", weights, p.E);
@@ -78,7 +78,7 @@ class GatedGraph {
     p.tally = reinterpret_cast<uint32_t*>(tally.mutable_data_ptr<int32_t>());
     p.remaining = remaining.mutable_data_ptr<int64_t>();
     p.dtype = kernel_type(type_);
-    p.on = on == "exit" ? kernels::GateOn::exit : kernels::GateOn::ensemble;
+    p.criterion_on = criterion_on == "exit" ? kernels::CriterionOn::exit : kernels::CriterionOn::ensemble;
   }
 
   // Adds a captured stage (the address of a cudaGraph_t) and its exit behind what is there: kernels::cuda::GatedGraph.
@@ -160,8 +160,8 @@ std::string refused(int64_t captured) {
 void register_gated_graph(py::module_& module) {
   register_capture_stream(module);
   py::class_<GatedGraph>(module, "GatedGraph", "One launch for a gated network: stages and exits in nested IF nodes.")
-      .def(py::init<py::dict, const std::string&, const std::string&>(), py::arg("tensors"), py::arg("policy"),
-           py::arg("on"))
+      .def(py::init<py::dict, const std::string&, const std::string&>(), py::arg("tensors"), py::arg("criterion"),
+           py::arg("criterion_on"))
       .def("add", &GatedGraph::add, py::arg("captured"), py::arg("e"), py::arg("exit_logits"), py::arg("may_leave"),
            py::arg("opens"))
       .def("instantiate", &GatedGraph::instantiate)

@@ -60,19 +60,11 @@ std::tuple<Tensor, Tensor> multi_exit_linear_head(at::TensorList features, at::T
   return {call.logits, call.pooled};
 }
 
-void run(const EnsembleCall& call) {
-  const OnDevice device(call.exit_logits);
-  C10_CUDA_CHECK(cuda::launch_ensemble(call.params, device.stream));
-}
-
 Tensor ensemble(const Tensor& exit_logits, const Tensor& weights) {
-  const EnsembleCall call = prepare_ensemble("ensemble", exit_logits, weights);
-  run(call);
+  const EnsembleCall call = prepare_ensemble(exit_logits, weights);
+  const OnDevice device(exit_logits);
+  C10_CUDA_CHECK(cuda::launch_ensemble(call.params, device.stream));
   return call.output;
-}
-
-void ensemble_out(const Tensor& exit_logits, const Tensor& weights, const Tensor& out) {
-  run(prepare_ensemble("ensemble", exit_logits, weights, &out));
 }
 
 Tensor ensemble_backward_logits(const Tensor& grad, const Tensor& weights) {
@@ -97,16 +89,6 @@ std::tuple<Tensor, Tensor, Tensor> ensemble_stats(const Tensor& exit_logits, con
   const OnDevice device(exit_logits);
   C10_CUDA_CHECK(cuda::launch_ensemble_stats(call.params, device.stream));
   return {call.ensemble.output, call.stats, call.argmax};
-}
-
-void ensemble_stats_out(const Tensor& exit_logits, const Tensor& weights, double normalizer, double temperature,
-                        const OptionalTensor& normalizer_tensor, const OptionalTensor& temperature_tensor,
-                        const OptionalTensor& logits, const Tensor& stats, const Tensor& argmax) {
-  const StatsOut out{logits.has_value() ? &*logits : nullptr, &stats, &argmax};
-  const EnsembleStatsCall call = prepare_ensemble_stats(exit_logits, weights, normalizer, temperature,
-                                                        normalizer_tensor, temperature_tensor, &out);
-  const OnDevice device(exit_logits);
-  C10_CUDA_CHECK(cuda::launch_ensemble_stats(call.params, device.stream));
 }
 
 std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
@@ -185,10 +167,6 @@ Tensor subset_correct(const Tensor& exit_logits, const Tensor& weights, const Te
   return call.counts;
 }
 
-void subset_correct_out(const Tensor& exit_logits, const Tensor& weights, const Tensor& target, const Tensor& out) {
-  run(prepare_subsets(exit_logits, weights, target, &out), target);
-}
-
 void run(GateCall& call) {
   const OnDevice device(call.features);
   const auto bytes = static_cast<int64_t>(cuda::gate_scratch_bytes(call.params.n));
@@ -200,29 +178,16 @@ void run(GateCall& call) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate(
     const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
     const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-    std::string_view policy, std::string_view on, bool enabled, bool last, const OptionalTensor& weight_sum_tensor,
+    std::string_view criterion, std::string_view criterion_on, bool enabled, bool last,
+    const OptionalTensor& weight_sum_tensor,
     const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
     const OptionalTensor& temperature_tensor) {
   const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
                             weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
-  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, last);
+  GateCall call =
+      prepare_gate(features, running, indices, state, exit_logits, scalars, criterion, criterion_on, enabled, last);
   run(call);
   return {call.features, call.running, call.indices, call.state, call.stats, call.argmax, call.weight_sum, call.count};
-}
-
-void gate_out(const Tensor& features, const Tensor& running, const Tensor& indices, const Tensor& state,
-              const Tensor& exit_logits, double weight_sum, double weight, double threshold, double temperature,
-              std::string_view policy, std::string_view on, bool enabled, bool last, const OptionalTensor& weight_sum_tensor,
-              const OptionalTensor& weight_tensor, const OptionalTensor& threshold_tensor,
-              const OptionalTensor& temperature_tensor, const Tensor& features_out, const Tensor& running_out,
-              const Tensor& indices_out, const Tensor& state_out, const Tensor& stats_out, const Tensor& argmax_out,
-              const Tensor& weight_sum_out, const Tensor& count_out) {
-  const GateScalars scalars{weight_sum,        weight,        threshold,        temperature,
-                            weight_sum_tensor, weight_tensor, threshold_tensor, temperature_tensor};
-  const GateOut out{features_out, running_out, indices_out,    state_out,
-                    stats_out,    argmax_out,  weight_sum_out, count_out};
-  GateCall call = prepare_gate(features, running, indices, state, exit_logits, scalars, policy, on, enabled, last, &out);
-  run(call);
 }
 
 }  // namespace
@@ -233,18 +198,14 @@ TORCH_LIBRARY_IMPL(aep, CUDA, m) {
   m.impl("global_avg_pool", &aep::global_avg_pool);
   m.impl("multi_exit_linear_head", &aep::multi_exit_linear_head);
   m.impl("ensemble", &aep::ensemble);
-  m.impl("ensemble.out", &aep::ensemble_out);
   m.impl("ensemble_backward_logits", &aep::ensemble_backward_logits);
   m.impl("ensemble_backward_weights", &aep::ensemble_backward_weights);
   m.impl("ensemble_stats", &aep::ensemble_stats);
-  m.impl("ensemble_stats.out", &aep::ensemble_stats_out);
   m.impl("joint_cross_entropy", &aep::joint_cross_entropy);
   m.impl("joint_cross_entropy_backward", &aep::joint_cross_entropy_backward);
   m.impl("joint_cross_entropy_with_grad", &aep::joint_cross_entropy_with_grad);
   m.impl("joint_cross_entropy_", &aep::joint_cross_entropy_);
   m.impl("joint_cross_entropy_scale_", &aep::joint_cross_entropy_scale_);
   m.impl("subset_correct", &aep::subset_correct);
-  m.impl("subset_correct.out", &aep::subset_correct_out);
   m.impl("gate", &aep::gate);
-  m.impl("gate.out", &aep::gate_out);
 }

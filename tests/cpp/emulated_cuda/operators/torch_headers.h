@@ -1,4 +1,4 @@
-// Every header of torch that csrc/torch includes, precompiled, and before as_cuda.h renames what they declare.
+// Every header of torch that csrc/torch includes, read before as_cuda.h renames what they declare.
 #pragma once
 
 #include <ATen/EmptyTensor.h>

@@ -5,22 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from aep_ext.ops import _checks, _native, reference
-from aep_ext.ops._dispatch import has_native
+from aep_ext.ops._dispatch import use_native
 from aep_ext.ops.types import EnsembleStats
 
 _new = tuple.__new__  # a named tuple from a tuple, in half the time
 _ONE = 1.0  # the default is known by identity: what need not be passed on costs nothing
 
 
-def ensemble(exit_logits: Tensor, weights: Tensor, *, out: Tensor | None = None) -> Tensor:
+def ensemble(exit_logits: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of the exits' raw logits (no softmax before it, no renormalisation).
 
     Args:
         exit_logits: (E, N, K), E and K at least 1, float32, float64, bfloat16 or float16, any strides.
         weights: (E,), floating point, on the same device. Converted to the accumulation dtype: float64 for float64
             logits, else float32.
-        out: (N, K), contiguous, dtype and device of ``exit_logits``: takes the result, which is then ``out`` itself. It
-            may not share memory with an argument, and nothing may require a gradient (in grad mode).
 
     Returns:
         (N, K) in the dtype of ``exit_logits``: products rounded in the accumulation dtype, added in ascending order of
@@ -30,7 +28,7 @@ def ensemble(exit_logits: Tensor, weights: Tensor, *, out: Tensor | None = None)
 
     Raises:
         TypeError: a dtype breaks the rules above.
-        ValueError: a shape or device does, or ``out`` in another way.
+        ValueError: a shape or device does.
 
     Source: equation of the ensemble output in arXiv 2301.12168, section 3.3.
 
@@ -38,18 +36,10 @@ def ensemble(exit_logits: Tensor, weights: Tensor, *, out: Tensor | None = None)
 
         (exit_logits * weights[:, None, None]).sum(0)
     """
-    if has_native(exit_logits) and isinstance(weights, Tensor):
-        if out is None:
-            return _native.ensemble(exit_logits, weights)
-        if isinstance(out, Tensor):
-            _native.ensemble_out(exit_logits, weights, out=out)
-            return out
-    _checks.ensemble(exit_logits, weights)
-    if out is None:
-        return reference.ensemble(exit_logits, weights)
-    _checks.ensemble_out(exit_logits, weights, out)
-    _checks.no_gradients("ensemble", exit_logits, weights, out)
-    return out.copy_(reference.ensemble(exit_logits, weights))
+    if use_native(exit_logits, weights):
+        return _native.ensemble(exit_logits, weights)
+    _checks.weighted_exits("ensemble", exit_logits, "weights", weights)
+    return reference.ensemble(exit_logits, weights)
 
 
 def ensemble_stats(
@@ -58,7 +48,6 @@ def ensemble_stats(
     *,
     normalizer: float | Tensor = _ONE,
     temperature: float | Tensor = _ONE,
-    out: EnsembleStats | tuple[Tensor | None, Tensor, Tensor] | None = None,
 ) -> EnsembleStats:
     """:func:`ensemble` with confidence, entropy, margin and argmax in one pass.
 
@@ -68,9 +57,6 @@ def ensemble_stats(
         normalizer: divides the logits before the softmax (usually the sum of the weights); a finite number above 0, or
             a 0-d floating tensor on the same device, whose value is not checked.
         temperature: divides them too; likewise.
-        out: three contiguous tensors that take the results (shapes and dtypes as below), which are then these tensors.
-            With None in place of the logits: statistics alone, and no (N, K) is written anywhere. The tensors may share
-            memory neither with an argument nor with each other, and nothing may require a gradient (in grad mode).
 
     Returns:
         :class:`EnsembleStats`: ``logits`` (N, K) as :func:`ensemble` returns them; ``stats`` (N, 3) float32 with
@@ -82,7 +68,7 @@ def ensemble_stats(
 
     Raises:
         TypeError: a dtype breaks the rules above, or a scalar is neither number nor tensor.
-        ValueError: a shape, device or number does, or ``out`` in another way.
+        ValueError: a shape, device or number does.
 
     Equivalent to::
 
@@ -92,40 +78,14 @@ def ensemble_stats(
         stats = torch.stack([top[:, 0], torch.special.entr(p).sum(-1), top[:, 0] - top[:, 1]], -1)
         EnsembleStats(logits, stats, logits.argmax(-1))
     """
-    if out is not None:
-        return _stats_into(exit_logits, weights, normalizer, temperature, out)
-    if has_native(exit_logits) and isinstance(weights, Tensor):
+    if use_native(exit_logits, weights):
         if normalizer is _ONE and temperature is _ONE:
             return _new(EnsembleStats, _native.ensemble_stats(exit_logits, weights))
         if normalizer.__class__ is float and temperature.__class__ is float:
             return _new(EnsembleStats, _native.ensemble_stats(exit_logits, weights, normalizer, temperature))
         numbers, tensors = _native.scalars("ensemble_stats", normalizer=normalizer, temperature=temperature)
         return _new(EnsembleStats, _native.ensemble_stats(exit_logits, weights, *numbers, *tensors))
-    _checks.ensemble_stats(exit_logits, weights, normalizer, temperature)
+    _checks.weighted_exits("ensemble_stats", exit_logits, "weights", weights)
+    _checks.number("ensemble_stats", "normalizer", normalizer, exit_logits.device, positive=True)
+    _checks.number("ensemble_stats", "temperature", temperature, exit_logits.device, positive=True)
     return reference.ensemble_stats(exit_logits, weights, normalizer=normalizer, temperature=temperature)
-
-
-def _stats_into(
-    exit_logits: Tensor,
-    weights: Tensor,
-    normalizer: float | Tensor,
-    temperature: float | Tensor,
-    out: EnsembleStats | tuple[Tensor | None, Tensor, Tensor],
-) -> EnsembleStats:
-    """:func:`ensemble_stats` into the caller's tensors."""
-    _checks.parts("ensemble_stats", out, EnsembleStats._fields, optional="logits")
-    out = EnsembleStats(*out)
-    if has_native(exit_logits) and isinstance(weights, Tensor):
-        numbers, tensors = _native.scalars("ensemble_stats", normalizer=normalizer, temperature=temperature)
-        _native.ensemble_stats_out(
-            exit_logits, weights, *numbers, *tensors, logits=out.logits, stats=out.stats, argmax=out.argmax
-        )
-        return out
-    _checks.ensemble_stats(exit_logits, weights, normalizer, temperature)
-    _checks.ensemble_stats_out(exit_logits, weights, normalizer, temperature, out)
-    _checks.no_gradients("ensemble_stats", exit_logits, weights, out.logits, out.stats)
-    result = reference.ensemble_stats(exit_logits, weights, normalizer=normalizer, temperature=temperature)
-    for target, value in zip(out, result, strict=True):
-        if target is not None:
-            target.copy_(value)
-    return out

@@ -1,0 +1,199 @@
+"""The joint loss: weighted sum of the exits' cross entropies, from logits or from what linear exits see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aep_ext.ops import _checks, _native, label_checks, reference
+from aep_ext.ops._dispatch import use_native
+from aep_ext.ops.types import JointLoss
+
+MEMORY_MODES = ("recompute", "in_forward", "in_place")
+
+
+def joint_cross_entropy(
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory: str = "recompute",
+) -> JointLoss:
+    """Cross entropy of every exit and their weighted sum.
+
+    Args:
+        exit_logits: (E, N, K), E and K at least 1, float32, float64, bfloat16 or float16, any strides.
+        target: (N,) int64, class indices 0..K-1 or ``ignore_index``.
+        exit_weights: (E,), floating point: the loss weight a_e of every exit.
+        class_weight: (K,), floating point, without gradient; None for ones.
+        label_smoothing: within 0..1.
+        ignore_index: rows with this label count nowhere and get a zero gradient.
+        reduction: "mean" (divided by the class weights of the rows that count: NaN when there are none), "sum" or
+            "none".
+        memory: what is held for the backward, and where its gradient comes from.
+
+            - "recompute": nothing of size E*N*K but the logits themselves; the backward recomputes the softmax.
+            - "in_forward": the forward forms the gradient and holds it (one more tensor of the logits' size), not the
+              logits; the backward scales it where it lies, and frees it.
+            - "in_place": the forward overwrites ``exit_logits`` with their gradient: no further memory. Read whatever
+              you need of the logits first; a later differentiable use of them raises in its backward, as does one
+              before it whose backward needs their values.
+
+            The last two want reduction "mean" or "sum" and differentiate through ``loss`` only (``exit_losses`` do not
+            require a gradient). Where no gradient of the logits is recorded, and on the reference path (see
+            :func:`aep_ext.build_info`), all three do the same, and nothing is overwritten.
+
+    Returns:
+        :class:`JointLoss` in float32 (float64 for float64 logits). ``loss``: 0-d, or (N,) for "none";
+        ``exit_losses``: (E,), or (E, N) for "none", without the exit weights.
+
+    Differentiable, once, in ``exit_logits`` and ``exit_weights``, through both results. Under autocast the arithmetic
+    is float32, as for ``cross_entropy``, without a copy of the logits in float32.
+
+    Raises:
+        TypeError: a dtype breaks the rules above.
+        ValueError: a shape, device, ``label_smoothing``, ``reduction`` or ``memory`` does.
+        IndexError: on the CPU, a label is out of range. Elsewhere, where looking would wait for the device, the loss is
+            NaN and the row's gradient zero, unless :class:`check_labels` is on.
+        RuntimeError: double backward (the reference has one for "recompute"); with "in_place": logits that are a leaf
+            (or a view of one), that share memory among their elements or with another argument, or ``torch.compile``.
+            Nothing has been overwritten then.
+
+    Source: the joint loss of arXiv 2301.12168, section 3.2; cross entropy as in ``torch.nn.functional.cross_entropy``.
+
+    Equivalent to::
+
+        exit_losses = torch.stack([F.cross_entropy(x.float(), target, class_weight, ...) for x in exit_logits])
+        loss = (exit_weights[:, None] * exit_losses).sum(0)  # without [:, None] unless reduction is "none"
+    """
+    op = "joint_cross_entropy"
+    if memory != "recompute":
+        _checks.choice(op, "memory", memory, MEMORY_MODES)
+        if reduction == "none":
+            raise ValueError(f"aep::{op}: memory='{memory}' needs reduction 'mean' or 'sum', got 'none'")
+        if not (isinstance(exit_logits, Tensor) and torch.is_grad_enabled() and exit_logits.requires_grad):
+            memory = "recompute"  # no gradient to form
+        elif memory == "in_place" and torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"aep::{op}: memory must be 'recompute' or 'in_forward' under torch.compile, got 'in_place'"
+            )
+    arguments = (exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
+    if use_native(exit_logits, target, exit_weights, exit_logits if class_weight is None else class_weight):
+        if memory == "recompute":
+            loss, exit_losses, _ = _native.joint_cross_entropy(*arguments)
+        elif memory == "in_forward":
+            loss, exit_losses, _ = _native.joint_cross_entropy_with_grad(*arguments)
+        else:
+            loss, exit_losses = _native.joint_cross_entropy_(*arguments)
+        return JointLoss(loss, exit_losses)
+    _, rows, classes = _checks.weighted_exits(op, exit_logits, "exit_weights", exit_weights)
+    _checks.choice(op, "reduction", reduction, ("none", "mean", "sum"))
+    _check_options(op, target, (rows, classes), exit_logits.device, class_weight, label_smoothing, ignore_index)
+    loss, exit_losses = reference.joint_cross_entropy(*arguments)
+    return JointLoss(loss, exit_losses if memory == "recompute" else exit_losses.detach())
+
+
+def linear_joint_cross_entropy(
+    pooled: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk: int | None = None,
+) -> JointLoss:
+    """Cross entropy of exits that end in a linear layer, and their weighted sum; for many classes.
+
+    The logits, (E, N, K), are never held: one exit's are formed ``chunk`` rows at a time in one buffer of (chunk, K),
+    turned into losses and, in their place, into their gradient, and that at once into the gradients of what they came
+    from. Those are held for the backward, which only scales them. So the memory taken beyond the gradients, which any
+    backward forms, is the buffer. For bfloat16 and float16 it is also a product the size of one exit's weights, and the
+    gradients of weights and biases in float32 until the backward has rounded them.
+
+    Args:
+        pooled: E tensors (N, C_e) of one floating dtype and device, any strides; C at least 1, N may be 0.
+        weights: E tensors (K, C_e), dtype and device as ``pooled``.
+        biases: E entries, each a tensor (K,) or None; or None for no bias at all.
+        target: (N,) int64, class indices 0..K-1 or ``ignore_index``.
+        exit_weights: (E,), floating point: the loss weight a_e of every exit.
+        class_weight: (K,), floating point, without gradient; None for ones.
+        label_smoothing: within 0..1.
+        ignore_index: rows with this label count nowhere and give no gradient.
+        reduction: "mean" (divided by the class weights of the rows that count: NaN when there are none) or "sum". A
+            loss for every row is not to be had: the gradient is formed before the incoming one is known.
+        chunk: rows of the buffer. None: a buffer of a sixteenth of the logits, or of 4 MiB where that is more. It
+            changes results by rounding only.
+
+    Returns:
+        :class:`JointLoss` in float32 (float64 for float64). ``loss``: 0-d; ``exit_losses``: (E,), without the exit
+        weights, and without a gradient.
+
+    Differentiable, once, through ``loss``, in ``pooled``, ``weights``, ``biases`` and ``exit_weights``. Gradients that
+    nothing requires are not formed, and without any (under ``torch.no_grad()``, say) only the losses are. Those of
+    weights and biases are summed over the chunks in float32 for bfloat16 and float16, and rounded at the end.
+    Under autocast ``pooled``, ``weights`` and ``biases`` are cast to the autocast dtype, as torch does for ``linear``;
+    the loss is float32. Multiply-adds: N * C_e * K per exit, and as many again for each of the gradients of ``pooled``
+    and ``weights``, counted in the forward. On the reference path (see :func:`aep_ext.build_info`) the logits are held.
+
+    Raises:
+        TypeError: a dtype breaks the rules above.
+        ValueError: a shape, a device, the number of tensors, ``label_smoothing``, ``reduction`` or ``chunk`` does.
+        IndexError: on the CPU, a label is out of range. Elsewhere, where looking would wait for the device, the loss is
+            NaN and the row's part of the gradients zero, unless :class:`check_labels` is on.
+        RuntimeError: double backward (the reference has one).
+
+    Source: the joint loss of arXiv 2301.12168, section 3.2, over its linear exits; the gradient formed in the forward,
+    chunk by chunk, as in arXiv 2410.10989 (section 3.2) and, for the idea, arXiv 2411.09009.
+
+    Equivalent to::
+
+        logits = torch.stack([F.linear(x, w, b) for x, w, b in zip(pooled, weights, biases)])
+        joint_cross_entropy(logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
+    """
+    op = "linear_joint_cross_entropy"
+    if biases is None:
+        biases = [None] * len(pooled)
+    options = (class_weight, label_smoothing, ignore_index, reduction)
+    given = (target, exit_weights) if class_weight is None else (target, exit_weights, class_weight)
+    if len(pooled) > 0 and use_native(*pooled, *given):
+        return JointLoss(
+            *_native.linear_joint_cross_entropy(pooled, weights, biases, target, exit_weights, *options, chunk)
+        )
+    shape = _checks.linears(op, "pooled", pooled, "NC", weights, biases)
+    device = pooled[0].device
+    _checks.tensor(op, "exit_weights", exit_weights, (len(pooled),), device=device)
+    _checks.choice(op, "reduction", reduction, ("mean", "sum"))
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"aep::{op}: chunk must be at least 1, got {chunk}")
+    _check_options(op, target, shape, device, class_weight, label_smoothing, ignore_index)
+    return reference.linear_joint_cross_entropy(pooled, weights, biases, target, exit_weights, *options)
+
+
+def _check_options(
+    op: str,
+    target: Tensor,
+    shape: tuple[int, int],
+    device: torch.device,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+) -> None:
+    """What the losses of logits (..., N, K) have in common, the labels themselves last."""
+    rows, classes = shape
+    _checks.tensor(op, "target", target, (rows,), _checks.INT64, device)
+    if class_weight is not None:
+        _checks.tensor(op, "class_weight", class_weight, (classes,), device=device)
+        if torch.is_grad_enabled() and class_weight.requires_grad:
+            raise ValueError(f"aep::{op}: class_weight must not require a gradient, got requires_grad=True")
+    _checks.number(op, "label_smoothing", label_smoothing, device)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"aep::{op}: label_smoothing must be within 0..1, got {label_smoothing:g}")
+    label_checks.labels(op, target, classes, ignore_index)
