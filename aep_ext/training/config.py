@@ -31,6 +31,7 @@ CALIBRATION_FIELDS = (
     "risk",
     "delta",
 )
+_OF_RECIPE = ("image_size", "epochs", "batch_size", "lr", "weight_decay", "optimizer", "schedule")
 OBJECTIVES = ("gated", "published")
 REFERENCES = ("baseline", "pruned", "ensemble")
 
@@ -63,7 +64,7 @@ class RunConfig:
             "ensemble" of all exits.
         criterion, criterion_on: see :class:`~aep_ext.inference.ExitPolicy`.
         num_std_errors: so many standard errors are added to the cross-validated drop before it is held against the
-            budget: the choice among many candidates is optimistic by about one where images are few.
+            budget. 0: the plain estimate, which few images make too hopeful; 1 is the usual one-standard-error rule.
         output_weights: of the gated exits: "fitted" on the calibration images, or "run", as trained.
         risk, delta: instead of the budget a guarantee: at most this fraction of the answers is lost, with probability
             ``1 - delta``.
@@ -117,11 +118,7 @@ class RunConfig:
             UserError: a value is out of range, or a name unknown.
         """
         recipe = recipe_named(self.recipe)
-        filled = {
-            name: getattr(recipe, name)
-            for name in ("image_size", "epochs", "batch_size", "lr", "weight_decay", "optimizer", "schedule")
-            if getattr(self, name) is None
-        }
+        filled = {name: getattr(recipe, name) for name in _OF_RECIPE if getattr(self, name) is None}
         if self.patience is None:
             filled["patience"] = recipe.patience or 0
         if self.seeds is None:
@@ -186,10 +183,8 @@ class RunConfig:
 
     def training(self) -> Recipe:
         """The recipe with this run's changes; of a resolved configuration."""
-        names = ("image_size", "epochs", "batch_size", "lr", "weight_decay", "optimizer", "schedule")
-        return replace(
-            recipe_named(self.recipe), patience=self.patience or None, **{name: getattr(self, name) for name in names}
-        )
+        changes = {name: getattr(self, name) for name in _OF_RECIPE}
+        return replace(recipe_named(self.recipe), patience=self.patience or None, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for ``config.json``."""

@@ -14,8 +14,7 @@ from aep_ext._utils import UserError, require
 from aep_ext.training import sources
 from aep_ext.training.config import RunConfig
 from aep_ext.training.dataset import EpochSampler, ImageDataset, batches, measured_normalisation
-from aep_ext.training.published import PUBLISHED, PublishedData
-from aep_ext.training.splits import class_counts, class_weights, seeded_split, split_sha256
+from aep_ext.training.splits import PUBLISHED, PublishedData, class_counts, class_weights, seeded_split, split_sha256
 
 pl = require("lightning.pytorch", "train", "aep_ext.training")
 

@@ -19,6 +19,8 @@ VERSION = 2
 """Of what a run folder holds."""
 DEFAULT_PARENT = Path("runs")
 BASELINE = "baseline"
+STATIC = "static/"
+"""Begins the name of a trained static network."""
 MODEL_FILES = ("model.safetensors", "model.json")
 
 

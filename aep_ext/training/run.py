@@ -26,10 +26,9 @@ from aep_ext.training.config import RunConfig
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.evaluate import LATENCY_IMAGES, accuracy, latency_beside, right_answers, torch_device
 from aep_ext.training.fit import fit
-from aep_ext.training.folder import BASELINE, MODEL_FILES, VERSION, RunFolder, begin, open_run
+from aep_ext.training.folder import BASELINE, MODEL_FILES, STATIC, VERSION, RunFolder, begin, open_run
 from aep_ext.training.gates import agreement, calibrated, evaluated
 from aep_ext.training.progress import Progress
-from aep_ext.training.static import STATIC, static_networks, static_title
 from aep_ext.training.summary import (
     Latencies,
     add_latencies,
@@ -128,6 +127,25 @@ def build_network(name: str, num_classes: int, channels: int, weights: str | Non
         ) from error
 
 
+def _static_networks(config: RunConfig) -> list[str]:
+    """Names of the smaller static networks; "0.5" is the run's network at that width, ``resnet_small@0.5``.
+
+    Raises:
+        UserError: there is none of that name, or it has no widths.
+    """
+    names = [f"{config.network}@{name}" if name.replace(".", "", 1).isdigit() else name for name in config.static]
+    for name in names:
+        base, at, _ = name.partition("@")
+        if not networks.known(name) or (at and not networks.scalable(base)):
+            raise UserError(f"no such static network: {name!r} (there are: {', '.join(networks.available())})")
+    return list(dict.fromkeys(names))
+
+
+def _title(name: str) -> str:
+    """How a trained model is called: ``static/resnet_small@0.5`` is resnet_small at width 0.5."""
+    return name.removeprefix(STATIC).replace("@", " at width ")
+
+
 class Job:
     """One run, resolved: everything that its parts share."""
 
@@ -144,7 +162,7 @@ class Job:
                 f"no such network: {config.network!r} (there are: {', '.join(networks.available())}, "
                 "torchvision/<name>, timm/<name>)"
             )
-        self.static = static_networks(config.network, config.static)
+        self.static = _static_networks(config)
         self.data = ImageDataModule.of_config(config)
         self.shape = (self.data.channels, self.recipe.image_size, self.recipe.image_size)
         self.structure = build_network(config.network, self.data.num_classes, self.data.channels, config.weights)
@@ -213,7 +231,7 @@ class Job:
 
     def title(self, seed: int, name: str) -> str:
         """How a trained model is called in lines of progress."""
-        return " / ".join([f"seed {seed}"] * (len(self.seeds) > 1) + [static_title(name)])
+        return " / ".join([f"seed {seed}"] * (len(self.seeds) > 1) + [_title(name)])
 
     def batches(self, seed: int, name: str, split: str) -> Iterator[Any]:
         """The images of a split in batches, shown while they are used."""
@@ -374,7 +392,7 @@ class Job:
             self.data.seed = seed
             rows.append(self.part(seed, STATIC + network)["full"])
         return {
-            "name": static_title(STATIC + network),
+            "name": _title(network),
             "network": network,
             "macs": rows[0]["macs"],
             "parameters": rows[0]["parameters"],

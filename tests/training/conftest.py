@@ -24,6 +24,7 @@ def _quickly() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(evaluate, "SECONDS_A_NETWORK", 0.02)
+        patched.setattr(gates, "SINGLES", 32)
         patched.setattr(gates, "calibrate", partial(gates.calibrate, folds=2))
         yield
 

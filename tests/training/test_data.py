@@ -19,7 +19,7 @@ from PIL import Image
 from aep_ext.training import ImageDataModule, UserError, sources
 from aep_ext.training.data import load_splits
 from aep_ext.training.dataset import EpochSampler, ImageDataset, batches, decode, measured_normalisation
-from aep_ext.training.published import PUBLISHED
+from aep_ext.training.splits import PUBLISHED
 
 
 def test_digits_have_three_disjoint_splits() -> None:

@@ -95,7 +95,7 @@ def test_figures_are_those_of_the_stored_logits(finished: Finished) -> None:
 def test_live_network_agrees_with_the_simulator(finished: Finished) -> None:
     for _, _, gated in gated_parts(finished[1]):
         found = gated["agreement"]
-        assert (found["n"], found["single"]["n"], found["tolerance"]) == (540, 256, 1e-5)
+        assert (found["n"], found["single"]["n"], found["tolerance"]) == (540, 32, 1e-5)
         assert found["differing_elsewhere"] == found["single"]["differing_elsewhere"] == 0
         assert found["differing"] <= found["near_threshold"] and found["max_confidence_difference"] < 1e-4
     assert not any("WARNING" in notice for notice in finished[1]["notices"])

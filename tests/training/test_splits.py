@@ -12,8 +12,7 @@ import torch
 
 pytest.importorskip("lightning", reason="the training needs lightning")
 
-from aep_ext.training.published import PUBLISHED
-from aep_ext.training.splits import class_counts, class_weights, seeded_split, split_sha256
+from aep_ext.training.splits import PUBLISHED, class_counts, class_weights, seeded_split, split_sha256
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "published.json").read_text())["datasets"]
 NAMES = {"fashionMNIST": "fashionmnist", "eurosatW": "eurosat", "gtsrbW": "gtsrb"}
