@@ -311,12 +311,9 @@ def machine_facts() -> dict[str, Any]:
     facts = {
         "gpu": properties.name,
         "capability": [properties.major, properties.minor],
-        "multiprocessors": properties.multi_processor_count,
         "l2_bytes": getattr(properties, "L2_cache_size", None),
-        "memory_bytes": properties.total_memory,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if hasattr(torch, "backends") else None,
         "python": sys.version.split()[0],
         "nvcc": _version(["nvcc", "--version"], r"release ([0-9.]+)"),
         "driver": _version(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], r"([0-9.]+)"),

@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,34 +311,31 @@ def _host_us(function: Callable[[], object], calls: int) -> dict[str, Any]:
 
 
 def launch_latencies() -> dict[str, Any]:
-    """Microseconds on the host for a launch, and on the device from one small kernel to the next."""
+    """Of a small kernel, and of graphs of so many of them: the host's microseconds for a launch, the device's from one
+    to the next."""
     x = torch.zeros(1, device="cuda")
-    device = paired_times({"add": lambda: x.add_(1)}, [()] * 100, graph=False)["add"]
-    return {"host_us": _host_us(lambda: x.add_(1), 100), "device_us": device}
 
+    def kernels(count: int) -> None:
+        for _ in range(count):
+            x.add_(1)
 
-def graph_latencies() -> dict[str, Any]:
-    """For graphs of so many small kernels: the host's microseconds for a replay, the device's from replay to replay."""
-    x, found = torch.zeros(1, device="cuda"), {}
-    for nodes in NODES:
-
-        def some(nodes: int = nodes) -> None:
-            for _ in range(nodes):
-                x.add_(1)
-
-        graph = captured(some)
-        device = paired_times({"replay": graph.replay}, [()] * 20, graph=False)["replay"]
-        found[str(nodes)] = {"host_us": _host_us(graph.replay, 20), "device_us": device}
-    return found
+    launches = {"kernel": lambda: x.add_(1)}
+    launches |= {f"graph of {count}": captured(partial(kernels, count)).replay for count in NODES}
+    return {
+        name: {
+            "host_us": _host_us(launch, 50),
+            "device_us": paired_times({name: launch}, [()] * 50, graph=False)[name],
+        }
+        for name, launch in launches.items()
+    }
 
 
 def measure_ceilings(file: Path) -> None:
     """Measures the machine's limits and writes the file; prints the medians."""
-    found = {"copy_gb_per_s": copy_bandwidth(), "launch": launch_latencies(), "graph": graph_latencies()}
+    found = {"copy_gb_per_s": copy_bandwidth(), "launch": launch_latencies()}
     file.write_text(json.dumps(found), encoding="utf-8")
     print("copy GB/s:", {size: entry["median"] for size, entry in found["copy_gb_per_s"].items()})
-    print("launch us:", {where: entry["median"] for where, entry in found["launch"].items()})
-    print("graph launch us:", {nodes: entry["host_us"]["median"] for nodes, entry in found["graph"].items()})
+    print("launch us:", {what: entry["host_us"]["median"] for what, entry in found["launch"].items()})
 
 
 if __name__ == "__main__":
