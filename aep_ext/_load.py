@@ -106,10 +106,5 @@ def _load() -> tuple[ModuleType | None, str | None]:
     raise ImportError(message)
 
 
-def native_available(device_type: str = "cpu") -> bool:
-    """Whether the native module is loaded and was built with kernels for ``device_type`` ("cpu" or "cuda")."""
-    return extension is not None and (device_type == "cpu" or (device_type == "cuda" and record.get("kind") == "cuda"))
-
-
 record: dict[str, Any] = read_record()
 extension, reason = _load()

@@ -86,11 +86,6 @@ class ContinuousBatcher:
         self._pushed = 0
 
     @property
-    def waiting(self) -> int:
-        """Samples whose features are held."""
-        return sum(pool.count for pool in self._pools.values())
-
-    @property
     def unanswered(self) -> int:
         """Batches whose outputs have not been handed out."""
         return len(self._batches)

@@ -107,15 +107,3 @@ class ExitWeights:
     def loss_tensor(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
         """The loss weights as a tensor of shape (E,)."""
         return torch.tensor(self.loss, dtype=dtype, device=device)
-
-    def output_tensor(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
-        """The output weights as a tensor of shape (E,)."""
-        return torch.tensor(self.output, dtype=dtype, device=device)
-
-    def rounded(self, decimals: int = 4) -> ExitWeights:
-        """Every weight rounded, as the published experiment does with four decimals.
-
-        Raises:
-            ValueError: a weight rounds to zero.
-        """
-        return ExitWeights([round(v, decimals) for v in self.loss], [round(v, decimals) for v in self.output])

@@ -70,11 +70,6 @@ class ImageDataset(Dataset):
             for row, index in enumerate(indices.tolist()):
                 self._cache[row] = decode(source.image(index), size, channels)
 
-    @property
-    def cached(self) -> bool:
-        """Whether the decoded images are kept in memory."""
-        return self._cache is not None
-
     def pixels(self, rows: Sequence[int]) -> Tensor:
         """Raw images, uint8 (len(rows), C, H, W)."""
         if self._cache is not None:

@@ -52,7 +52,7 @@ def test_likelihoods_are_those_of_the_weights_and_temperatures_and_better_than_t
         rtol=1e-9,
     )
     for family in ("uniform", "ascending", "descending"):
-        other = ExitWeights.named(family, 4).output_tensor(dtype=torch.float64)
+        other = torch.tensor(ExitWeights.named(family, 4).output, dtype=torch.float64)
         scales = torch.linspace(0.05, 3, 60, dtype=torch.float64)
         nll = torch.stack([_nll(other, scale.expand(4), logits, target) for scale in scales]).amin(0)
         assert sum(fit.nll) <= float(nll.sum()) + 1e-6

@@ -56,7 +56,7 @@ def test_cached_and_uncached_images_agree() -> None:
     source, indices = sources.digits(), torch.tensor([3, 1, 4, 1])
     options = {"size": 12, "channels": 3, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
     cached, lazy = ImageDataset(source, indices, **options), ImageDataset(source, indices, cache_bytes=10, **options)
-    assert cached.cached and not lazy.cached
+    assert cached._cache is not None and lazy._cache is None
     for a, b in zip(cached.__getitems__([2, 0]), lazy.__getitems__([2, 0]), strict=True):
         assert torch.equal(a, b)
     images, labels = cached.__getitems__([])

@@ -42,7 +42,7 @@ def test_training_loss_is_the_weighted_sum() -> None:
         for a, logits in zip(weights.loss, copy.deepcopy(net).train().exit_logits(images), strict=True)
     )
     torch.testing.assert_close(module.training_step((images, target), 0), expected)
-    assert torch.allclose(net.output_weights, weights.output_tensor())
+    assert torch.allclose(net.output_weights, torch.tensor(weights.output))
 
 
 def test_validation_is_a_mean_over_samples_without_class_weights(data: ImageDataModule) -> None:
