@@ -242,7 +242,10 @@ def test_measured(compiled: CompiledNet) -> None:
     assert all(value > 0 for row in profile.stages for value in row)
     whole = profile.predicted([0, 0, 0, 1])
     assert abs(whole - profile.ungated(1)) < 1e-9 and profile.predicted([1, 1, 1, 1]) < whole
-    agrees(gated, x)
+    if gated.gates_at(len(x)):
+        agrees(gated, x)
+    else:  # faster without its gates here and now
+        assert gated(x).exit.eq(3).all()
 
 
 def test_a_failed_call_leaves_the_network_free(compiled: CompiledNet) -> None:
