@@ -239,7 +239,7 @@ class Job:
 
     def part(self, seed: int, name: str) -> dict[str, Any]:
         """A trained model: read if it is finished, else trained."""
-        path = self.folder.part(seed, name)
+        path = self.folder.model(seed, name) / "part.json"
         if not path.is_file():
             write_json(path, {"seed": seed, "name": name, **self.trained(seed, name), "gated": None})
         return read_json(path)
@@ -339,13 +339,13 @@ class Job:
             What was asked, and how many calibrations have looked at the test images, this one included.
         """
         fingerprint = self.fingerprint()
-        files = [self.folder.gated(entry["seed"], name) for entry in seeds for name in entry["methods"]]
+        files = [self.folder.model(entry["seed"], name) / "gated.json" for entry in seeds for name in entry["methods"]]
         before = [read_json(path) for path in files if path.is_file()]
         ours = [entry["test_looks"] for entry in before if entry["fingerprint"] == fingerprint]
         looks = max(ours) if ours else 1 + max((entry["test_looks"] for entry in before), default=0)
         for entry in seeds:
             for name, part in entry["methods"].items():
-                path = self.folder.gated(entry["seed"], name)
+                path = self.folder.model(entry["seed"], name) / "gated.json"
                 if not path.is_file() or read_json(path)["fingerprint"] != fingerprint:
                     gated = self.gated(entry["seed"], name, part)
                     write_json(path, {"fingerprint": fingerprint, "test_looks": looks, "gated": gated})
@@ -368,7 +368,9 @@ class Job:
         if found.feasible:
             network.calibration = found
             save(network, folder / "gated", metadata=self.metadata())
-        self.progress.line(f"{title}: {outcome_line(result, read_json(self.folder.part(seed, BASELINE)))}")
+        self.progress.line(
+            f"{title}: {outcome_line(result, read_json(self.folder.model(seed, BASELINE) / 'part.json'))}"
+        )
         return result
 
     def check_images(self) -> None:
