@@ -18,7 +18,7 @@ from aep_ext.ensemble import ExitWeights
 from aep_ext.export import load, save
 from aep_ext.inference import ExitPolicy, GatedNet, collect_logits
 from aep_ext.ops import ensemble
-from aep_ext.pruning import SubsetScores, count_macs, count_parameters, prune, score_subsets, single_exit
+from aep_ext.pruning import count_macs, count_parameters, prune, score_subsets, single_exit
 from aep_ext.report import read_results, write_report
 from aep_ext.surgery import networks
 from aep_ext.surgery.multi_exit import MultiExitNet
@@ -200,7 +200,8 @@ class Job:
                 baseline = self.part(seed, BASELINE)
                 methods = {name: self.part(seed, name) for name in self.config.exit_weights}
                 seeds.append({"seed": seed, "baseline": baseline, "methods": methods})
-            calibration, looks = self.calibrate(seeds) if self.gates else (None, 0)
+            gated = self.config.terminate and self.structure.num_exits > 1
+            calibration, looks = self.calibrate(seeds) if gated else (None, 0)
             static = [self.static_network(name) for name in self.static]
             summary = summarise(self.folder, seeds, self.config.margin / 100)
             add_latencies(summary, self.latencies(seeds, summary))
@@ -274,7 +275,9 @@ class Job:
         part: dict[str, Any] = {"training": training.to_dict(), "exit_weights": None, "scores": None, "pruned": None}
         nets = {"full": net}
         if not single:
-            scores = self.scores(seed, name, net)
+            latency = {"repeats": 20} if 1 << net.num_exits <= ALL_SUBSETS_TIMED + 1 else False
+            loader = self.batches(seed, name, "val")
+            scores = score_subsets(net, loader, device=self.device, latency=latency, example=self.shape)
             nets["pruned"] = prune(net, scores)
             part["exit_weights"] = {"loss": list(weights.loss), "output": list(weights.output)}
             part["scores"] = scores.to_dict()
@@ -303,26 +306,10 @@ class Job:
         write_arrays(path, **{key: value.numpy() for key, value in found.items()})
         return part
 
-    def scores(self, seed: int, name: str, net: MultiExitNet) -> SubsetScores:
-        """Every subset of the exits, scored on the validation images."""
-        timed = (1 << net.num_exits) - 1 <= ALL_SUBSETS_TIMED
-        return score_subsets(
-            net,
-            self.batches(seed, name, "val"),
-            device=self.device,
-            latency={"repeats": 20} if timed else False,
-            example=self.shape,
-        )
-
     def metadata(self) -> dict[str, Any]:
         """What a user of a saved network must know: how its images are prepared and what its classes are called."""
         described = self.data.describe()
         return {name: described[name] for name in ("classes", "image_size", "channels", "normalisation")}
-
-    @property
-    def gates(self) -> bool:
-        """Whether gates are calibrated."""
-        return self.config.terminate and self.structure.num_exits > 1
 
     def fingerprint(self) -> str:
         """SHA-256 of what is asked of the calibration and of the logits that it is asked of."""
