@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         help="top-1 that what is delivered may lose against the baseline (default: 0.5 points)",
     )
     seeds = how.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, dest="seeds", metavar="N", help="one seed (default: the recipe's)")
+    seeds.add_argument("--seed", type=_list_of(int), dest="seeds", metavar="N", help="one seed (default: the recipe's)")
     seeds.add_argument(
         "--seeds", type=_list_of(int), metavar="N,N,...", help="several seeds: means and spreads in the report"
     )
@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _fields(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a run's configuration that were given."""
+    """The options of a run, a calibration or a benchmark, by the names that these take."""
     return {name: value for name, value in vars(options).items() if name not in _ASIDE}
 
 
@@ -265,11 +265,8 @@ def _outcome(results: dict[str, Any], began: float) -> None:
 def _run(options: argparse.Namespace) -> None:
     from aep_ext.training import Progress, run
 
-    given = _fields(options)
-    if isinstance(given.get("seeds"), int):
-        given["seeds"] = (given["seeds"],)
     began = time.monotonic()
-    _outcome(run(given, resume=options.resume, progress=Progress.of_terminal(options.quiet)), began)
+    _outcome(run(_fields(options), resume=options.resume, progress=Progress.of_terminal(options.quiet)), began)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -284,8 +281,7 @@ def _bench(options: argparse.Namespace) -> None:
     from aep_ext.training import Progress
     from aep_ext.training.bench import bench_run
 
-    given = {name: value for name, value in vars(options).items() if name not in _ASIDE}
-    bench_run(options.folder, progress=Progress.of_terminal(), **given)
+    bench_run(options.folder, progress=Progress.of_terminal(), **_fields(options))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -54,14 +54,13 @@ def latency_beside(nets: Mapping[str, nn.Module], images: Tensor, device: torch.
     for net in nets.values():
         net.cpu()
     first = times[next(iter(nets))].typical()
-    found = {}
-    for name, taken in times.items():
-        typical, calls_ms = taken.typical(), latency(taken, 1)
-        ratio, _ = ratio_of_sums(typical, first)
-        found[name] = {
-            "mean": 1e3 * float(typical.mean()),
-            "median": calls_ms["p50_ms"],
-            "p95": calls_ms["p95_ms"],
-            "ratio": ratio,
+    calls_ms = {name: latency(taken, 1) for name, taken in times.items()}
+    return {
+        name: {
+            "mean": 1e3 * float(taken.typical().mean()),
+            "median": calls_ms[name]["p50_ms"],
+            "p95": calls_ms[name]["p95_ms"],
+            "ratio": ratio_of_sums(taken.typical(), first)[0],
         }
-    return found
+        for name, taken in times.items()
+    }

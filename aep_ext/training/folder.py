@@ -59,14 +59,6 @@ class RunFolder:
         """The folder of a trained model."""
         return self.path / f"seed-{seed}" / name
 
-    def part(self, seed: int, name: str) -> Path:
-        """The file that says that a model is trained."""
-        return self.model(seed, name) / "part.json"
-
-    def gated(self, seed: int, name: str) -> Path:
-        """The file that says that a model is calibrated."""
-        return self.model(seed, name) / "gated.json"
-
     def file(self, seed: int, name: str, file: str) -> Path:
         """A file of a trained model.
 

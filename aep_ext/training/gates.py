@@ -68,15 +68,9 @@ def _reference(
     logits, target = predictions[f"{split}_logits"], predictions[f"{split}_labels"]
     if config.reference == "baseline":
         return right_answers(baseline[f"{split}_logits"][0], target)
-    exits = part["pruned"]["exits"] if config.reference == "pruned" else list(range(len(logits)))
-    return right_answers(subset_logits(part, logits, exits), target)
-
-
-def subset_logits(part: dict[str, Any], logits: Tensor, exits: Sequence[int]) -> Tensor:
-    """What a subset answers without gates, (N, K): the weighted sum of its exits with the weights of the training."""
-    rows = list(exits)
+    rows = part["pruned"]["exits"] if config.reference == "pruned" else list(range(len(logits)))
     weights = torch.tensor(part["exit_weights"]["output"], dtype=torch.float32)[rows]
-    return ops.ensemble(logits[rows].contiguous(), weights / weights.sum())
+    return right_answers(ops.ensemble(logits[rows], weights / weights.sum()), target)
 
 
 def published_policy(config: RunConfig, part: dict[str, Any]) -> ExitPolicy:

@@ -18,7 +18,7 @@ from aep_ext.ensemble import ExitWeights
 from aep_ext.export import load, save
 from aep_ext.inference import ExitPolicy, GatedNet, collect_logits
 from aep_ext.ops import ensemble
-from aep_ext.pruning import SubsetScores, count_macs, count_parameters, prune, score_subsets, single_exit
+from aep_ext.pruning import count_macs, count_parameters, prune, score_subsets, single_exit
 from aep_ext.report import read_results, write_report
 from aep_ext.surgery import networks
 from aep_ext.surgery.multi_exit import MultiExitNet
@@ -200,7 +200,8 @@ class Job:
                 baseline = self.part(seed, BASELINE)
                 methods = {name: self.part(seed, name) for name in self.config.exit_weights}
                 seeds.append({"seed": seed, "baseline": baseline, "methods": methods})
-            calibration, looks = self.calibrate(seeds) if self.gates else (None, 0)
+            gated = self.config.terminate and self.structure.num_exits > 1
+            calibration, looks = self.calibrate(seeds) if gated else (None, 0)
             static = [self.static_network(name) for name in self.static]
             summary = summarise(self.folder, seeds, self.config.margin / 100)
             add_latencies(summary, self.latencies(seeds, summary))
@@ -239,7 +240,7 @@ class Job:
 
     def part(self, seed: int, name: str) -> dict[str, Any]:
         """A trained model: read if it is finished, else trained."""
-        path = self.folder.part(seed, name)
+        path = self.folder.model(seed, name) / "part.json"
         if not path.is_file():
             write_json(path, {"seed": seed, "name": name, **self.trained(seed, name), "gated": None})
         return read_json(path)
@@ -274,7 +275,9 @@ class Job:
         part: dict[str, Any] = {"training": training.to_dict(), "exit_weights": None, "scores": None, "pruned": None}
         nets = {"full": net}
         if not single:
-            scores = self.scores(seed, name, net)
+            latency = {"repeats": 20} if 1 << net.num_exits <= ALL_SUBSETS_TIMED + 1 else False
+            loader = self.batches(seed, name, "val")
+            scores = score_subsets(net, loader, device=self.device, latency=latency, example=self.shape)
             nets["pruned"] = prune(net, scores)
             part["exit_weights"] = {"loss": list(weights.loss), "output": list(weights.output)}
             part["scores"] = scores.to_dict()
@@ -303,26 +306,10 @@ class Job:
         write_arrays(path, **{key: value.numpy() for key, value in found.items()})
         return part
 
-    def scores(self, seed: int, name: str, net: MultiExitNet) -> SubsetScores:
-        """Every subset of the exits, scored on the validation images."""
-        timed = (1 << net.num_exits) - 1 <= ALL_SUBSETS_TIMED
-        return score_subsets(
-            net,
-            self.batches(seed, name, "val"),
-            device=self.device,
-            latency={"repeats": 20} if timed else False,
-            example=self.shape,
-        )
-
     def metadata(self) -> dict[str, Any]:
         """What a user of a saved network must know: how its images are prepared and what its classes are called."""
         described = self.data.describe()
         return {name: described[name] for name in ("classes", "image_size", "channels", "normalisation")}
-
-    @property
-    def gates(self) -> bool:
-        """Whether gates are calibrated."""
-        return self.config.terminate and self.structure.num_exits > 1
 
     def fingerprint(self) -> str:
         """SHA-256 of what is asked of the calibration and of the logits that it is asked of."""
@@ -339,13 +326,13 @@ class Job:
             What was asked, and how many calibrations have looked at the test images, this one included.
         """
         fingerprint = self.fingerprint()
-        files = [self.folder.gated(entry["seed"], name) for entry in seeds for name in entry["methods"]]
+        files = [self.folder.model(entry["seed"], name) / "gated.json" for entry in seeds for name in entry["methods"]]
         before = [read_json(path) for path in files if path.is_file()]
         ours = [entry["test_looks"] for entry in before if entry["fingerprint"] == fingerprint]
         looks = max(ours) if ours else 1 + max((entry["test_looks"] for entry in before), default=0)
         for entry in seeds:
             for name, part in entry["methods"].items():
-                path = self.folder.gated(entry["seed"], name)
+                path = self.folder.model(entry["seed"], name) / "gated.json"
                 if not path.is_file() or read_json(path)["fingerprint"] != fingerprint:
                     gated = self.gated(entry["seed"], name, part)
                     write_json(path, {"fingerprint": fingerprint, "test_looks": looks, "gated": gated})
@@ -368,7 +355,9 @@ class Job:
         if found.feasible:
             network.calibration = found
             save(network, folder / "gated", metadata=self.metadata())
-        self.progress.line(f"{title}: {outcome_line(result, read_json(self.folder.part(seed, BASELINE)))}")
+        self.progress.line(
+            f"{title}: {outcome_line(result, read_json(self.folder.model(seed, BASELINE) / 'part.json'))}"
+        )
         return result
 
     def check_images(self) -> None:

@@ -145,4 +145,4 @@ def test_folders_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_paths_of_a_run() -> None:
     folder = RunFolder("x")
     assert folder.checkpoint(3, "mixed") == Path("x/checkpoints/seed-3/mixed.ckpt")
-    assert folder.part(3, "mixed") == Path("x/seed-3/mixed/part.json")
+    assert folder.model(3, "mixed") == Path("x/seed-3/mixed")
