@@ -54,7 +54,7 @@ def _gate_options(group: argparse._ArgumentGroup) -> None:
         "--num-std-errors",
         type=float,
         metavar="N",
-        help="standard errors added to the cross-validated drop before it is held against the margin (default: 1)",
+        help="standard errors added to the cross-validated drop before it is held against the margin (default: 0.5)",
     )
     group.add_argument(
         "--output-weights",
@@ -206,7 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--reference",
         metavar="WHICH",
-        help="what the budget is held against: baseline (default), pruned, or ensemble: of all exits",
+        help="what the budget is held against: baseline, pruned, ensemble (of all exits), or best (default): "
+        "of baseline and ensemble",
     )
     _gate_options(what)
     where = calibrate.add_argument_group("where")

@@ -26,6 +26,7 @@ def headline(results: dict[str, Any]) -> str:
 def budget_words(budget: dict[str, Any], reference: str) -> str:
     """A budget in words; one of an unknown kind by its name and numbers."""
     names = {"baseline": "the single-exit network", "pruned": "the pruned network", "ensemble": "the full ensemble"}
+    names["best"] = "the better of the single-exit network and the full ensemble"
     below = names.get(reference, reference)
     if budget["kind"] == "accuracy" and budget.get("points") is not None:
         return f"at most {budget['points']:g} points of top-1 below {below}"

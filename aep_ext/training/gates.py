@@ -66,11 +66,13 @@ def _reference(
 ) -> Tensor:
     """(N,) bool: whether what the budget is held against is right on the images of a split."""
     logits, target = predictions[f"{split}_logits"], predictions[f"{split}_labels"]
+    single = right_answers(baseline[f"{split}_logits"][0], target)
     if config.reference == "baseline":
-        return right_answers(baseline[f"{split}_logits"][0], target)
+        return single
     rows = part["pruned"]["exits"] if config.reference == "pruned" else list(range(len(logits)))
     weights = torch.tensor(part["exit_weights"]["output"], dtype=torch.float32)[rows]
-    return right_answers(ops.ensemble(logits[rows], weights / weights.sum()), target)
+    own = right_answers(ops.ensemble(logits[rows], weights / weights.sum()), target)
+    return single if config.reference == "best" and single.sum() > own.sum() else own
 
 
 def published_policy(config: RunConfig, part: dict[str, Any]) -> ExitPolicy:
