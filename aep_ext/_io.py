@@ -59,7 +59,8 @@ def write_json(path: str | Path, data: Any) -> Path:
 
 def write_arrays(path: str | Path, **arrays: np.ndarray) -> Path:
     """Write named arrays as a compressed ``.npz`` (no pickles) to ``path`` atomically."""
-    return write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    # To mypy an array might be called allow_pickle.
+    return write_atomically(path, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
 def read_json(path: str | Path) -> Any:

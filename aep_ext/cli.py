@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 EPILOG = """examples:
@@ -28,7 +28,7 @@ _ASIDE = ("command", "debug", "resume", "quiet", "folder")
 """Options that are no fields of a run's configuration."""
 
 
-def _list_of(kind: type) -> object:
+def _list_of(kind: type) -> Callable[[str], tuple]:
     def parse(text: str) -> tuple:
         return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
 

@@ -132,8 +132,7 @@ def tradeoff(results: dict[str, Any]) -> Figure:
         axis.scatter(x, y, edgecolor="white", linewidth=0.6, **_LOOK[kind])
         axis.vlines(x, 100 * min(values), 100 * max(values), color=_LOOK[kind]["color"], alpha=0.35, zorder=1)
         if (method, kind) == (delivered["exit_weights"], delivered["kind"]):
-            style = {"facecolor": "none", "edgecolor": ORANGE, "linewidth": 1.8, "label": "delivered", "zorder": 7}
-            axis.scatter(x, y, s=260, **style)
+            axis.scatter(x, y, s=260, facecolor="none", edgecolor=ORANGE, linewidth=1.8, label="delivered", zorder=7)
             change = f"{relative(model['macs']['mean'], rows[0][3]['macs']['mean'])} multiply-adds"
             axis.annotate(change, (x, y), xytext=(-14, 8), textcoords="offset points", ha="right", color=ORANGE)
     axis.axhline(100 * rows[0][3]["top1"]["mean"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5, zorder=1)
@@ -169,16 +168,14 @@ def subsets(results: dict[str, Any], method: str) -> Figure:
     figure, axis = _axes()
     for row in rows:
         kept = tuple(row["exits"]) in chosen
-        style = (
-            {"color": BLUE, "s": 60, "label": "kept by pruning"} if kept else {"color": GREY, "s": 20, "label": "other"}
-        )
-        axis.scatter(row["macs"] / size, 100 * row["top1"]["mean"], zorder=4, **style)
+        color, area, name = (BLUE, 60, "kept by pruning") if kept else (GREY, 20, "other")
+        axis.scatter(row["macs"] / size, 100 * row["top1"]["mean"], zorder=4, color=color, s=area, label=name)
     x, y = [row["macs"] / size for row in front], [100 * row["top1"]["mean"] for row in front]
     axis.plot(x, y, color=BLUE, linewidth=1.2, label="Pareto front", zorder=3)
     shown = None
     for row, across, up in reversed(list(zip(front, x, y, strict=True))):
         if shown is None or shown - across > 0.04 * max(x):  # names of neighbours would lie on each other
-            offset = {"xytext": (-4, 6), "textcoords": "offset points", "ha": "right"}
+            offset: dict[str, Any] = {"xytext": (-4, 6), "textcoords": "offset points", "ha": "right"}
             axis.annotate(exits(row["exits"]), (across, up), fontsize=8, color=BLUE, **offset)
             shown = across
     if baseline.get("val_top1"):
@@ -204,7 +201,7 @@ def curves(results: dict[str, Any], method: str) -> Figure:
     if all(alone):
         style = {"color": INK, "linewidth": 1.2, "linestyle": (0, (4, 3)), "label": "single exit"}
         _curve(axis, [training["history"] for training in alone], "val/top1", **style)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params("x", integer=True)
     axis.set(xlabel="epoch", ylabel="validation top-1 (%)", title=method_name(method))
     _legend(figure, axis)
     return figure
@@ -213,8 +210,8 @@ def curves(results: dict[str, Any], method: str) -> Figure:
 def _curve(axis: Axes, histories: Sequence[Sequence[dict[str, Any]]], key: str, **style: Any) -> None:
     """The mean over the seeds, as far as every seed has a value."""
     length = min(len(history) for history in histories)
-    rows = {epoch + 1: [history[epoch].get(key) for history in histories] for epoch in range(length)}
-    rows = {epoch: [100 * value for value in row] for epoch, row in rows.items() if None not in row}
+    found = ([history[epoch].get(key) for history in histories] for epoch in range(length))
+    rows = {n: [100 * value for value in row if value is not None] for n, row in enumerate(found, 1) if None not in row}
     if not rows:
         return
     axis.plot(list(rows), [sum(row) / len(row) for row in rows.values()], **style)

@@ -79,11 +79,11 @@ def models(results: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, A
 
 def outcome_table(results: dict[str, Any]) -> Table:
     """One row for each kind of model; the delivered one is marked."""
-    base, delivered, rows, marked = results["summary"]["baseline"], results["delivered"], [], set()
+    base, delivered, marked = results["summary"]["baseline"], results["delivered"], set()
+    rows: list[tuple[str, ...]] = []
     for name, method, kind, model in models(results):
         if (method, kind) == (delivered["exit_weights"], delivered["kind"]):
             marked.add(len(rows))
-
         subsets = list(dict.fromkeys(map(tuple, model.get("exits", ()))))
         rows.append(
             (
@@ -124,10 +124,10 @@ def gates_table(results: dict[str, Any], method: str) -> Table:
             continue
         test, said = gated["test"], gated.get("calibration") or {}
         shares = " / ".join(f"{100 * count / test['n']:.0f}" for count in test["exit_counts"])
-        low, high = said.get("interval") or (None, None)
+        bounds = [f"{-bound + 0.0:+.2f}" for bound in reversed(said.get("interval") or ()) if bound is not None]
         drop, expected = said.get("drop_points"), ""
         if drop is not None:
-            expected = f"{-drop + 0.0:+.2f}" + ("" if low is None else f" [{-high + 0.0:+.2f}, {-low + 0.0:+.2f}]")
+            expected = f"{-drop + 0.0:+.2f}" + (f" [{', '.join(bounds)}]" if bounds[1:] else "")
         rows.append(
             (
                 str(seed["seed"]),
@@ -193,8 +193,7 @@ def bench_table(results: dict[str, Any]) -> Table:
                 )
             rows.append((str(row["batch"]) if kind == "ungated" else "", kind, *numbers, *compared))
     head = ("batch", "network", "p50, ms", "p95, ms", "p99, ms", "images/s", "ratio", "to own exits")
-    head = (*head, "predicted", "share of saving")
-    return Table(head, rows, 2).without_empty_columns()
+    return Table((*head, "predicted", "share of saving"), rows, 2).without_empty_columns()
 
 
 def bench_words(results: dict[str, Any]) -> list[str]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from aep_ext._io import read_json, write_json
 from aep_ext._utils import UserError, using_threads
 from aep_ext.export import load
-from aep_ext.inference import ExitPolicy, GatedNet, StageProfile, compile
+from aep_ext.inference import CompiledNet, ExitPolicy, GatedNet, StageProfile, compile
 from aep_ext.inference.backends import BACKENDS
 from aep_ext.report import write_report
 from aep_ext.surgery.multi_exit import MultiExitNet
@@ -123,7 +123,7 @@ def _networks(place: RunFolder) -> tuple[GatedNet, MultiExitNet]:
             f"{place.path} delivers a network without gates: aep calibrate {place.path} with a larger --budget may "
             "find some"
         )
-    return load(place.path).eval(), load(place.path / "pruned").eval()
+    return cast(GatedNet, load(place.path)).eval(), cast(MultiExitNet, load(place.path / "pruned")).eval()
 
 
 class _Timed:
@@ -145,19 +145,20 @@ class _Timed:
         self, gated: GatedNet, pruned: MultiExitNet, x: Tensor, backend: str, threads: int, batches: Sequence[int]
     ) -> None:
         same = list(pruned.exit_ids) == list(gated.policy.exits)
+        ungated: MultiExitNet | CompiledNet = pruned
         self.x, self.backend, self.notices = x, backend, []
         if backend != "eager":
             options = {"threads": threads, "batches": batches}
             gated = _compiled(gated, x[: max(batches)], backend, options)
-            self.backend, self.notices = gated.net.backend, list(gated.net.notices)
-            pruned = gated.net if same else _compiled(pruned, x[: max(batches)], self.backend, options)
+            engine = cast(CompiledNet, gated.net)
+            self.backend, self.notices = engine.backend, list(engine.notices)
+            ungated = engine if same else _compiled(pruned, x[: max(batches)], self.backend, options)
         self.gated, self.exits = gated, _compare(gated, x)
-        shut = GatedNet(
-            pruned, ExitPolicy(output_weights=pruned.output_weights, enabled=False)
-        )  # for the times of its stages alone
+        weights = tuple(ungated.output_weights.tolist())  # of a network for the times of its stages alone
+        shut = GatedNet(ungated, ExitPolicy(output_weights=weights, enabled=(False,) * (len(weights) - 1)))
         profiles = [_profiles(net, x, batches) for net in ((gated,) if same else (gated, shut))]
         self.profile, self.pruned_profile = profiles[0], profiles[-1]
-        self.calls: dict[str, Callable[[Tensor], object]] = {"ungated": pruned, "subset": gated.net, "gated": gated}
+        self.calls: dict[str, Callable[[Tensor], object]] = {"ungated": ungated, "subset": gated.net, "gated": gated}
         if same:
             del self.calls["subset"]
 
@@ -184,7 +185,7 @@ class _Timed:
         return row
 
 
-def _compiled(net: nn.Module, example: Tensor, backend: str, options: dict[str, Any]) -> Any:
+def _compiled(net: MultiExitNet | GatedNet, example: Tensor, backend: str, options: dict[str, Any]) -> Any:
     if backend not in ("auto", *BACKENDS):
         raise UserError(f"no such backend: {backend!r} (auto, {', '.join(BACKENDS)})")
     try:

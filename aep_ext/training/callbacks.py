@@ -14,8 +14,8 @@ import torch
 from aep_ext._utils import require
 from aep_ext.training.progress import Progress
 
-pl = require("lightning.pytorch", "train", "aep_ext.training")
-_callbacks = require("lightning.pytorch.callbacks", "train", "aep_ext.training")
+pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
+_callbacks: Any = require("lightning.pytorch.callbacks", "train", "aep_ext.training")
 
 
 class JointEarlyStopping(_callbacks.EarlyStopping):
@@ -57,8 +57,7 @@ class RunCheckpoint(_callbacks.Checkpoint):
 
     Best is the highest top-1 of the full ensemble on the validation set (``val/top1``), the earliest epoch on a tie.
     All of it lies in one file, so that no kill can part the best weights from the state that knows of them. The file
-    holds tensors and
-    plain values only: ``torch.load(path, weights_only=True)`` reads it.
+    holds tensors and plain values only: ``torch.load(path, weights_only=True)`` reads it.
 
     Args:
         path: the file.

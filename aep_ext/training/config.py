@@ -151,7 +151,7 @@ class RunConfig:
                 raise UserError(f"{name.replace('_', '-')} must be finite, got {value}")
             if value is not None and not value >= least:
                 raise UserError(f"{name.replace('_', '-')} must be at least {least}, got {value}")
-        if not self.lr > 0 or not self.margin > 0:
+        if self.lr is None or not self.lr > 0 or not self.margin > 0:
             raise UserError(f"lr and margin must be greater than 0, got {self.lr} and {self.margin}")
         for name, value, known in (
             ("optimizer", self.optimizer, OPTIMIZERS),
@@ -202,7 +202,8 @@ class RunConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError(f"the configuration has unknown entries: {', '.join(unknown)}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**values)
 
     def differences(self, other: RunConfig) -> list[str]:
         """What makes ``other`` another run: one ``name: mine, theirs`` each."""

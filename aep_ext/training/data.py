@@ -16,7 +16,7 @@ from aep_ext.training.config import RunConfig
 from aep_ext.training.dataset import EpochSampler, ImageDataset, batches, measured_normalisation
 from aep_ext.training.splits import PUBLISHED, PublishedData, class_counts, class_weights, seeded_split, split_sha256
 
-pl = require("lightning.pytorch", "train", "aep_ext.training")
+pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 
 SCORING_BATCH = 256
 DIGITS_SPLIT = (897, 360, 540)

@@ -92,8 +92,7 @@ class ImageDataset(Dataset):
 
 
 def measured_normalisation(dataset: ImageDataset, limit: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel over (at most ``limit`` of) a data set's images, of values within
-    0..1."""
+    """Mean and standard deviation per channel over (at most ``limit`` of) a data set's images, of values in 0..1."""
     count = min(len(dataset), limit)
     rows = [index * len(dataset) // count for index in range(count)]
     values = dataset.pixels(rows).double().div_(255).transpose(0, 1).flatten(1)
@@ -136,7 +135,7 @@ def batches(
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=_ready_batch,
+        collate_fn=_ready_batch,  # type: ignore[arg-type]  # the stub does not know __getitems__
         drop_last=lone,
         persistent_workers=workers > 0,
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aep_ext import ops
 from aep_ext.pruning import subset_correctness
-from aep_ext.training.timing import device_wait, draw_batches, latency, ratio_of_sums, time_in_turn
+from aep_ext.training.timing import Key, device_wait, draw_batches, latency, ratio_of_sums, time_in_turn
 
 SECONDS_A_NETWORK = 1.0
 LATENCY_IMAGES = 256
@@ -35,7 +35,7 @@ def accuracy(logits: Tensor, target: Tensor) -> dict[str, Any]:
     return {"n": n, "correct1": correct1, "correct5": correct5, "top1": correct1 / n, "top5": correct5 / n}
 
 
-def latency_beside(nets: Mapping[str, nn.Module], images: Tensor, device: torch.device) -> dict[str, dict[str, float]]:
+def latency_beside(nets: Mapping[Key, nn.Module], images: Tensor, device: torch.device) -> dict[Key, dict[str, float]]:
     """Latency at batch 1 over the images, the networks taking turns.
 
     Args:

@@ -23,7 +23,7 @@ from aep_ext.training.module import JointLightningModule
 from aep_ext.training.progress import Progress
 from aep_ext.training.recipes import Recipe
 
-pl = require("lightning.pytorch", "train", "aep_ext.training")
+pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 
 
 @dataclass(frozen=True)

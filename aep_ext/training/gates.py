@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -78,13 +78,13 @@ def _reference(
 def published_policy(config: RunConfig, part: dict[str, Any]) -> ExitPolicy:
     """The pruned network as a policy: nobody leaves before its last exit."""
     exits = part["pruned"]["exits"]
-    weights = [part["exit_weights"]["output"][e] for e in exits]
+    gates = len(exits) - 1
     return ExitPolicy(
-        output_weights=weights,
-        thresholds=0.0,
+        output_weights=tuple(part["exit_weights"]["output"][e] for e in exits),
+        thresholds=(0.0,) * gates,
         criterion=config.criterion,
         criterion_on=config.criterion_on,
-        enabled=False,
+        enabled=(False,) * gates,
         exits=exits,
     )
 
@@ -106,7 +106,8 @@ def evaluated(
     classes = logits.shape[2]
     cells = torch.bincount(target * len(exits) + outcome.exit, minlength=classes * len(exits))
     right = torch.bincount(outcome.exit[outcome.correct], minlength=len(exits))
-    metrics = [exit_metrics(logits, target, one) for one in (replace(policy, temperatures=1.0), policy)]
+    untempered = replace(policy, temperatures=(1.0,) * len(exits))
+    metrics = [exit_metrics(logits, target, one) for one in (untempered, policy)]
     return {
         "feasible": found.feasible,
         "notice": found.notice,
@@ -116,7 +117,7 @@ def evaluated(
         "calibration": found.to_dict(),
         "val": {
             "n": len(seen_target),
-            "correct1": int(seen.correct.sum()),
+            "correct1": int(cast(Tensor, seen.correct).sum()),
             "top1": seen.accuracy,
             "mean_macs": seen.mean_cost,
         },
@@ -145,9 +146,9 @@ def evaluated(
 
 def _curve(found: Calibration, logits: Tensor, target: Tensor, costs: Sequence[float]) -> list[dict[str, float]]:
     """The Pareto front of the thresholds, each point applied to the test images."""
-    some = np.unique(np.linspace(0, len(found.curve) - 1, CURVE_POINTS).round().astype(int)) if found.curve else []
+    some = np.unique(np.linspace(0, len(found.curve) - 1, CURVE_POINTS).round().astype(int))
     rows = []
-    for point in (found.curve[number] for number in some):
+    for point in (found.curve[number] for number in some if found.curve):
         policy = replace(found.policy, thresholds=point["thresholds"], enabled=point["enabled"])
         outcome = simulate(logits, policy, target=target, costs=costs)
         rows.append(

@@ -15,7 +15,7 @@ from aep_ext.ops import ensemble
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.training.recipes import OPTIMIZERS, SCHEDULES
 
-pl = require("lightning.pytorch", "train", "aep_ext.training")
+pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 
 WARMUP_SHARE = 0.05
 
@@ -148,7 +148,7 @@ class JointLightningModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """All parameters in one optimizer; the cosine schedule moves with every step."""
         parameters = [p for p in self.net.parameters() if p.requires_grad]
-        common = {"lr": self.lr, "weight_decay": self.weight_decay}
+        common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer_name == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
         else:

@@ -38,7 +38,7 @@ class Progress:
     """
 
     def __init__(self, write: Callable[[str], None] | None = None, console: Any = None) -> None:
-        self.console = console if console is not None and console.is_terminal else None
+        self.console: Any = console if console is not None and console.is_terminal else None
         self.write = self._print if self.console is not None else write
 
     @classmethod

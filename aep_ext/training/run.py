@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -268,7 +268,7 @@ class Job:
             title=self.title(seed, name),
             progress=self.progress,
         )
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for split in dict.fromkeys(("val", self.data.calibration_split, "test")):
             logits, labels = collect_logits(net, self.batches(seed, name, split), device=self.device)
             found |= {f"{split}_logits": logits, f"{split}_labels": labels}
@@ -348,7 +348,7 @@ class Job:
         result = evaluated(self.config, part, predictions, found, split)
         policy = ExitPolicy.from_dict(result["policy"])
         folder = self.folder.model(seed, name)
-        network = GatedNet.from_policy(load(folder / "full"), policy).eval()
+        network = GatedNet.from_policy(cast(MultiExitNet, load(folder / "full")), policy).eval()
         logits = predictions["test_logits"][list(policy.exits)]
         live = agreement(network, self.batches(seed, name, "test"), logits, policy, self.device)
         result["agreement"] = live
@@ -400,16 +400,16 @@ class Job:
         """For every seed, the latency at batch 1 of each kind of network on test images, beside its baseline's."""
         test = self.data.dataset("test")
         images, _ = test.__getitems__(list(range(min(LATENCY_IMAGES, len(test)))))
-        found = []
+        found: list[Latencies] = []
         with self.progress.task("latency", len(seeds)) as task:
             for number, entry in enumerate(seeds):
                 seed = entry["seed"]
                 nets = {(BASELINE, "full"): self.load(seed, BASELINE, "full")}
                 for name, part in entry["methods"].items():
                     nets[name, "full"], nets[name, "pruned"] = (self.load(seed, name, k) for k in ("full", "pruned"))
-                    smallest = summary["methods"][name]["smallest"]
-                    if smallest:
-                        nets[name, "smallest"] = prune(nets[name, "full"], smallest["exits"][number])
+                    kept = summary["methods"][name]["smallest"]
+                    if kept:
+                        nets[name, "smallest"] = prune(cast(MultiExitNet, nets[name, "full"]), kept["exits"][number])
                     if part["gated"]:
                         nets[name, "gated"] = self.load(seed, name, "gated" if part["gated"]["feasible"] else "pruned")
                 found.append(latency_beside(nets, images, self.device))

@@ -6,7 +6,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def _smallest(
         }
         for on_test, on_val in zip(test, val, strict=True)
     ]
-    answers = torch.stack([one.correct[score.mask - 1] for one in test])
+    answers = torch.stack([cast(Tensor, one.correct)[score.mask - 1] for one in test])
     baseline = torch.stack([arrays["test_correct_full"] for arrays in baselines])
     return {**_model(rows), "non_inferiority": non_inferiority_test(answers, baseline, margin).to_dict()}
 
@@ -94,13 +94,13 @@ def _subsets(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     scores = [SubsetScores.from_dict(part["scores"]) for part in parts]
     rows = []
     for mask in scores[0].masks:
-        timed = [score[mask].latency_ms for score in scores]
+        timed = [ms for score in scores if (ms := score[mask].latency_ms) is not None]
         rows.append(
             {
                 "exits": list(exits_of_mask(mask)),
                 "parameters": scores[0][mask].parameters,
                 "macs": scores[0][mask].macs,
-                "latency_ms": statistics.median(timed) if all(value is not None for value in timed) else None,
+                "latency_ms": statistics.median(timed) if len(timed) == len(scores) else None,
                 "top1": spread([score[mask].top1 for score in scores]),
                 "top5": spread([score[mask].top5 for score in scores]),
             }
@@ -121,7 +121,7 @@ def _gated(
         gated = part["gated"]
         policy = ExitPolicy.from_dict(gated["policy"])
         logits = arrays["test_logits"][list(policy.exits)]
-        answers.append(simulate(logits, policy, target=arrays["test_labels"]).correct)
+        answers.append(cast(Tensor, simulate(logits, policy, target=arrays["test_labels"]).correct))
         rows.append({**gated, "exits": list(policy.exits), "macs": gated["test"]["mean_macs"]})
     costs = zip(rows, baselines, strict=True)
     return {

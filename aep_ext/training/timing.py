@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Key = TypeVar("Key")
 LEAST_TURNS = 5
 DISTINCT_BATCHES = 8  # at least, where there are more samples than fit one: an interval needs them
 REPEATS = 5  # of every batch: fewer batches are taken where the time does not last for all
@@ -61,13 +63,13 @@ class Times:
 
 
 def time_in_turn(
-    calls: dict[str, Callable[[Tensor], object]],
+    calls: Mapping[Key, Callable[[Tensor], object]],
     batches: Sequence[Tensor],
     seconds: float,
     *,
     wait: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Times]:
+) -> dict[Key, Times]:
     """Times all calls in turn, batch by batch, around and around until ``seconds`` have passed.
 
     Of the batches so many are taken that the time lasts for :data:`REPEATS` times around (and :data:`DISTINCT_BATCHES`
@@ -84,9 +86,9 @@ def time_in_turn(
         clock: seconds.
     """
     names = list(calls)
-    taken: dict[str, list[list[float]]] = {name: [[] for _ in batches] for name in names}
+    taken: dict[Key, list[list[float]]] = {name: [[] for _ in batches] for name in names}
 
-    def timed(name: str, x: Tensor) -> float:
+    def timed(name: Key, x: Tensor) -> float:
         begin = clock()
         calls[name](x)
         wait()
