@@ -288,7 +288,7 @@ def _segments(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node
         stop = position[cut] + 1
         having = [node for node in nodes[start:stop] if _parameters_of(model, node)]
         start = stop
-        size = measured.shapes[cut][2:]
+        size = measured.shapes[cut][2], measured.shapes[cut][3]
         if not having:
             segments[-1:] = [replace(segments[-1], end=cut)] if segments else [Segment(cut, size, None, False, False)]
             continue

@@ -138,7 +138,7 @@ def _unify_modes(model: nn.Module, traced: TracedModel, in_training: TracedModel
                 f"{names}); "
                 "switch that off first (auxiliary heads: aux_logits=False)"
             )
-        mine = dict(enumerate(_structure(ours.args, index))) | dict(_structure(ours.kwargs, index))
+        mine: dict[int | str, Any] = {**dict(enumerate(_structure(ours.args, index))), **_structure(ours.kwargs, index)}
         other = dict(enumerate(_structure(theirs.args, index))) | dict(_structure(theirs.kwargs, index))
         where = [key for key in mine if mine[key] != other.get(key)] + [key for key in other if key not in mine]
         if where and not (
