@@ -128,10 +128,8 @@ def _check(net: object, example: Tensor, names: Sequence[str], precision: str) -
         raise ValueError(f"compile: precision must be one of {', '.join(_TOLERANCE)}, got {precision!r}")
     anchor = next((p for p in net.parameters() if p.is_floating_point()), None)
     if anchor is not None and (example.dtype, example.device) != (anchor.dtype, anchor.device):
-        raise ValueError(
-            f"compile: example must be {anchor.dtype} on {anchor.device} like the network, got {example.dtype} on "
-            f"{example.device}"
-        )
+        found = f"{example.dtype} on {example.device}"
+        raise ValueError(f"compile: example must be {anchor.dtype} on {anchor.device} like the network, got {found}")
     return net
 
 

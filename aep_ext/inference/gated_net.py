@@ -103,10 +103,8 @@ class GatedNet(nn.Module):
             raise TypeError(f"GatedNet.from_policy: full_net must be a MultiExitNet, got {type(full_net).__name__}")
         missing = [number for number in policy.exits if number not in full_net.exit_ids]
         if missing:
-            raise ValueError(
-                f"GatedNet.from_policy: full_net must have the exits {list(policy.exits)}, "
-                f"got {list(full_net.exit_ids)}"
-            )
+            wanted, found = list(policy.exits), list(full_net.exit_ids)
+            raise ValueError(f"GatedNet.from_policy: full_net must have the exits {wanted}, got {found}")
         net = prune(full_net, [full_net.exit_ids.index(number) for number in policy.exits])
         net.output_weights.copy_(torch.tensor(policy.output_weights))
         return cls(net, policy).eval()

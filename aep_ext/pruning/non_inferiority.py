@@ -76,17 +76,15 @@ def _over_images(a: Tensor, b: Tensor, confidence: float) -> tuple[float, float]
 
     differences = (a.double() - b.double()).mean(0)
     error = float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    low, high = norm.ppf([0.5 - confidence / 2, 0.5 + confidence / 2]) * error + float(differences.mean())
+    low, high = (float(differences.mean()) + error * norm.ppf(0.5 + side * confidence / 2) for side in (-1, 1))
     return max(-1.0, float(low)), min(1.0, float(high))
 
 
 def _as_correct(values: Tensor | Sequence[bool], name: str) -> Tensor:
     tensor = torch.as_tensor(values).detach().cpu()
     if tensor.dim() not in (1, 2) or tensor.dtype != torch.bool:
-        raise ValueError(
-            f"non_inferiority_test: {name} must be a bool tensor of shape [N] or [S, N], "
-            f"got {tensor.dtype} of shape {list(tensor.shape)}"
-        )
+        found = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        raise ValueError(f"non_inferiority_test: {name} must be a bool tensor of shape [N] or [S, N], got {found}")
     return tensor
 
 

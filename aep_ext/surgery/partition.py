@@ -253,8 +253,7 @@ def _cut_points(model: nn.Module, traced: TracedModel, measured: Measured, twice
         names = ", ".join(describe(n) for n in alive[crowded][:4])
         raise ValueError(
             f"anticipate: {type(model).__name__} cannot be cut: nowhere before its classifier does one feature map "
-            "carry everything "
-            f"(after {describe(nodes[crowded])} there are {len(alive[crowded])} tensors: {names})"
+            f"carry everything (after {describe(nodes[crowded])} there are {len(alive[crowded])} tensors: {names})"
         )
     return cuts
 
