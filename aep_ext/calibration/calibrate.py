@@ -223,7 +223,7 @@ def calibrate(
         raise ValueError(f"calibrate: exits must be 'auto' or positions, got {exits!r}")
     subsets = candidate_subsets(count) if isinstance(exits, str) else [checked_exits("calibrate", exits, count)]
     chosen_on = tested_on = np.arange(n)
-    if risk:
+    if isinstance(wanted, RiskBudget):
         chosen_on, tested_on = np.array_split(np.random.default_rng(seed).permutation(n), 2)
         # The test asks for about so many: a policy that keeps the risk by less would hardly pass it.
         needed = NormalDist().inv_cdf(1 - wanted.delta) if wanted.method == "ltt" else 0.0

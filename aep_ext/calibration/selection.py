@@ -134,11 +134,11 @@ class Selection:
         if temperatures is None:
             temperatures = fit_temperatures(part, weights, criterion_on=self.criterion_on)
         return ExitPolicy(
-            output_weights=torch.tensor(weights).tolist(),
-            temperatures=torch.tensor(temperatures).tolist(),
+            output_weights=tuple(torch.tensor(weights).tolist()),
+            temperatures=tuple(torch.tensor(temperatures).tolist()),
             criterion=self.criterion,
             criterion_on=self.criterion_on,
-            enabled=False,
+            enabled=(False,) * (len(exits) - 1),
             exits=part.exits,
         )
 
@@ -181,7 +181,7 @@ class Selection:
         """The most promising subsets by a search on part of the data."""
         rows = np.random.default_rng(self.seed).permutation(len(self.logits))[:_SCREENING_ROWS]
         part, reference = self.logits.select(torch.from_numpy(rows)), self.reference[rows]
-        keys = {}
+        keys: dict[tuple[int, ...], tuple[float, float]] = {}
         for subset in subsets:
             table = ExitTable.of(part.select_exits(subset), self.fit(subset, rows))
             front = search_thresholds(table, self.costs_of(subset))

@@ -87,7 +87,7 @@ class ExitTable:
         return replace(self, scores=self.scores[:, rows], correct=self.correct[:, rows])
 
     def answers(
-        self, thresholds: Sequence[float], enabled: Sequence[bool]
+        self, thresholds: Sequence[float] | NDArray[np.float64], enabled: Sequence[bool] | NDArray[np.bool_]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(N,) the exit at which each sample is answered, and (N,) whether that answer is right."""
         sign, samples = -1.0 if self.criterion == "entropy" else 1.0, self.correct.shape[1]
@@ -127,7 +127,7 @@ class ParetoFront:
         return max(int(np.searchsorted(self.cost, cost * (1 + 1e-12), side="right")) - 1, 0)
 
 
-def search_thresholds(table: ExitTable, costs: Sequence[float]) -> ParetoFront:
+def search_thresholds(table: ExitTable, costs: Sequence[float] | NDArray[np.float64]) -> ParetoFront:
     """The Pareto front of accuracy and mean cost over the thresholds of all gates.
 
     Args:
@@ -250,7 +250,7 @@ class _Search:
         if criterion not in STATELESS:
             return np.where(limits > 0, leaves, float(len(self.costs)))
         stays = scores[np.minimum(limits, self.n - 1)]
-        middle = np.float32((leaves + stays) / 2).astype(np.float64)
+        middle = ((leaves + stays) / 2).astype(np.float32).astype(np.float64)
         # Neighbours in float32 have no number between them; the score that leaves is then the threshold.
         middle = np.where(middle > stays, middle, leaves)
         sign = -1.0 if criterion == "entropy" else 1.0

@@ -62,12 +62,12 @@ def save(
         ValueError: ``net`` is on the meta device, or gated by a user's own criterion.
         ImportError: safetensors is missing.
     """
-    gated, net = (net, net.net) if isinstance(net, GatedNet) else (None, net)
-    if not isinstance(net, MultiExitNet):
-        raise TypeError(f"save: net must be a MultiExitNet or a GatedNet of one, got {type(net).__name__}")
+    gated, full = (net, net.net) if isinstance(net, GatedNet) else (None, net)
+    if not isinstance(full, MultiExitNet):
+        raise TypeError(f"save: net must be a MultiExitNet or a GatedNet of one, got {type(full).__name__}")
     gates = {} if gated is None else _gates(gated)
     library = require("safetensors.torch", "deploy", "aep_ext.save")
-    state = net.state_dict()
+    state = full.state_dict()
     meta = next((name for name, tensor in state.items() if tensor.device.type == "meta"), None)
     if meta is not None:
         raise ValueError(f"save: net must be on a real device, got {meta!r} on meta")
@@ -90,16 +90,16 @@ def save(
         "version": VERSION,
         "aep_ext": __version__,
         "torch": torch.__version__,
-        "origin": net.origin,
-        "num_classes": net.num_classes,
-        "exit_ids": list(net.exit_ids),
-        "exit_stages": list(net.exit_stages),
-        "fused": net.fused,
-        "output_weights": net.output_weights.tolist(),
-        "loss_weights": net.loss_weights.tolist(),
+        "origin": full.origin,
+        "num_classes": full.num_classes,
+        "exit_ids": list(full.exit_ids),
+        "exit_stages": list(full.exit_stages),
+        "fused": full.fused,
+        "output_weights": full.output_weights.tolist(),
+        "loss_weights": full.loss_weights.tolist(),
         "tied": tied,
         "strides": {name: list(tensor.stride()) for name, tensor in state.items() if _own_strides(tensor)},
-        "frozen": [name for name, parameter in net.named_parameters() if not parameter.requires_grad],
+        "frozen": [name for name, parameter in full.named_parameters() if not parameter.requires_grad],
         "sha256": hashlib.sha256(data).hexdigest(),
         "metadata": {} if metadata is None else metadata,
         **gates,
@@ -140,12 +140,12 @@ def _gated(net: MultiExitNet, description: dict[str, Any], old: dict[str, Tensor
             entries = description["gate"]
             live = [flag and mode != "off" for flag, mode in zip(old["enabled"].tolist(), entries["mode"], strict=True)]
             policy = ExitPolicy(
-                output_weights=net.output_weights.tolist(),
-                thresholds=old["thresholds"],
+                output_weights=tuple(net.output_weights.tolist()),
+                thresholds=tuple(old["thresholds"].tolist()),
                 criterion=entries["policy"],
                 criterion_on=entries["on"],
-                temperatures=old["temperatures"],
-                enabled=live,
+                temperatures=tuple(old["temperatures"].tolist()),
+                enabled=tuple(live),
                 exits=net.exit_ids,
             )
         else:

@@ -42,7 +42,7 @@ class _Batch:
 
     def __init__(self, first: int, n: int) -> None:
         self.first, self.end, self.open = first, first + n, n
-        self.answers: Answers | None = None
+        self.answers: Answers  # from the first logits on
 
 
 class ContinuousBatcher:
@@ -147,7 +147,7 @@ class ContinuousBatcher:
 
     def _drain(self, run: StageRun) -> None:
         """Runs whatever has a full batch waiting, the deepest first: no pool is fed before it has room."""
-        while full := [e for e, pool in self._pools.items() if pool.count >= self.capacity]:
+        while full := [e for e, pool in self._pools.items() if self.capacity and pool.count >= self.capacity]:
             self._run_pool(run, max(full))
 
     def _force(self, run: StageRun, end: int) -> None:
@@ -159,6 +159,7 @@ class ContinuousBatcher:
                 self._drain(run)
 
     def _run_pool(self, run: StageRun, e: int) -> None:
+        assert self.capacity is not None  # since the first row
         features, rows = self._pools[e].take(self.capacity)
         self._advance(run, e + 1, features, rows, rows.indices)
 

@@ -39,7 +39,8 @@ def collect_logits(
         raise TypeError(f"collect_logits: net must be a MultiExitNet, got {type(net).__name__}")
     home = net.output_weights.device
     where = home if device is None else torch.device(device)
-    logits, labels, done = [], [], 0
+    logits, done = [], 0
+    labels: list[Tensor] = []
     try:
         net.to(where)
         with eval_mode(net), torch.inference_mode():

@@ -65,21 +65,17 @@ def compile(
             logits differ absurdly from the network's: by more than 1e-3 of the largest (at least of 1; 0.1 for
             ``precision="engine"`` and for half precision), or by not being finite.
     """
-    if isinstance(net, GatedNet):
-        options = {"threads": threads, "precision": precision, "batches": batches}
-        compiled = GatedNet(compile(net.net, example, backend, **options), net.policy)
-        compiled.calibration = net.calibration
-        return compiled
     several = backend == "auto" or not isinstance(backend, str)
-    names = _AUTO if backend == "auto" else tuple(dict.fromkeys(backend)) if several else (backend,)
-    _check(net, example, names, precision)
+    listed = (backend,) if isinstance(backend, str) else tuple(dict.fromkeys(backend))
+    names = _AUTO if backend == "auto" else listed
+    full = _check(net.net if isinstance(net, GatedNet) else net, example, names, precision)
     threads = torch.get_num_threads() if threads is None else threads
     batches = (1, len(example)) if batches is None else batches
     for name, values in (("threads", [threads]), ("batches", batches)):
         for value in values:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"compile: {name} must be whole numbers of at least 1, got {value!r}")
-    reference = copy.deepcopy(net).eval().requires_grad_(False)
+    reference = copy.deepcopy(full).eval().requires_grad_(False)
     segments = cut(reference)
     example = example.detach().resolve_neg().contiguous()
     inputs = segment_inputs(segments, example)
@@ -100,7 +96,7 @@ def compile(
     chosen = min(timings, key=timings.__getitem__) if timings else names[0]
     if backend == "auto" and list(engines) == ["eager"]:
         notices.append("eager is all there is: pip install 'aep_ext[openvino]' or 'aep_ext[onnxruntime]' for an engine")
-    return CompiledNet(
+    compiled = CompiledNet(
         reference,
         engines[chosen],
         example,
@@ -110,9 +106,14 @@ def compile(
         notices=[*notices, *engines[chosen].notices],
         max_logit_difference=gaps[chosen],
     )
+    if not isinstance(net, GatedNet):
+        return compiled
+    gated = GatedNet(compiled, net.policy)
+    gated.calibration = net.calibration
+    return gated
 
 
-def _check(net: MultiExitNet, example: Tensor, names: Sequence[str], precision: str) -> None:
+def _check(net: object, example: Tensor, names: Sequence[str], precision: str) -> MultiExitNet:
     if not isinstance(net, MultiExitNet):
         raise TypeError(f"compile: net must be a MultiExitNet, got {type(net).__name__}")
     if not isinstance(example, Tensor):
@@ -127,10 +128,9 @@ def _check(net: MultiExitNet, example: Tensor, names: Sequence[str], precision: 
         raise ValueError(f"compile: precision must be one of {', '.join(_TOLERANCE)}, got {precision!r}")
     anchor = next((p for p in net.parameters() if p.is_floating_point()), None)
     if anchor is not None and (example.dtype, example.device) != (anchor.dtype, anchor.device):
-        raise ValueError(
-            f"compile: example must be {anchor.dtype} on {anchor.device} like the network, got {example.dtype} on "
-            f"{example.device}"
-        )
+        found = f"{example.dtype} on {example.device}"
+        raise ValueError(f"compile: example must be {anchor.dtype} on {anchor.device} like the network, got {found}")
+    return net
 
 
 def _build(

@@ -99,7 +99,7 @@ def gate_step(
         exit_index: the exit's number in the network at hand, from 0.
     """
     rows = (features, running, weight_sum, indices, state, exit_logits)
-    numbers = {"weight": weight, "temperature": temperature, "criterion_on": criterion_on, "last": last}
+    numbers: dict[str, Any] = {"weight": weight, "temperature": temperature, "criterion_on": criterion_on, "last": last}
     if isinstance(criterion, str):
         return ops.gate(*rows, threshold=threshold, criterion=criterion, enabled=enabled, **numbers)
     # With the gate disabled the operator returns every row in its place: only the decision is made here.

@@ -48,6 +48,7 @@ def own_stream(device: torch.device) -> Iterator[tuple[torch.cuda.Stream, object
     The stream that was current is so again afterwards, also after a capture that failed: ``torch.cuda.graph`` alone
     leaves its own behind.
     """
+    assert _load.extension is not None  # see CudaBackend.check
     owner = _load.extension.CaptureStream(device.index)
     stream = torch.cuda.ExternalStream(owner.address, device=device)
     with torch.cuda.stream(stream):
@@ -163,6 +164,7 @@ class CudaBackend:
             RuntimeError: a stage cannot be captured, or holds what the body of an IF node cannot hold.
         """
         graphs, logits, owner = capture(static)
+        assert _load.extension is not None  # see check
         for e, graph in enumerate(graphs):
             name = _load.extension.refused_node(graph.raw_cuda_graph())
             if name:

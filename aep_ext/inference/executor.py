@@ -7,7 +7,6 @@ where somebody has left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -89,7 +88,7 @@ class Executor:
         self.last = policy.num_exits - 1
         self.live = (*policy.enabled, False)
         self._in_place = isinstance(policy.criterion, str) and policy.criterion in STATELESS
-        self._gates: dict[torch.dtype, list[tuple[Callable[..., GateResult], float]]] = {}
+        self._gates: dict[torch.dtype, list[tuple[partial[GateResult], float]]] = {}
         self._first: dict[Any, Rows] = {}  # what single samples start from
         self._singles: dict[torch.dtype, list[tuple[tuple[Any, ...], Tensor]]] = {}
 
@@ -115,13 +114,13 @@ class Executor:
         gate, weight_sum = self._gates_of(rows.running.dtype)[e]
         return gate(rows.nothing, rows.running, weight_sum, rows.indices, rows.state, logits)
 
-    def _gates_of(self, dtype: torch.dtype) -> list[tuple[Callable[..., GateResult], float]]:
+    def _gates_of(self, dtype: torch.dtype) -> list[tuple[partial[GateResult], float]]:
         """For each exit the gate with its numbers, and the sum of the weights before it, in the accumulation dtype."""
         if dtype in self._gates:
             return self._gates[dtype]
         policy, gates = self.policy, []
         for e, (weight_sum, weight, threshold, temperature) in enumerate(self._numbers(dtype)):
-            numbers = {"weight": weight, "threshold": threshold, "temperature": temperature}
+            numbers: dict[str, Any] = {"weight": weight, "threshold": threshold, "temperature": temperature}
             numbers |= {"enabled": self.live[e], "last": e == self.last}
             if isinstance(policy.criterion, str):  # what gate_step does, without the way there
                 gate = partial(ops.gate, criterion=policy.criterion, criterion_on=policy.criterion_on, **numbers)
@@ -149,7 +148,7 @@ class Executor:
         """How many of ``indices`` go on; read from the device only where some may leave."""
         if e == self.last:
             return 0
-        return result.count.item() if self.live[e] else len(indices)
+        return result.count.item() if self.live[e] else len(indices)  # type: ignore[return-value]  # an int64's
 
     def _batch(self, run: StageRun, features: Any, logits: Tensor) -> GatedOutput:
         n, dtype = len(logits), logits.dtype
@@ -180,6 +179,7 @@ class Executor:
             before = indices
             nothing, running, indices, state = (column[:stay] for column in result[:4])
             features = run.take(features, torch.searchsorted(before, indices))
+        assert answers is not None  # nobody stays at the last exit
         return answers.output()
 
     def _single(self, run: StageRun, features: Any, logits: Tensor) -> GatedOutput:

@@ -67,6 +67,8 @@ class GatedNet(nn.Module):
     thresholds: Tensor
     temperatures: Tensor
     enabled: Tensor
+    _buffers: dict[str, Any]  # never None between calls
+    _modules: dict[str, Any]
 
     def __init__(self, net: MultiExitNet | CompiledNet, policy: ExitPolicy) -> None:
         super().__init__()
@@ -101,10 +103,8 @@ class GatedNet(nn.Module):
             raise TypeError(f"GatedNet.from_policy: full_net must be a MultiExitNet, got {type(full_net).__name__}")
         missing = [number for number in policy.exits if number not in full_net.exit_ids]
         if missing:
-            raise ValueError(
-                f"GatedNet.from_policy: full_net must have the exits {list(policy.exits)}, "
-                f"got {list(full_net.exit_ids)}"
-            )
+            wanted, found = list(policy.exits), list(full_net.exit_ids)
+            raise ValueError(f"GatedNet.from_policy: full_net must have the exits {wanted}, got {found}")
         net = prune(full_net, [full_net.exit_ids.index(number) for number in policy.exits])
         net.output_weights.copy_(torch.tensor(policy.output_weights))
         return cls(net, policy).eval()
@@ -143,7 +143,7 @@ class GatedNet(nn.Module):
             else:
                 return self._read
         policy = ExitPolicy(
-            output_weights=weights.tolist(),
+            output_weights=tuple(weights.tolist()),
             thresholds=tensors[0],
             criterion=self._criterion,
             criterion_on=self._criterion_on,
@@ -151,7 +151,7 @@ class GatedNet(nn.Module):
             enabled=tensors[2],
             exits=self._net().exit_ids,
         )
-        gated, ungated = Executor(policy), Executor(replace(policy, enabled=False))
+        gated, ungated = Executor(policy), Executor(replace(policy, enabled=(False,) * (policy.num_exits - 1)))
         if any(tensor.is_inference() for tensor in tensors):  # tensors of inference mode count no versions
             self._read = None
             return _Current((), policy, gated, ungated)
@@ -257,7 +257,7 @@ class GatedNet(nn.Module):
 
         with torch.no_grad():
             profile = measure_stages(self._begin, self.num_exits, example, sorted(wanted), repeats)
-            found = frozenset()
+            found: frozenset[int] = frozenset()
             if any(current.policy.enabled):
                 found = faster_without(calls(current.gated), calls(current.ungated), example, profile.sizes, repeats)
         self.profile, self._faster_without = profile, tuple((size, size in found) for size in profile.sizes)

@@ -80,11 +80,11 @@ def linears(
         found = f"{len(inputs)}, {len(weights)} and {len(biases)}"
         raise ValueError(f"aep::{op}: {name}, weights and biases must hold as many tensors, 1 or more, got {found}")
     first: tuple[Sequence[torch.dtype], torch.device | None] = (FLOATING, None)
-    rows, classes = "N", "K"
+    rows = classes = 0
     for e, (x, weight, bias) in enumerate(zip(inputs, weights, biases, strict=True)):
-        rows, channels, *_ = tensor(op, f"{name}[{e}]", x, (rows, *shape[1:]), *first)
+        rows, channels, *_ = tensor(op, f"{name}[{e}]", x, (rows if e else "N", *shape[1:]), *first)
         first = (x.dtype,), x.device
-        classes, _ = tensor(op, f"weights[{e}]", weight, (classes, channels), *first)
+        classes, _ = tensor(op, f"weights[{e}]", weight, (classes if e else "K", channels), *first)
         if bias is not None:
             tensor(op, f"biases[{e}]", bias, (classes,), *first)
     return rows, classes

@@ -31,7 +31,8 @@ if _load.extension is not None:
 
 def scalars(op: str, **values: float | Tensor) -> tuple[tuple[float, ...], tuple[Tensor | None, ...]]:
     """Scalars as the operators take them: numbers, and beside each the tensor that overrides it, or None."""
-    numbers, tensors = [], []
+    numbers: list[float] = []
+    tensors: list[Tensor | None] = []
     for name, value in values.items():
         if isinstance(value, Tensor):
             numbers.append(1.0)

@@ -80,7 +80,8 @@ def gate(
         features[count:] = 0
     """
     if use_native(exit_logits, features, running, indices, state):
-        numbers, tensors = (weight_sum, weight, threshold, temperature), ()
+        numbers: tuple[float | Tensor, ...] = (weight_sum, weight, threshold, temperature)
+        tensors: tuple[Tensor | None, ...] = ()
         if not weight_sum.__class__ is weight.__class__ is threshold.__class__ is temperature.__class__ is float:
             numbers, tensors = _native.scalars(
                 "gate", weight_sum=weight_sum, weight=weight, threshold=threshold, temperature=temperature

@@ -12,6 +12,7 @@ They run on any device and are differentiated by torch. Three rules hold through
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ _SUBSET_TABLE = 1 << 20
 _AUTOCASTING = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 
-def _autocast(tensors: list[Tensor | None]) -> list[Tensor | None]:
+def _autocast(tensors: list[Tensor | None]) -> list[Any]:
     """Casts to the autocast dtype where autocast is on, as torch does for ``linear``; float64 stays."""
     kind = next(t.device.type for t in tensors if t is not None)
     if kind not in _AUTOCASTING or not torch.is_autocast_enabled(kind):
@@ -55,10 +56,11 @@ def multi_exit_linear_head(
 def _weighted(exit_logits: Tensor, weights: Tensor) -> Tensor:
     """Sum over exits in the accumulation dtype: rounded products added in ascending order."""
     dtype = accumulate_dtype(exit_logits.dtype)
-    total = None
+    total: Tensor | None = None
     for own, weight in zip(exit_logits.unbind(), weights.to(dtype).unbind(), strict=True):
         product = own.to(dtype) * weight
         total = product if total is None else total + product
+    assert total is not None  # E >= 1
     return total
 
 
@@ -124,9 +126,10 @@ def joint_cross_entropy(
         # As F.cross_entropy: NaN without any weight, even where smoothing leaves a loss.
         total = own_weight.masked_fill(~used, 0.0).sum()
         exit_losses = exit_losses / total.masked_fill(total == 0, float("nan"))
-    loss = None
+    loss: Tensor | None = None
     for own, weight in zip(exit_losses.unbind(), exit_weights.to(dtype).unbind(), strict=True):
         loss = own * weight if loss is None else loss + own * weight
+    assert loss is not None  # E >= 1
     return JointLoss(loss, exit_losses)
 
 

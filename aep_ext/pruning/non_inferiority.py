@@ -58,7 +58,7 @@ def _newcombe(both: int, only_a: int, only_b: int, neither: int, confidence: flo
     low1, high1 = binomtest(both + only_a, n).proportion_ci(confidence, method="wilson")
     low2, high2 = binomtest(both + only_b, n).proportion_ci(confidence, method="wilson")
     product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
-    covariance = both * neither - only_a * only_b
+    covariance: float = both * neither - only_a * only_b
     if covariance > 0:  # his continuity correction
         covariance = max(covariance - n / 2, 0)
     phi = covariance / math.sqrt(product) if product else 0.0
@@ -76,17 +76,15 @@ def _over_images(a: Tensor, b: Tensor, confidence: float) -> tuple[float, float]
 
     differences = (a.double() - b.double()).mean(0)
     error = float(differences.std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
-    low, high = float(differences.mean()) + error * norm.ppf([0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = (float(differences.mean()) + error * norm.ppf(0.5 + side * confidence / 2) for side in (-1, 1))
     return max(-1.0, float(low)), min(1.0, float(high))
 
 
 def _as_correct(values: Tensor | Sequence[bool], name: str) -> Tensor:
     tensor = torch.as_tensor(values).detach().cpu()
     if tensor.dim() not in (1, 2) or tensor.dtype != torch.bool:
-        raise ValueError(
-            f"non_inferiority_test: {name} must be a bool tensor of shape [N] or [S, N], "
-            f"got {tensor.dtype} of shape {list(tensor.shape)}"
-        )
+        found = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        raise ValueError(f"non_inferiority_test: {name} must be a bool tensor of shape [N] or [S, N], got {found}")
     return tensor
 
 

@@ -114,7 +114,7 @@ def _batch(batch: Any, device: torch.device, classes: int) -> tuple[Tensor, Tens
     return inputs.to(device, non_blocking=True), target.to(device=device, dtype=torch.int64, non_blocking=True)
 
 
-def _latencies(net: MultiExitNet, example: Tensor, options: dict[str, Any]) -> tuple[Latency, ...]:
+def _latencies(net: MultiExitNet, example: Tensor | Sequence[int], options: dict[str, Any]) -> tuple[Latency, ...]:
     # On shared modules: a copy computes the same at the same speed, and 2^E - 1 copies would only cost memory.
     return tuple(
         measure_latency(subset_view(net, exits_of_mask(mask), share=True), example, **options)
@@ -175,7 +175,7 @@ def score_subsets(
                     correct.append(subset_correctness(exit_logits, net.output_weights, target).cpu())
                 if progress is not None:
                     progress(n)
-        if total is None or n == 0:
+        if total is None or example is None or n == 0:
             raise ValueError("score_subsets: loader must yield at least one sample, got none")
         # Created in inference mode; cloned outside it, the tensors can be used like any others.
         example = example.clone() if isinstance(example, Tensor) else example

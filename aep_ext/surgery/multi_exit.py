@@ -158,7 +158,7 @@ class MultiExitNet(nn.Module):
             if type(linear) is not nn.Linear:
                 return None
             for name in plan.dropouts:
-                dropout = head.get_submodule(name)
+                dropout: Any = head.get_submodule(name)
                 if dropout.training and dropout.p > 0:
                     return None
             linears.append(linear)

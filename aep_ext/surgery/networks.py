@@ -53,7 +53,7 @@ def _vgg16_features() -> nn.Module:
     vgg = _models().vgg
     holder = nn.Module()
     holder.features = vgg.make_layers(vgg.cfgs["D"], batch_norm=False)
-    for module in holder.features:
+    for module in holder.modules():
         if isinstance(module, nn.Conv2d):
             _initialise(module)
     return holder
@@ -160,15 +160,8 @@ def _initialise(conv: nn.Conv2d) -> None:
 
 def _replace_stem(model: nn.Module, name: str, in_channels: int) -> None:
     parent, _, child = name.rpartition(".")
-    old = model.get_submodule(name)
-    new = nn.Conv2d(
-        in_channels,
-        old.out_channels,
-        old.kernel_size,
-        stride=old.stride,
-        padding=old.padding,
-        bias=old.bias is not None,
-    )
+    old: Any = model.get_submodule(name)
+    new = nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
     _initialise(new)
     setattr(model.get_submodule(parent), child, new)
 
@@ -177,7 +170,7 @@ def _chain(model: nn.Module, names: Sequence[str]) -> nn.Sequential:
     """The named modules one after another, nested so that their keys stay as they were in ``model``."""
     stage = nn.Sequential()
     for name in names:
-        parent = stage
+        parent: nn.Module = stage
         *path, leaf = name.split(".")
         for part in path:
             if part not in dict(parent.named_children()):

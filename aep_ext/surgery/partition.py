@@ -253,8 +253,7 @@ def _cut_points(model: nn.Module, traced: TracedModel, measured: Measured, twice
         names = ", ".join(describe(n) for n in alive[crowded][:4])
         raise ValueError(
             f"anticipate: {type(model).__name__} cannot be cut: nowhere before its classifier does one feature map "
-            "carry everything "
-            f"(after {describe(nodes[crowded])} there are {len(alive[crowded])} tensors: {names})"
+            f"carry everything (after {describe(nodes[crowded])} there are {len(alive[crowded])} tensors: {names})"
         )
     return cuts
 
@@ -288,7 +287,7 @@ def _segments(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node
         stop = position[cut] + 1
         having = [node for node in nodes[start:stop] if _parameters_of(model, node)]
         start = stop
-        size = measured.shapes[cut][2:]
+        size = measured.shapes[cut][2], measured.shapes[cut][3]
         if not having:
             segments[-1:] = [replace(segments[-1], end=cut)] if segments else [Segment(cut, size, None, False, False)]
             continue

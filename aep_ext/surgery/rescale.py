@@ -78,9 +78,8 @@ def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadFo
         )
     for name in order:
         if not isinstance(layers[name], _LAYERS):
-            raise ValueError(
-                f"anticipate: the head's layer {name!r} ({type(layers[name]).__name__}) cannot be rescaled"
-            )
+            kind = type(layers[name]).__name__
+            raise ValueError(f"anticipate: the head's layer {name!r} ({kind}) cannot be rescaled")
     if not weighted:
         raise ValueError("anticipate: the head has no linear layer or convolution")
     any_size = False
@@ -129,6 +128,7 @@ def _resize(module: nn.Module, incoming: int, outgoing: int, trailing: Sequence[
             module.num_parameters = incoming
             _fresh(module, "weight", (incoming,))
     else:
+        assert isinstance(module, nn.modules.batchnorm._NormBase)  # the last of _LAYERS
         module.num_features = incoming
         for name in ("weight", "bias", "running_mean", "running_var"):
             _fresh(module, name, (incoming,))

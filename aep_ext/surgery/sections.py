@@ -70,7 +70,7 @@ def clear_inplace(part: nn.Module) -> None:
     """Makes every operation of a section leave its input alone; the numbers stay the same."""
     for module in part.modules():
         if getattr(module, "inplace", False) is True:
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]  # torch's stub: any attribute is a tensor or a module
     if isinstance(part, fx.GraphModule):
         for node in part.graph.nodes:
             if node.kwargs.get("inplace") is True:

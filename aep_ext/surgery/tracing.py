@@ -135,11 +135,10 @@ def _unify_modes(model: nn.Module, traced: TracedModel, in_training: TracedModel
             names = " against ".join("nothing" if n is None else repr(str(n.target)) for n in (theirs, ours))
             raise ValueError(
                 f"anticipate: {type(model).__name__}.forward takes another path in training mode (first difference: "
-                f"{names}); "
-                "switch that off first (auxiliary heads: aux_logits=False)"
+                f"{names}); switch that off first (auxiliary heads: aux_logits=False)"
             )
-        mine = dict(enumerate(_structure(ours.args, index))) | dict(_structure(ours.kwargs, index))
-        other = dict(enumerate(_structure(theirs.args, index))) | dict(_structure(theirs.kwargs, index))
+        mine = dict(_structure(ours.kwargs, index)) | dict(enumerate(_structure(ours.args, index)))
+        other = dict(_structure(theirs.kwargs, index)) | dict(enumerate(_structure(theirs.args, index)))
         where = [key for key in mine if mine[key] != other.get(key)] + [key for key in other if key not in mine]
         if where and not (
             ours.op == "call_function" and all((mine.get(k), other.get(k)) == (False, True) for k in where)

@@ -7,7 +7,7 @@ again; :class:`~aep_ext.inference.CompiledNet` copies what it gives to a user.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +46,7 @@ class Engine:
 
     free: Chain
     """For any batch."""
-    bound: dict[int, Chain] = field(default_factory=dict)
+    bound: Mapping[int, Chain] = field(default_factory=dict)
     """For one batch size each, and faster there."""
     notices: list[str] = field(default_factory=list)
     """What the user should know of the choices made."""
@@ -72,13 +72,13 @@ class TorchChain(Chain):
 
     def __init__(self, segments: Sequence[Callable[[Tensor], tuple[Tensor, ...]]]) -> None:
         self._segments = segments
-        self._inputs: list[Tensor | None] = [None] * (len(segments) + 1)
+        self._inputs: dict[int, Tensor] = {}
 
     def load(self, e: int, x: Tensor) -> None:
         self._inputs[e] = x
 
     def run(self, e: int) -> Tensor:
-        x, self._inputs[e] = self._inputs[e], None  # not kept alive longer than needed
+        x = self._inputs.pop(e)  # not kept alive longer than needed
         with torch.no_grad():
             outputs = self._segments[e](x)
         if e + 1 < len(self._segments):

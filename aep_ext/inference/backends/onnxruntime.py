@@ -29,7 +29,9 @@ def _model(segment: Segment, example: Tensor) -> bytes:
     """The segment as ONNX, in memory: no file is ever written."""
     program = exported(segment, example)
     with quiet():
-        return torch.onnx.export(program, dynamo=True, verbose=False).model_proto.SerializeToString()
+        made = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert made is not None  # with dynamo=True
+    return made.model_proto.SerializeToString()
 
 
 def _session(model: bytes, threads: int, dimension: tuple[str, int] | None = None) -> Any:

@@ -33,7 +33,7 @@ def import_openvino() -> ModuleType:
     """
     if "openvino" not in sys.modules:
         with _LOCK:
-            sys.modules.setdefault(_TELEMETRY, None)  # imports of it fail
+            sys.modules.setdefault(_TELEMETRY, None)  # type: ignore[arg-type]  # imports of it fail; no stub has None
             try:
                 importlib.import_module("openvino")
             finally:
