@@ -143,8 +143,6 @@ def test_build_info_says_what_runs():
     if info.backend == "native":
         assert info.isa_in_use in info.isa_built
         assert set(info.isa_supported) <= set(info.isa_built)
-        assert _load.native_available("cpu")
-    assert not _load.native_available("meta")
 
 
 def test_build_info_shows_the_builds_notices_and_absent_packages(monkeypatch):
