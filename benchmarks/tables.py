@@ -269,7 +269,8 @@ def peer(result: dict[str, Any]) -> str:
             points = 100 * (summary["top1"]["mean"] - summary["ungated_top1"]["mean"])
             accuracy = [_percent(summary[key]) for key in ("top1", "ungated_top1")]
             cost = [_millions(macs), _millions(ungated), f"{100 * (1 - macs / ungated):.1f} %"]
-            rows.append([name, *accuracy, f"{points:+.2f}", *cost])
+            title = {"aep_calibrate": "aep_ext, as `aep calibrate` delivers it"}.get(name, name)
+            rows.append([title, *accuracy, f"{points:+.2f}", *cost])
     head = ["gates", "test top-1", "without gates", "points", "mean multiply-adds", "all without gates", "saving"]
     parts = [markdown(head, rows, 1), _peer_times(result["timed"]["rows"])]
     return "\n".join([*parts, *(f"- {line}" for line in _peer_notes(result))]) + "\n"
