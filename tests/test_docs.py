@@ -43,13 +43,14 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         for name in ("resnet18", "mobilenet_v3_small"):  # without the download of pretrained weights
             build = getattr(torchvision.models, name)
-            monkeypatch.setattr(torchvision.models, name, lambda weights=None, build=build: build())
+            monkeypatch.setattr(torchvision.models, name, lambda weights=None, build=build, **options: build(**options))
     with torch.no_grad():
         teacher = networks.resnet_small(10).eval()
         x = torch.randn(6, 16, 3, 32, 32)
         loader = [(batch, teacher(batch).argmax(1)) for batch in x]
+    loader = torch.utils.data.DataLoader(loader, batch_size=None)  # Lightning takes a list for several loaders
     given = {f"{role}_loader": loader for role in ("train", "val", "test")}
-    return {**given, "images": loader[0][0], "labels": loader[0][1]}
+    return {**given, "images": x[0], "labels": next(iter(loader))[1]}
 
 
 @named([path for path in DOCUMENTS if blocks(path, "python")])
