@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -95,15 +95,19 @@ class CompiledNet:
     def __call__(self, x: Tensor) -> Tensor:
         """The ensemble's logits (N, K): ``sum_e output_weights[e] * exit_logits[e]``."""
         with torch.no_grad():
-            return ops.ensemble(self.exit_logits(x), self.output_weights)
+            return self._on_all(x, lambda logits: ops.ensemble(logits, self.output_weights))
 
     def exit_logits(self, x: Tensor) -> Tensor:
         """Logits of every exit, (E, N, K)."""
+        return self._on_all(x, Tensor.clone)
+
+    def _on_all(self, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function`` of all exits' logits; a tensor of its own, since they may lie in the engine's memory."""
         x = self._checked(x)
         if len(x) == 0:
-            return x.new_empty(self.num_exits, 0, self.num_classes)
+            return function(x.new_empty(self.num_exits, 0, self.num_classes))
         with contextlib.closing(self.begin()):
-            return self._engine.exit_logits(x, self.num_exits)
+            return function(self._engine.exit_logits(x, self.num_exits))
 
     def begin(self, owning: bool = False) -> CompiledRun:
         """The stages for one pass of a batch, as executors take them: without copies between them.
