@@ -1,12 +1,13 @@
-"""What every part of the package uses: errors for users, optional packages, numbers per exit, eval mode, threads."""
+"""What every part of the package uses: errors, optional packages, numbers per exit, batches, eval mode, threads."""
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,62 @@ def per_exit(
         if math.isnan(value):
             raise ValueError(f"{function}: {name} must not be NaN, got {value} at position {position}")
     return numbers
+
+
+_INPUTS, _LABELS = ("pixel_values", "image"), ("labels", "label")
+"""Their keys where a batch is a dict, as Hugging Face's are."""
+
+
+def inputs_of(function: str, batch: Any) -> Tensor:
+    """The inputs of a loader's batch: itself, the first of a tuple or list, or a dict's "pixel_values" or "image".
+
+    Raises:
+        TypeError: there are none, or they are no tensor.
+    """
+    x = batch
+    if isinstance(batch, Mapping):
+        x = next((batch[key] for key in _INPUTS if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and batch:
+        x = batch[0]
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{function}: loader must yield tensors, tuples that begin with one, or dicts with one under "
+            f"{' or '.join(map(repr, _INPUTS))}, got {_kind(batch)}"
+        )
+    return x
+
+
+def inputs_and_labels(function: str, batch: Any) -> tuple[Tensor, Tensor]:
+    """The inputs (N, ...) and integer labels (N,) of an (x, y) batch, or of a dict with "labels" or "label" too.
+
+    Raises:
+        TypeError: there are no such two.
+        ValueError: labels of another type or shape. Whether they are in range is not looked at.
+    """
+    y = None
+    if isinstance(batch, Mapping):
+        y = next((batch[key] for key in _LABELS if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        y = batch[1]
+    if y is None:
+        raise TypeError(
+            f"{function}: loader must yield (x, y) batches, or dicts with {' or '.join(map(repr, _LABELS))}, "
+            f"got {_kind(batch)}"
+        )
+    x, y = inputs_of(function, batch), torch.as_tensor(y)
+    if y.shape != x.shape[:1] or y.dtype == torch.bool or y.is_floating_point():
+        raise ValueError(
+            f"{function}: a batch's y must be integers of shape [{len(x)}], got {y.dtype} of shape {list(y.shape)}"
+        )
+    return x, y
+
+
+def _kind(batch: Any) -> str:
+    """A batch's type and what is in it, for messages."""
+    if isinstance(batch, Mapping):
+        return f"a dict with {', '.join(map(repr, batch))}"
+    inside = [type(entry).__name__ for entry in batch] if isinstance(batch, (tuple, list)) else []
+    return type(batch).__name__ + (f" of {', '.join(inside)}" if 0 < len(inside) < 5 else "")
 
 
 @contextmanager

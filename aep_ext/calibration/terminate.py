@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aep_ext._utils import inputs_of
 from aep_ext.calibration.budgets import Budget
 from aep_ext.calibration.cached_logits import CachedLogits
 from aep_ext.calibration.calibrate import calibrate
@@ -39,7 +40,8 @@ def terminate(
 
     Args:
         net: a full or pruned network; left as it is.
-        loader: (x, y) batches of labelled samples that the network was not trained on, x (N, C, H, W), y (N,) integers.
+        loader: (x, y) batches of labelled samples that the network was not trained on, x (N, C, H, W), y (N,) integers;
+            or dicts, as :func:`collect_logits` takes them.
         budget: an :class:`AccuracyBudget` (or its points), a :class:`CostBudget` or a :class:`RiskBudget`.
         reference: what the drop is measured against. "ensemble": the network itself, all of its exits; or (N,) bool,
         the
@@ -78,6 +80,6 @@ def terminate(
 def _noting(loader: Iterable[Any], first: list[Tensor]) -> Iterator[Any]:
     """The loader's batches; the first image is kept."""
     for batch in loader:
-        if not first and isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Tensor) and len(batch[0]):
-            first.append(batch[0][:1])
+        if not first and len(inputs := inputs_of("terminate", batch)):
+            first.append(inputs[:1])
         yield batch

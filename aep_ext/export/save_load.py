@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from aep_ext._io import write_atomically, write_bytes
 from aep_ext._utils import per_exit, require
 from aep_ext._version import __version__
+from aep_ext.export.preprocessing import Preprocessing
 from aep_ext.inference.exit_policy import ExitPolicy
 from aep_ext.inference.gated_net import GatedNet
 from aep_ext.pruning.extract import subset_view
@@ -52,7 +54,8 @@ def save(
         net: a full, pruned or gated network, on any real device. Of a gated one the :class:`ExitPolicy` is written
             too, and its ``calibration`` if it has one, but not the measured profile, which belongs to a machine.
         folder: made if absent.
-        metadata: JSON-able values of the user's own (class names, preprocessing), returned by :func:`describe`.
+        metadata: JSON-able values of the user's own, returned by :func:`describe`. ``net.classes`` and
+            ``net.preprocessing`` are written beside them, as "classes" and "preprocessing", unless these hold others.
 
     Returns:
         The folder.
@@ -101,7 +104,7 @@ def save(
         "strides": {name: list(tensor.stride()) for name, tensor in state.items() if _own_strides(tensor)},
         "frozen": [name for name, parameter in full.named_parameters() if not parameter.requires_grad],
         "sha256": hashlib.sha256(data).hexdigest(),
-        "metadata": {} if metadata is None else metadata,
+        "metadata": {**_own_metadata(net), **(metadata or {})},
         **gates,
     }
     try:
@@ -119,6 +122,20 @@ def save(
 
     write_atomically(target / DESCRIPTION, write)
     return target
+
+
+def _own_metadata(net: MultiExitNet | GatedNet) -> dict[str, Any]:
+    entries: dict[str, Any] = {} if net.classes is None else {"classes": list(net.classes)}
+    return entries if net.preprocessing is None else {**entries, "preprocessing": net.preprocessing.to_dict()}
+
+
+def _set_metadata(net: MultiExitNet | GatedNet, metadata: dict[str, Any]) -> None:
+    """The reverse; metadata is a user's own, and may hold something else under these names."""
+    classes = metadata.get("classes")
+    if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
+        net.classes = tuple(classes)
+    with suppress(ValueError):
+        net.preprocessing = Preprocessing.from_dict(metadata.get("preprocessing", metadata))
 
 
 def _gates(gated: GatedNet) -> dict[str, Any]:
@@ -283,7 +300,8 @@ def load(
 
     Returns:
         The network in eval mode: a :class:`GatedNet` if one was saved, with its ``calibration`` as a plain dict if it
-        had one, otherwise a :class:`MultiExitNet`.
+        had one, otherwise a :class:`MultiExitNet`. Its ``classes`` (names) and ``preprocessing`` (how images are made
+        its input) are those that were saved, or None.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -310,6 +328,7 @@ def load(
     names = [name for name in tensors if "gate" in description and name.startswith("gate.")]
     old = {name.removeprefix("gate."): tensors.pop(name) for name in names}
     _fill(net, tensors, description)
+    _set_metadata(net, description["metadata"])
     # Only now, with the stored weights in place, can the gates be checked against them.
     gated = "gate" in description or "exit_policy" in description
     return (_gated(net, description, old) if gated else net).to(map_location).eval()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aep_ext._utils import inputs_of
 from aep_ext.inference.executor import Answers, Executor, GatedOutput, Rows
 from aep_ext.inference.exit_policy import ExitPolicy
 from aep_ext.inference.stages import StageRun, take_rows
@@ -177,21 +178,8 @@ class ContinuousBatcher:
             done = until
 
 
-def images_of(function: str, item: Any) -> Tensor:
-    """The inputs of a loader's item: itself, or the first of a tuple or list.
-
-    Raises:
-        TypeError: neither.
-    """
-    x = item[0] if isinstance(item, tuple | list) and item else item
-    if not isinstance(x, Tensor):
-        found = type(item).__name__
-        raise TypeError(f"{function}: the loader must give tensors, or tuples that start with one, got {found}")
-    return x
-
-
 def batched(loader: Iterable[Any], device: torch.device, batcher: ContinuousBatcher) -> Iterator[GatedOutput]:
     """One output per batch of the loader, in its order."""
     for item in loader:
-        yield from batcher.push(images_of("GatedNet.predict", item).to(device, non_blocking=True))
+        yield from batcher.push(inputs_of("GatedNet.predict", item).to(device, non_blocking=True))
     yield from batcher.flush()

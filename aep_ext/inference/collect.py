@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aep_ext._utils import eval_mode
+from aep_ext._utils import eval_mode, inputs_and_labels
 from aep_ext.surgery.multi_exit import MultiExitNet
 
 
@@ -23,7 +23,8 @@ def collect_logits(
 
     Args:
         net: full or pruned; its modes and its device are restored, also on an error.
-        loader: (x, y) batches, x (N, C, H, W), y (N,) integers; further entries are ignored. Its order is kept.
+        loader: (x, y) batches, x (N, C, H, W), y (N,) integers; further entries are ignored. Or dicts with
+            "pixel_values" or "image", and "labels" or "label". Its order is kept.
         device: where to run; by default where the network is.
         progress: called after every batch with the number of samples so far.
 
@@ -45,16 +46,9 @@ def collect_logits(
         net.to(where)
         with eval_mode(net), torch.inference_mode():
             for batch in loader:
-                if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[0], Tensor):
-                    raise TypeError(f"collect_logits: loader must yield (x, y) batches, got {type(batch).__name__}")
-                found = net.exit_logits(batch[0].to(where, non_blocking=True))
-                target = torch.as_tensor(batch[1]).detach().cpu()
-                if target.shape != found.shape[1:2] or target.is_floating_point() or target.dtype == torch.bool:
-                    raise ValueError(
-                        f"collect_logits: labels must be integers of shape [{found.shape[1]}], got {target.dtype} of "
-                        f"shape {list(target.shape)} in batch {len(labels)}"
-                    )
-                labels.append(target.to(torch.int64))
+                inputs, target = inputs_and_labels("collect_logits", batch)
+                found = net.exit_logits(inputs.to(where, non_blocking=True))
+                labels.append(target.detach().to("cpu", torch.int64))
                 logits.append(found.to("cpu", torch.float32))
                 done += found.shape[1]
                 if progress is not None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from aep_ext import ops
+from aep_ext._utils import inputs_of
 from aep_ext.inference.backends.engine import Chain, Engine
-from aep_ext.inference.batching import images_of
 from aep_ext.inference.stages import take_rows
 from aep_ext.surgery.multi_exit import MultiExitNet
 
@@ -53,7 +53,8 @@ class CompiledNet:
         timings: backend -> median milliseconds of all exits' logits on the example, where ``auto`` measured.
         notices: what was decided, left out or failed, in words.
         max_logit_difference: largest absolute difference between the engine's logits and the network's on the example.
-        num_exits, num_classes, exit_ids, output_weights: the network's; ``output_weights`` (E,) float32.
+        num_exits, num_classes, exit_ids, output_weights, classes, preprocessing: the network's; ``output_weights`` (E,)
+            float32.
         threads: threads of the engine; for "eager" and "inductor" torch's own number decides.
     """
 
@@ -73,6 +74,7 @@ class CompiledNet:
     ) -> None:
         self.backend = backend
         self.num_exits, self.num_classes = reference.num_exits, reference.num_classes
+        self.classes, self.preprocessing = reference.classes, reference.preprocessing
         self.exit_ids = reference.exit_ids
         self.output_weights = reference.output_weights.detach().clone()
         self.threads = threads
@@ -123,14 +125,14 @@ class CompiledNet:
         """Compares all exits with the network as it was when it was compiled (an eager copy is kept for this).
 
         Args:
-            loader: batches of images: tensors (n, C, H, W), or tuples that begin with one.
+            loader: batches of images: tensors (n, C, H, W), tuples that begin with one, or dicts.
 
         Raises:
             TypeError: the loader gives something else.
         """
         n, same, gap = 0, 0, 0.0
         for item in loader:
-            x = self._checked(images_of("CompiledNet.verify", item))
+            x = self._checked(inputs_of("CompiledNet.verify", item))
             ours = self.exit_logits(x)
             with torch.no_grad():
                 theirs = self._reference.exit_logits(x)

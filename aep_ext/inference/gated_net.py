@@ -58,6 +58,7 @@ class GatedNet(nn.Module):
         profile: the measured :class:`StageProfile`, or None. Not saved: it belongs to a machine.
         calibration: what found the policy, an :class:`aep_ext.calibration.Calibration` (after loading: its dict), or
             None.
+        classes, preprocessing: as the network has them when it is gated, see :class:`MultiExitNet`.
 
     Raises:
         TypeError: ``net`` or ``policy`` is of another type.
@@ -83,6 +84,7 @@ class GatedNet(nn.Module):
         self.register_buffer("enabled", torch.tensor(policy.enabled, dtype=torch.bool, device=device))
         self.profile: StageProfile | None = None
         self.calibration: Any = None
+        self.classes, self.preprocessing = net.classes, net.preprocessing
         self._faster_without: tuple[tuple[int, bool], ...] = ()  # by batch size, as measured
         self._read: _Current | None = None
         self._writers: dict[int, Any] = {}
@@ -199,8 +201,8 @@ class GatedNet(nn.Module):
         delay.
 
         Args:
-            loader: gives inputs (n, ...), or tuples and lists whose first entry they are. They are moved to this
-                net's device.
+            loader: gives inputs (n, ...), tuples and lists whose first entry they are, or dicts with them as
+                "pixel_values" or "image". They are moved to this net's device.
             capacity: the size of a full batch; by default that of the first one.
             max_delay: the most batches that may be unanswered before more are read; see :class:`ContinuousBatcher` for
                 what is held in memory.

@@ -41,6 +41,7 @@ def subset_view(net: MultiExitNet, exits: tuple[int, ...], *, share: bool) -> Mu
         origin=copy.deepcopy(net.origin),
         fused=fused,
     )
+    result.classes, result.preprocessing = net.classes, net.preprocessing
     result.train(net.training)
     for module, training in modes:  # a module that was frozen in eval mode stays so
         module.training = training

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from aep_ext import ops
-from aep_ext._utils import eval_mode
+from aep_ext._utils import eval_mode, inputs_and_labels
 from aep_ext.pruning.cost import Latency, SubsetCosts, measure_latency, subset_costs
 from aep_ext.pruning.extract import subset_view
 from aep_ext.pruning.scores import SubsetScores
@@ -97,16 +98,7 @@ def score_logits(
 
 
 def _batch(batch: Any, device: torch.device, classes: int) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-        raise TypeError(f"score_subsets: loader must yield (x, y) batches, got {type(batch).__name__}")
-    inputs, target = batch[0], torch.as_tensor(batch[1])
-    if not isinstance(inputs, Tensor):
-        raise TypeError(f"score_subsets: a batch's x must be a tensor, got {type(inputs).__name__}")
-    if target.dim() != 1 or target.is_floating_point() or len(target) != len(inputs):
-        raise ValueError(
-            f"score_subsets: a batch's y must be integers of shape [{len(inputs)}], "
-            f"got {target.dtype} of shape {list(target.shape)}"
-        )
+    inputs, target = inputs_and_labels("score_subsets", batch)
     if target.device.type == "cpu":  # on a GPU nobody looks at labels, since looking means waiting for it
         wrong = target[(target < 0) | (target >= classes)]
         if len(wrong):
@@ -122,8 +114,23 @@ def _latencies(net: MultiExitNet, example: Tensor | Sequence[int], options: dict
     )
 
 
+def _of_all_ranks(
+    total: Tensor, n: int, right: Tensor | None, example: Tensor | Sequence[int] | None
+) -> tuple[Tensor, int, Tensor | None, Tensor | Sequence[int] | None]:
+    """What :func:`score_subsets` has found, over all ranks in their order; an example's shape for who has none."""
+    shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else example
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (total, n, right, shape))
+    totals, counts, rights, shapes = zip(*ranks, strict=True)
+    found = [answers for answers in rights if answers is not None]
+    together = torch.cat(found, dim=1) if found else None
+    if example is None:
+        example = next((other for other in shapes if other is not None), None)
+    return torch.stack(totals).sum(0), sum(counts), together, example
+
+
 def score_subsets(
-    net: MultiExitNet,
+    net: MultiExitNet | nn.parallel.DistributedDataParallel,
     loader: Iterable[Any],
     *,
     device: torch.device | str | None = None,
@@ -137,11 +144,16 @@ def score_subsets(
     One pass in eval mode and inference mode; nothing larger than a batch is held. The network's modes (and its
     device) are restored afterwards, also on an error.
 
+    Where ``torch.distributed`` is initialised, every rank must call it, each with its own share of the samples (a
+    ``DistributedSampler`` repeats some so that the shares are equal); every rank gets the scores on all of them.
+
     Args:
-        net: a network of at most 16 exits.
-        loader: any iterable of (x, y) batches, x (N, C, H, W), y (N,) integers; further entries are ignored.
+        net: a network of at most 16 exits, also inside DistributedDataParallel.
+        loader: any iterable of (x, y) batches, x (N, C, H, W), y (N,) integers; further entries are ignored. Or of
+            dicts with "pixel_values" or "image", and "labels" or "label".
         device: where to run; by default where the network is.
-        latency: also measure every subset's latency at batch 1; a dict holds options of :func:`measure_latency`.
+        latency: also measure every subset's latency at batch 1, on every rank for itself; a dict holds options of
+            :func:`measure_latency`.
         example: an input, or its shape (C, H, W), for the costs; by default the first sample of the loader.
         keep_correct: also keep the top-1 answers per sample, (2^E - 1, N) bool, for :func:`smallest_non_inferior`.
         progress: called after every batch with the number of samples scored so far.
@@ -152,13 +164,15 @@ def score_subsets(
         IndexError: a label out of range (labels that the loader gives on a GPU are not looked at; such a one is never
             counted as right, or see :class:`aep_ext.ops.check_labels`).
     """
+    if isinstance(net, nn.parallel.DistributedDataParallel):
+        net = net.module
     if not isinstance(net, MultiExitNet):
         raise TypeError(f"score_subsets: net must be a MultiExitNet, got {type(net).__name__}")
     if net.num_exits > MAX_EXITS:
         raise ValueError(f"score_subsets: net must have at most {MAX_EXITS} exits, got {net.num_exits}")
     home = net.output_weights.device
     where = home if device is None else torch.device(device)
-    total: Tensor | None = None
+    total = torch.zeros((1 << net.num_exits) - 1, 2, dtype=torch.int64, device=where)
     n, correct = 0, []
     try:
         net.to(where)
@@ -168,27 +182,29 @@ def score_subsets(
                 if example is None and len(inputs):
                     example = inputs[:1].clone()
                 exit_logits = net.exit_logits(inputs)
-                counts = ops.subset_correct(exit_logits, net.output_weights, target)
-                total = counts if total is None else total + counts
+                total = total + ops.subset_correct(exit_logits, net.output_weights, target)
                 n += len(inputs)
                 if keep_correct:
                     correct.append(subset_correctness(exit_logits, net.output_weights, target).cpu())
                 if progress is not None:
                     progress(n)
-        if total is None or example is None or n == 0:
+        total = total.cpu().clone()  # created in inference mode; a clone can be used like any other tensor
+        right = torch.cat(correct, dim=1) if correct else None
+        if dist.is_available() and dist.is_initialized():
+            total, n, right, example = _of_all_ranks(total, n, right, example)
+        if example is None or n == 0:
             raise ValueError("score_subsets: loader must yield at least one sample, got none")
-        # Created in inference mode; cloned outside it, the tensors can be used like any others.
         example = example.clone() if isinstance(example, Tensor) else example
         costs = subset_costs(net, example)
         timed = _latencies(net, example, latency if isinstance(latency, dict) else {}) if latency else None
     finally:
         net.to(home)
     return SubsetScores(
-        total.cpu().clone(),
+        total,
         n,
         tuple(net.exit_ids),
         parameters=costs.parameters,
         macs=costs.macs,
         latency=timed,
-        correct=torch.cat(correct, dim=1) if keep_correct else None,
+        correct=right,
     )

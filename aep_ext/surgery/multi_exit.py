@@ -44,6 +44,9 @@ class MultiExitNet(nn.Module):
 
     Attributes:
         output_weights, loss_weights: persistent buffers, (E,) float32; they stay float32 under ``.to(dtype)``.
+        classes: names of the K classes, or None.
+        preprocessing: the :class:`aep_ext.export.Preprocessing` that makes its inputs of images, or None. Both are set
+            by ``aep_ext.load`` or by hand; ``prune``, ``GatedNet`` and ``compile`` hand them on, ``save`` writes them.
 
     Raises:
         ValueError: the arguments do not fit together; the message names the rule and the value.
@@ -51,6 +54,8 @@ class MultiExitNet(nn.Module):
 
     output_weights: Tensor
     loss_weights: Tensor
+    classes: tuple[str, ...] | None = None
+    preprocessing: Any = None
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aep_ext._utils import require
+from aep_ext._utils import inputs_and_labels, inputs_of, require
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy
 from aep_ext.ops import ensemble
 from aep_ext.surgery.multi_exit import MultiExitNet
@@ -31,7 +31,8 @@ class JointLightningModule(pl.LightningModule):
         lr, weight_decay, optimizer, schedule: see :class:`~aep_ext.training.Recipe`.
         seed: seed torch's global generator from (seed, epoch) at the start of every epoch; None: leave it alone.
 
-    Batches are (images (n, C, H, W), labels (n,) int64). Logged at the end of every epoch, for ``train`` and ``val``
+    Batches are (images (n, C, H, W), labels (n,) integers), or dicts of them as "pixel_values" or "image", and "labels"
+    or "label". Logged at the end of every epoch, for ``train`` and ``val``
     (``test`` likewise): ``val/loss`` (the joint loss), ``val/top1`` (of the full ensemble), ``val/exit0_loss``,
     ``val/exit0_top1`` and so on; losses are means over the samples, accuracies fractions of 1. The training's figures
     are those of the network as it was at each batch. The epoch's values as a plain dict are left in ``record``.
@@ -111,10 +112,13 @@ class JointLightningModule(pl.LightningModule):
         if self.seed is not None:
             torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+    def _exit_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+        images, target = inputs_and_labels("fit", batch)
+        return self.net.exit_logits(images), target.to(self.net.output_weights.device, torch.int64)
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """The joint loss of a batch, with class weights if there are any."""
-        images, target = batch
-        exit_logits = self.net.exit_logits(images)
+        exit_logits, target = self._exit_logits(batch)
         loss, exit_losses = self.train_loss.losses(exit_logits, target)
         self._score("train", exit_logits, target, loss, exit_losses)
         return loss
@@ -122,19 +126,18 @@ class JointLightningModule(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         self._finish("train")
 
-    def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor]) -> None:
-        images, target = batch
-        exit_logits = self.net.exit_logits(images)
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        exit_logits, target = self._exit_logits(batch)
         self._score(stage, exit_logits, target, *self.val_loss.losses(exit_logits, target))
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def validation_step(self, batch: Any, batch_index: int) -> None:
         """Score a batch of the validation images."""
         self._evaluate("val", batch)
 
     def on_validation_epoch_end(self) -> None:
         self._finish("val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+    def test_step(self, batch: Any, batch_index: int) -> None:
         """Score a batch of the test images."""
         self._evaluate("test", batch)
 
@@ -142,8 +145,8 @@ class JointLightningModule(pl.LightningModule):
         self._finish("test")
 
     def predict_step(self, batch: Any, batch_index: int) -> Tensor:
-        """The ensemble's logits (n, K) of a batch: images, or images with anything behind them."""
-        return self.net(batch[0] if isinstance(batch, (tuple, list)) else batch)
+        """The ensemble's logits (n, K) of a batch: images, images with anything behind them, or a dict of them."""
+        return self.net(inputs_of("JointLightningModule", batch))
 
     def configure_optimizers(self) -> Any:
         """All parameters in one optimizer; the cosine schedule moves with every step."""

@@ -117,7 +117,7 @@ def test_batches_of_any_size_and_form():
     with pytest.raises(ValueError, match="loader must give at least one batch, got none"):
         gated.predict_all([])
     for item in ("images", {"x": 1}, (), ("a", "b")):
-        with pytest.raises(TypeError, match="GatedNet.predict: the loader must give tensors, or tuples that start"):
+        with pytest.raises(TypeError, match="GatedNet.predict: loader must yield tensors, tuples that begin"):
             list(gated.predict([item]))
     with pytest.raises(ValueError, match="ContinuousBatcher: capacity must be at least 1, got 0"):
         gated.batcher(capacity=0)

@@ -30,17 +30,17 @@ def test_logits_and_labels_of_a_loader(net: MultiExitNet):
 @pytest.mark.parametrize(
     ("batch", "error", "message"),
     [
-        (torch.zeros(2, 3, 16, 16), TypeError, r"loader must yield \(x, y\) batches, got Tensor"),
-        ((torch.zeros(2, 3, 16, 16),), TypeError, r"loader must yield \(x, y\) batches, got tuple"),
+        (torch.zeros(2, 3, 16, 16), TypeError, r"loader must yield \(x, y\) batches, .*, got Tensor"),
+        ((torch.zeros(2, 3, 16, 16),), TypeError, r"loader must yield \(x, y\) batches, .*, got tuple of Tensor"),
         (
             (torch.zeros(2, 3, 16, 16), [0]),
             ValueError,
-            r"labels must be integers of shape \[2\], got .*\[1\] in batch 1",
+            r"a batch's y must be integers of shape \[2\], got .*\[1\]",
         ),
         (
             (torch.zeros(2, 3, 16, 16), [0.5, 1.0]),
             ValueError,
-            r"labels must be integers of shape \[2\], got torch.float32",
+            r"a batch's y must be integers of shape \[2\], got torch.float32",
         ),
     ],
 )

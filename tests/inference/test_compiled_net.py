@@ -161,7 +161,7 @@ def test_verify(compiled: CompiledNet) -> None:
     assert compiled.verify(loader).n == 10
     assert compiled.verify([x[:3], x[3:5]]).n == 5 and compiled.verify([]).n == 0
     for batch in ({"x": x}, []):
-        with pytest.raises(TypeError, match="CompiledNet.verify: the loader must give tensors, or tuples that start"):
+        with pytest.raises(TypeError, match="CompiledNet.verify: loader must yield tensors, tuples that begin"):
             compiled.verify([batch])
     with pytest.raises(ValueError, match="CompiledNet: x must have shape"):
         compiled.verify([torch.zeros(1, 3, 8, 8)])

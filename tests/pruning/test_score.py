@@ -112,8 +112,8 @@ def test_lists_int32_labels_and_extra_entries_are_taken(net, batches):
     [
         ([], ValueError, "at least one sample, got none"),
         ([(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64))], ValueError, "at least one sample, got none"),
-        ([torch.zeros(2, 3, 8, 8)], TypeError, r"loader must yield \(x, y\) batches, got Tensor"),
-        ([("x", [0])], TypeError, "x must be a tensor, got str"),
+        ([torch.zeros(2, 3, 8, 8)], TypeError, r"loader must yield \(x, y\) batches, .*, got Tensor"),
+        ([("x", [0])], TypeError, "loader must yield tensors, .* got tuple of str, list"),
         ([(torch.zeros(2, 3, 8, 8), [0])], ValueError, r"y must be integers of shape \[2\]"),
         (
             [(torch.zeros(2, 3, 8, 8), torch.zeros(2))],
