@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from aep_ext import ExitPolicy, ExitWeights, GatedNet, MultiExitNet, load, prune, save
-from aep_ext.export import describe
+from aep_ext import ExitPolicy, ExitWeights, GatedNet, MultiExitNet, compile, load, prune, save
+from aep_ext.export import Preprocessing, describe
 from aep_ext.pruning import single_exit
 from aep_ext.surgery.heads import PooledLinearHead
 from aep_ext.surgery.networks import build
@@ -333,3 +333,39 @@ def test_where_the_policy_comes_from_goes_with_it(net, tmp_path):
     loaded = load(save(gated, tmp_path / "calibrated"))
     assert loaded.calibration == {"n": 64, "budget": {"points": 0.5}}
     assert load(save(loaded, tmp_path / "again")).calibration == loaded.calibration
+
+
+PREPROCESSING = Preprocessing(12, 1, (0.5,), (0.25,))
+
+
+def test_classes_and_preprocessing_go_with_a_network(net, tmp_path):
+    assert net.classes is None and net.preprocessing is None
+    save(net, tmp_path)
+    assert describe(tmp_path)["metadata"] == {} and load(tmp_path).classes is None
+    net.classes, net.preprocessing = ("a", "b", "c", "d", "e"), PREPROCESSING
+    pruned = prune(net, (0, 2))
+    gated = GatedNet(pruned, ExitPolicy(output_weights=tuple(pruned.output_weights.tolist()), thresholds=(0.5,)))
+    compiled = compile(gated, torch.randn(2, 1, 12, 12), backend="eager")
+    for one in (net, pruned, gated, compiled, compiled.net):
+        assert one.classes == net.classes and one.preprocessing == PREPROCESSING
+    for one in (net, pruned, gated):
+        save(one, tmp_path, metadata={"author": "me"})
+        loaded = load(tmp_path)
+        assert loaded.classes == net.classes and loaded.preprocessing == PREPROCESSING
+        save(loaded, tmp_path / "again")
+        again = load(tmp_path / "again")
+        assert again.classes == net.classes and again.preprocessing == PREPROCESSING
+        kept = {"classes": list(net.classes), "preprocessing": PREPROCESSING.to_dict()}
+        assert describe(tmp_path / "again")["metadata"] == kept
+        assert describe(tmp_path)["metadata"] == {**kept, "author": "me"}
+    save(net, tmp_path, metadata={"classes": ["v", "w", "x", "y", "z"]})
+    assert load(tmp_path).classes == ("v", "w", "x", "y", "z")
+
+
+def test_metadata_of_a_user_s_own_form_is_left_alone(net, tmp_path):
+    save(net, tmp_path, metadata={"classes": 5, "preprocessing": "the usual one"})
+    loaded = load(tmp_path)
+    assert loaded.classes is None and loaded.preprocessing is None
+    old = {"image_size": 12, "channels": 1, "normalisation": {"mean": [0.5], "std": [0.25]}}  # as releases wrote it
+    save(net, tmp_path, metadata=old)
+    assert load(tmp_path).preprocessing == Preprocessing(12, 1, (0.5,), (0.25,), resize="squash")
