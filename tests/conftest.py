@@ -38,7 +38,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked `campaign` unless -m names it; skip `gpu` where there is no CUDA device."""
     if "campaign" not in config.getoption("markexpr"):
-        left_out = [item for item in items if "campaign" in item.keywords]
+        left_out = [item for item in items if item.get_closest_marker("campaign")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     if torch.cuda.is_available():

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from contextlib import suppress
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,18 +34,113 @@ DESCRIPTION = "model.json"
 FORMAT = "aep_ext.model"
 VERSION = 2
 """1 had a gated net's thresholds, temperatures and flags as tensors "gate.<name>"; 2 has the entry "exit_policy"."""
-_KEYS = ("origin", "num_classes", "exit_ids", "exit_stages", "fused", "tied", "strides", "frozen", "sha256", "metadata")
 
 
-def _own_strides(tensor: Tensor) -> bool:
-    """Whether the tensor fills its memory in an order of its own (channels_last): convolutions then run otherwise."""
+def _whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _list_of(each: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(each, value))
+
+
+def _object_of(each: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(each, value.values()))
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _ascending(value: Any) -> bool:
+    return _list_of(_whole(0))(value) and bool(value) and all(a < b for a, b in zip(value, value[1:], strict=False))
+
+
+def _shape(value: Any) -> bool:
+    """A shape of images, or several: not larger than one would measure a network with."""
+    return value is None or (_list_of(_whole(1))(value) and math.prod(value) <= 1 << 28) or _list_of(_shape)(value)
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+_CLASSES: _Rule = (_whole(1), "a whole number of at least 1")
+_ENTRIES: dict[str, _Rule] = {
+    "origin": (_object_of(lambda value: True), "an object"),
+    "num_classes": _CLASSES,
+    "exit_ids": (_ascending, "ascending whole numbers"),
+    "exit_stages": (_ascending, "ascending whole numbers"),
+    "fused": (lambda value: isinstance(value, bool), "true or false"),
+    "tied": (_object_of(_text), "an object of names"),
+    "strides": (_object_of(_list_of(_whole(0))), "an object of lists of whole numbers"),
+    "frozen": (_list_of(_text), "a list of names"),
+    "sha256": (lambda value: _text(value) and bool(re.fullmatch("[0-9a-f]{64}", value)), "64 hexadecimal digits"),
+    "metadata": (_object_of(lambda value: True), "an object"),
+}
+"""What every description has."""
+_ORIGIN: dict[str, dict[str, _Rule]] = {
+    "network": {"name": (_text, "a name"), "num_classes": _CLASSES, "in_channels": _CLASSES},
+    "anticipate": {"cuts": (_list_of(_text), "a list of names")},
+}
+"""What the entry "origin" of each kind has."""
+_OPTIONAL: dict[str, _Rule] = {
+    "exits": _CLASSES,
+    "num_classes": (lambda value: value is None or _CLASSES[0](value), f"null or {_CLASSES[1]}"),
+    "head_keys": (
+        _list_of(lambda value: _list_of(_text)(value) and len(value) == 2),
+        "a list of pairs of names",
+    ),
+    "example": (_shape, "a shape of images"),
+}
+"""What it may have besides."""
+
+
+def _check(values: dict[str, Any], rules: dict[str, _Rule], prefix: str = "") -> None:
+    for name, (holds, rule) in rules.items():
+        if name not in values:
+            raise ValueError(f"must have the entries {', '.join(prefix + one for one in rules)}, got none for {name!r}")
+        if not holds(values[name]):
+            raise ValueError(f"{prefix}{name} must be {rule}, got {json.dumps(values[name])[:80]}")
+
+
+@contextmanager
+def _naming(path: Path, what: str = "") -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ValueError of one line that names the file (and what could not be done)."""
+    try:
+        yield
+    except ImportError:  # a library that is missing: nothing is wrong with the file
+        raise
+    except FileNotFoundError as error:
+        folder = os.fspath(path.parent)
+        raise FileNotFoundError(f"load: {path.name} must be in the folder, got none in {folder!r}") from error
+    except Exception as error:
+        text = f"{error.strerror or error}" if isinstance(error, OSError) else f"{error}"
+        if isinstance(error, KeyError):
+            text = f"there is no entry {error}"
+        kind = "" if isinstance(error, (ValueError, OSError, KeyError)) else f"{type(error).__name__}: "
+        text = " ".join(f"{what}{kind}{text}".split())
+        raise ValueError(f"load: {path}: {text[:1000]}") from error
+
+
+def _dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the strides fill a memory of their own, without holes and overlaps."""
     expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size > 1:
             if stride != expected:
                 return False
             expected *= size
-    return tensor.numel() > 0 and tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
+    return expected > 0
+
+
+def _own_strides(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory in an order of its own (channels_last): convolutions then run otherwise."""
+    usual = torch.empty(tensor.shape, device="meta").stride()
+    return tensor.numel() > 0 and tensor.stride() != usual and _dense(tensor.shape, tensor.stride())
+
+
+def _regular(path: Path) -> Path:
+    if path.stat() and not path.is_file():
+        raise ValueError("must be a file")
+    return path
 
 
 def save(
@@ -69,7 +167,7 @@ def save(
     if not isinstance(full, MultiExitNet):
         raise TypeError(f"save: net must be a MultiExitNet or a GatedNet of one, got {type(full).__name__}")
     gates = {} if gated is None else _gates(gated)
-    library = require("safetensors.torch", "deploy", "aep_ext.save")
+    library = require("safetensors.torch", "export", "aep_ext.save")
     state = full.state_dict()
     meta = next((name for name, tensor in state.items() if tensor.device.type == "meta"), None)
     if meta is not None:
@@ -152,50 +250,54 @@ def _gates(gated: GatedNet) -> dict[str, Any]:
 
 def _gated(net: MultiExitNet, description: dict[str, Any], old: dict[str, Tensor]) -> GatedNet:
     """``net`` behind the gates that were saved; ``old``: their numbers in files of version 1."""
-    try:
-        if "gate" in description:
-            entries = description["gate"]
-            live = [flag and mode != "off" for flag, mode in zip(old["enabled"].tolist(), entries["mode"], strict=True)]
-            policy = ExitPolicy(
-                output_weights=tuple(net.output_weights.tolist()),
-                thresholds=tuple(old["thresholds"].tolist()),
-                criterion=entries["policy"],
-                criterion_on=entries["on"],
-                temperatures=tuple(old["temperatures"].tolist()),
-                enabled=tuple(live),
-                exits=net.exit_ids,
-            )
-        else:
-            entries, policy = description, ExitPolicy.from_dict(description["exit_policy"])
-        gated = GatedNet(net, policy)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"load: the gates in {DESCRIPTION} cannot be read: {error}") from error
+    if "gate" in description:
+        entries = description["gate"]
+        live = [flag and mode != "off" for flag, mode in zip(old["enabled"].tolist(), entries["mode"], strict=True)]
+        policy = ExitPolicy(
+            output_weights=tuple(net.output_weights.tolist()),
+            thresholds=tuple(old["thresholds"].tolist()),
+            criterion=entries["policy"],
+            criterion_on=entries["on"],
+            temperatures=tuple(old["temperatures"].tolist()),
+            enabled=tuple(live),
+            exits=net.exit_ids,
+        )
+    else:
+        entries, policy = description, ExitPolicy.from_dict(description["exit_policy"])
+    gated = GatedNet(net, policy)
     gated.calibration = entries.get("calibration")
+    if not isinstance(gated.calibration, dict | None):
+        raise TypeError(f"calibration must be an object, got {type(gated.calibration).__name__}")
     return gated
 
 
 def describe(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of ``model.json``, checked for format and version; ``["metadata"]`` holds the user's own values.
+    """The contents of ``model.json``, each entry checked; ``["metadata"]`` holds the user's own values.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is no description of a network, or of a newer format.
+        ValueError: it cannot be read, is no description of a network, or of a newer format.
     """
     path = Path(folder) / DESCRIPTION
-    if not path.is_file():
-        raise FileNotFoundError(f"load: {DESCRIPTION} must be in the folder, got none in {os.fspath(folder)!r}")
-    try:
-        description = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"load: {DESCRIPTION} must be JSON, got {error}") from error
-    found = description.get("format") if isinstance(description, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"load: {DESCRIPTION} must have format {FORMAT!r}, got {found!r}")
-    if description.get("version") not in range(1, VERSION + 1):
-        raise ValueError(f"load: {DESCRIPTION} must have version 1 to {VERSION}, got {description.get('version')!r}")
-    absent = [key for key in _KEYS if key not in description]
-    if absent:
-        raise ValueError(f"load: {DESCRIPTION} must have the entries {', '.join(_KEYS)}, got none for {absent[0]!r}")
+    with _naming(path):
+        data = _regular(path).read_bytes()
+    with _naming(path, "must be JSON, got "):
+        description = json.loads(data.decode())
+    with _naming(path):
+        found = description.get("format") if isinstance(description, dict) else None
+        if found != FORMAT:
+            raise ValueError(f"must have format {FORMAT!r}, got {found!r:.80}")
+        version = description.get("version")
+        if not _whole(1)(version) or version > VERSION:
+            raise ValueError(f"must have version 1 to {VERSION}, got {version!r:.80}")
+        _check(description, _ENTRIES)
+        origin = description["origin"]
+        rules = _ORIGIN.get(str(origin.get("kind")), {})
+        _check(
+            origin,
+            rules | {name: _OPTIONAL[name] for name in _OPTIONAL if name in origin and name not in rules},
+            "origin.",
+        )
     return description
 
 
@@ -212,24 +314,24 @@ def _full_network(description: dict[str, Any], model: nn.Module | None) -> Multi
     if kind == "network":
         if model is not None:
             raise ValueError(
-                f"load: model= must be left out for the network {origin['name']!r}, which is "
+                f"model= must be left out for the network {origin['name']!r}, which is "
                 f"rebuilt by name, got {type(model).__name__}"
             )
         return networks.build(origin["name"], origin["num_classes"], in_channels=origin["in_channels"], weights=None)
     if kind == "anticipate":
         if model is None:
             raise ValueError(
-                "load: model= must be given, a model such as the one that anticipate was called "
+                "model= must be given, a model such as the one that anticipate was called "
                 f"with ({origin.get('model_class')}), got None"
             )
         expected = origin.get("model_class")
         if expected not in (None, _qualified_name(model), type(model).__name__):
-            raise ValueError(f"load: model must be a {expected}, got a {_qualified_name(model)}")
+            raise ValueError(f"model must be a {expected}, got a {_qualified_name(model)}")
         return anticipate(
             model, cuts=origin["cuts"], num_classes=origin.get("num_classes"), example=origin.get("example")
         )
     raise ValueError(
-        f"load: model= must be given, a MultiExitNet of the same architecture, for a network of "
+        f"model= must be given, a MultiExitNet of the same architecture, for a network of "
         f"origin {kind!r}, got {'None' if model is None else type(model).__name__}"
     )
 
@@ -241,30 +343,70 @@ def _architecture(description: dict[str, Any], model: nn.Module | None) -> Multi
     wanted = tuple(description["exit_ids"])
     missing = [number for number in wanted if number not in full.exit_ids]
     if missing:
-        raise ValueError(f"load: the rebuilt network must have the exits {wanted}, got {tuple(full.exit_ids)}")
+        raise ValueError(f"the rebuilt network must have the exits {wanted}, got {tuple(full.exit_ids)}")
     net = subset_view(full, tuple(full.exit_ids.index(number) for number in wanted), share=False)
     stages = tuple(description["exit_stages"])
     if tuple(net.exit_stages) != stages or net.num_classes != description["num_classes"]:
         raise ValueError(
-            f"load: the rebuilt network must have {description['num_classes']} classes and exits "
+            f"the rebuilt network must have {description['num_classes']} classes and exits "
             f"after stages {stages}, got {net.num_classes} and {tuple(net.exit_stages)}"
         )
     return net
 
 
-def _fill(net: MultiExitNet, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Give the tensors of ``net`` the stored values, dtypes and strides; shared parameters stay shared."""
-    tensors = tensors | {name: tensors[stored] for name, stored in description["tied"].items()}
-    own = net.state_dict(keep_vars=True)
-    absent, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes in the header of a tensor file, which are shown to be those of its data; nothing is allocated."""
+    library = require("safetensors", "export", "aep_ext.load")
+    with _naming(path, "is damaged: "), library.safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _check_sizes(description: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module | None) -> None:
+    """An error before anything is allocated where the description asks for more than the file holds."""
+    origin = description["origin"]
+    if origin.get("kind") == "network" and model is None:
+        # Without memory for values. What cannot be built like this will say so when it is built.
+        try:
+            with torch.device("meta"):
+                net = _architecture(description, None)
+        except (ImportError, RuntimeError):
+            return
+        _compare(net, shapes, description)
+    elif origin.get("num_classes") is not None:
+        classes = description["num_classes"]
+        if not any(classes in shape for name, shape in shapes.items() if name.startswith("exits.")):
+            raise ValueError(f"num_classes must be that of the stored exits, got {classes}")
+        if origin["num_classes"] != classes:
+            raise ValueError(f"origin.num_classes must be num_classes, {classes}, got {origin['num_classes']}")
+
+
+def _compare(net: MultiExitNet, shapes: Mapping[str, tuple[int, ...]], description: dict[str, Any]) -> None:
+    """An error unless the tensors of ``net`` have the stored names and shapes."""
+    tied = description["tied"]
+    strange = next((name for name, stored in tied.items() if stored not in shapes), None)
+    if strange is not None:
+        raise ValueError(f"tied must name stored tensors, got {tied[strange]!r} for {strange!r}")
+    stored = {**shapes, **{name: shapes[other] for name, other in tied.items()}}
+    own = net.state_dict()
+    absent, surplus = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     if absent or surplus:
         raise ValueError(
-            f"load: {TENSORS} must hold the tensors of the rebuilt network, got {len(absent)} "
+            f"{TENSORS} must hold the tensors of the rebuilt network, got {len(absent)} "
             f"missing (first: {absent[:1]}) and {len(surplus)} unknown (first: {surplus[:1]})"
         )
     for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise ValueError(f"load: {name} must have shape {list(tensor.shape)}, got {list(tensors[name].shape)}")
+        if tuple(tensor.shape) != stored[name]:
+            raise ValueError(f"{name} must have shape {list(tensor.shape)}, got {list(stored[name])}")
+        strides = description["strides"].get(name)
+        if strides is not None and (len(strides) != tensor.dim() or not _dense(tensor.shape, strides)):
+            raise ValueError(f"strides of {name} must be an order of its shape {list(tensor.shape)}, got {strides}")
+
+
+def _fill(net: MultiExitNet, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Give the tensors of ``net`` the stored values, dtypes and strides; shared parameters stay shared."""
+    _compare(net, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, description)
+    tensors = tensors | {name: tensors[stored] for name, stored in description["tied"].items()}
+    own = net.state_dict(keep_vars=True)
     for name in ("output_weights", "loss_weights"):
         per_exit("load", name, tensors[name], net.num_exits, positive=True)
     sources: dict[int, str] = {}
@@ -272,7 +414,7 @@ def _fill(net: MultiExitNet, tensors: dict[str, Tensor], description: dict[str, 
         source = sources.setdefault(id(tensor), description["tied"].get(name, name))
         if source != description["tied"].get(name, name):
             raise ValueError(
-                f"load: {name} must be stored as shared with {source}, as the rebuilt network "
+                f"{name} must be stored as shared with {source}, as the rebuilt network "
                 "shares them, got a tensor of its own"
             )
     strides = description["strides"]
@@ -305,30 +447,38 @@ def load(
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: another format or version, a tensor file that is not the one saved, an unknown network, ``model``
-            missing or of another architecture.
-        ImportError: safetensors is missing.
+        ValueError: another format or version, a damaged file, a tensor file that is not the one saved, an unknown
+            network, ``model`` missing or of another architecture. The message is one line and names the file. Nothing
+            larger than the tensor file is allocated before the two files are known to belong together.
+        ImportError: safetensors, or the library that the network comes from, is missing.
     """
     description = describe(folder)
-    library = require("safetensors.torch", "deploy", "aep_ext.load")
-    path = Path(folder) / TENSORS
-    if not path.is_file():
-        raise FileNotFoundError(f"load: {TENSORS} must be in the folder, got none in {os.fspath(folder)!r}")
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != description["sha256"]:
-        raise ValueError(
-            f"load: {TENSORS} must have the SHA-256 that {DESCRIPTION} names, "
-            f"{description['sha256'][:12]}..., got {digest[:12]}..."
-        )
-    net = _architecture(description, model)
-    net.fused = bool(description["fused"])
-    net.origin = description["origin"]
-    tensors = library.load(data)
-    names = [name for name in tensors if "gate" in description and name.startswith("gate.")]
-    old = {name.removeprefix("gate."): tensors.pop(name) for name in names}
-    _fill(net, tensors, description)
-    _set_metadata(net, description["metadata"])
-    # Only now, with the stored weights in place, can the gates be checked against them.
-    gated = "gate" in description or "exit_policy" in description
-    return (_gated(net, description, old) if gated else net).to(map_location).eval()
+    library = require("safetensors.torch", "export", "aep_ext.load")
+    where, path = Path(folder) / DESCRIPTION, Path(folder) / TENSORS
+    with _naming(path):
+        with _regular(path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != description["sha256"]:
+            raise ValueError(
+                f"must have the SHA-256 that {DESCRIPTION} names, {description['sha256'][:12]}..., got {digest[:12]}..."
+            )
+    shapes = _stored_shapes(path)
+    old_names = [name for name in shapes if "gate" in description and name.startswith("gate.")]
+    with _naming(where, "the network cannot be rebuilt: "):
+        own = {name: shape for name, shape in shapes.items() if name not in old_names}
+        _check_sizes(description, own, model)
+        net = _architecture(description, model)
+        _compare(net, own, description)
+        net.fused = description["fused"]
+        net.origin = description["origin"]
+        _set_metadata(net, description["metadata"])
+    with _naming(path):
+        tensors = library.load(path.read_bytes())
+        old = {name.removeprefix("gate."): tensors.pop(name) for name in old_names}
+        _fill(net, tensors, description)
+    loaded: MultiExitNet | GatedNet = net
+    if "gate" in description or "exit_policy" in description:
+        # Only now, with the stored weights in place, can the gates be checked against them.
+        with _naming(where, "the gates cannot be read: "):
+            loaded = _gated(net, description, old)
+    return loaded.to(map_location).eval()
