@@ -7,7 +7,8 @@ The face of the package. Each name's home is the room it is imported from:
 - ``score_subsets``, ``prune``: :mod:`aep_ext.pruning`
 - ``ExitPolicy``, ``GatedNet``, ``compile``: :mod:`aep_ext.inference`
 - ``terminate``: :mod:`aep_ext.calibration`
-- ``save``, ``load``: :mod:`aep_ext.export`
+- ``save``, ``load``, ``predict``: :mod:`aep_ext.export`
+- ``fit``: :mod:`aep_ext.training`, which is imported when it is asked for, and needs the extra ``train``
 - ``build_info``: what was built, what runs, what is missing and why
 
 Importing raises ImportError if the native module was built for another torch, unless ``AEP_FORCE_REFERENCE=1``; without
@@ -16,14 +17,19 @@ a native module everything works on the pure-torch reference, with one warning.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from aep_ext._build_info import build_info
 from aep_ext._version import __version__
 from aep_ext.calibration import terminate
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy
-from aep_ext.export import load, save
+from aep_ext.export import load, predict, save
 from aep_ext.inference import ExitPolicy, GatedNet, compile
 from aep_ext.pruning import prune, score_subsets
 from aep_ext.surgery import MultiExitNet, anticipate
+
+if TYPE_CHECKING:
+    from aep_ext.training import fit as fit
 
 __all__ = [
     "ExitPolicy",
@@ -36,8 +42,18 @@ __all__ = [
     "build_info",
     "compile",
     "load",
+    "predict",
     "prune",
     "save",
     "score_subsets",
     "terminate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # `fit` alone needs Lightning: it is no part of `from aep_ext import *`.
+    if name == "fit":
+        from aep_ext.training import fit
+
+        return fit
+    raise AttributeError(f"module 'aep_ext' has no attribute {name!r}")

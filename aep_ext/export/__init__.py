@@ -1,8 +1,9 @@
-"""Export: networks as files, full, pruned or gated."""
+"""Export: networks as files, full, pruned or gated, and what they say of images."""
 
 from __future__ import annotations
 
+from aep_ext.export.predict import Prediction, predict
 from aep_ext.export.preprocessing import Preprocessing
 from aep_ext.export.save_load import describe, load, save
 
-__all__ = ["Preprocessing", "describe", "load", "save"]
+__all__ = ["Prediction", "Preprocessing", "describe", "load", "predict", "save"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import time
 from contextlib import ExitStack
@@ -60,16 +61,16 @@ class RunCheckpoint(_callbacks.Checkpoint):
     holds tensors and plain values only: ``torch.load(path, weights_only=True)`` reads it.
 
     Args:
-        path: the file.
+        path: the file; None: none is written, the best weights are kept in memory.
 
     Attributes:
         history: one dict of plain numbers per finished epoch.
         best: ``{"epoch": int, "top1": float, "weights": state dict of the network on the CPU}`` or None.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path | None) -> None:
         super().__init__()
-        self.path = Path(path)
+        self.path = None if path is None else Path(path)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
         self._epoch_began = 0.0
@@ -88,6 +89,8 @@ class RunCheckpoint(_callbacks.Checkpoint):
         if self.best is None or top1 > self.best["top1"]:
             weights = {name: value.detach().to("cpu", copy=True) for name, value in pl_module.net.state_dict().items()}
             self.best = {"epoch": trainer.current_epoch, "top1": top1, "weights": weights}
+        if self.path is None:
+            return
         temporary = self.path.with_name(f".{self.path.name}.part")
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
@@ -116,11 +119,13 @@ class TrainingProgress(_callbacks.Callback):
         self._task: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        total = trainer.max_epochs * trainer.num_training_batches
+        # A loader without a length: epochs are counted.
+        self._sized = math.isfinite(trainer.num_training_batches)
+        total = trainer.max_epochs * (trainer.num_training_batches if self._sized else 1)
         self._task = self._shown.enter_context(self.progress.task(self.title, total))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._task(trainer.global_step)
+        self._task(trainer.global_step if self._sized else trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The validation is over by now, the training's own means are not yet made.
@@ -130,7 +135,7 @@ class TrainingProgress(_callbacks.Callback):
         if self.progress.console is None:
             self.progress.line(f"{reached}, validation loss {record['val/loss']:.4f}, {top1}")
         else:
-            self._task(trainer.global_step, title=f"{reached}, {top1}")
+            self._task(trainer.global_step if self._sized else trainer.current_epoch + 1, title=f"{reached}, {top1}")
 
     def on_train_end(self, *_: Any) -> None:
         self._shown.close()

@@ -7,13 +7,14 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from aep_ext._utils import UserError, require
 from aep_ext.surgery.multi_exit import MultiExitNet
@@ -21,7 +22,7 @@ from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint, Traini
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.module import JointLightningModule
 from aep_ext.training.progress import Progress
-from aep_ext.training.recipes import Recipe
+from aep_ext.training.recipes import Recipe, recipe_named
 
 pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 
@@ -76,37 +77,77 @@ def accelerator_of(device: str) -> dict[str, Any]:
 
 def fit(
     net: MultiExitNet,
-    data: ImageDataModule,
-    recipe: Recipe,
-    checkpoint: str | Path,
+    train: Iterable[Any] | ImageDataModule,
+    val: Iterable[Any] | None = None,
     *,
-    seed: int = 0,
+    epochs: int | None = None,
+    lr: float | None = None,
+    optimizer: str | None = None,
+    weight_decay: float | None = None,
+    schedule: str | None = None,
+    recipe: Recipe | str | None = None,
+    checkpoint: str | Path | None = None,
+    seed: int | None = None,
     class_weight: torch.Tensor | None = None,
     device: str = "auto",
     precision: str = "32-true",
     title: str = "training",
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> FitResult:
     """Train all exits of ``net`` jointly and leave the weights of the best epoch in it.
 
+    ::
+
+        aep_ext.fit(net, train_loader, val_loader, epochs=20, lr=1e-3)
+
+    An epoch is the better, the higher the top-1 of the ensemble of all exits on ``val``.
+
     Args:
-        net: with the exit weights it is to be trained with (``net.set_exit_weights``).
-        data: the training and validation images.
-        recipe: optimizer, schedule, epochs, patience. Batch size and image size are the data module's.
-        checkpoint: file that is replaced after every epoch. If it is there, the training goes on from it.
-        seed: of the dropout; the order of the images is the data module's.
+        net: with the exit weights it is to be trained with (``net.set_exit_weights``). Afterwards it is in eval mode,
+            on the device where it was.
+        train: a loader of (x, y) batches, x (n, C, H, W), y (n,) integers, or of dicts with "pixel_values" or "image",
+            and "labels" or "label". Or a Lightning data module that has ``val`` too.
+        val: such a loader.
+        epochs: at most so many (20).
+        lr: learning rate (1e-3).
+        optimizer: adam (the default), adamw, sgd (with Nesterov momentum 0.9) or rmsprop.
+        weight_decay: as the optimizer takes it (0).
+        schedule: constant (the default), or cosine: warm-up over 5 % of the steps, then down to 0.
+        recipe: a :class:`Recipe` or the name of one: what is not given above is as it says, and its patience counts:
+            so many epochs without a smaller joint validation loss end the training. Its image and batch sizes do not.
+        checkpoint: file that is replaced after every epoch; if it is there, the training goes on from it. None: none.
+        seed: torch's generator is seeded from it and the epoch at the start of every epoch, for dropout and the like;
+            the order of the images is the loader's. None: it is left alone.
         class_weight: (K,) for the training loss.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         precision: as Lightning names it, for example ``bf16-mixed``.
         title: begins every line that is printed.
-        progress: where it is shown how far the training is; None: nowhere.
+        progress: a bar in a terminal and a line an epoch elsewhere; False: nothing.
+
+    Returns:
+        :class:`FitResult`: the losses and accuracies of every epoch, the epoch that was kept.
 
     Raises:
+        TypeError: ``net`` is no MultiExitNet, or a loader yields something else.
+        ValueError: no such optimizer or schedule, or a loader that can be gone through only once.
         RuntimeError: no epoch was finished.
-        UserError: the training diverged: no epoch had a finite validation loss.
+        UserError: no such recipe, or the training diverged: no epoch had a finite validation loss.
+        ImportError: Lightning is missing.
     """
-    checkpoint = Path(checkpoint)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(net, MultiExitNet):
+        raise TypeError(f"fit: net must be a MultiExitNet, got {type(net).__name__}")
+    data = _loaders(train, val)
+    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe or Recipe("fit", "")
+    given = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "weight_decay": weight_decay, "schedule": schedule}
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    if recipe.epochs < 1:
+        raise ValueError(f"fit: epochs must be at least 1, got {recipe.epochs}")
+    if isinstance(progress, bool):
+        progress = Progress.of_terminal(quiet=not progress)
+    home = net.output_weights.device
+    if checkpoint is not None:
+        checkpoint = Path(checkpoint)
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
     keeper = RunCheckpoint(checkpoint)
     # Without a patience it still stops at a first loss of NaN, and at nothing else.
     stopper = JointEarlyStopping(recipe.patience or recipe.epochs + 1)
@@ -119,23 +160,22 @@ def fit(
         schedule=recipe.schedule,
         seed=seed,
     )
-    stopped = checkpoint.is_file() and _resume_finished(checkpoint, keeper, stopper, recipe)
-    if not stopped:
+    resume = checkpoint if checkpoint is not None and checkpoint.is_file() else None
+    if resume is None or not _resume_finished(resume, keeper, stopper, recipe):
         with quiet_lightning():
             trainer = pl.Trainer(
                 max_epochs=recipe.epochs,
-                callbacks=[keeper, stopper, TrainingProgress(title, progress or Progress())],
+                callbacks=[keeper, stopper, TrainingProgress(title, progress)],
                 logger=False,
                 enable_checkpointing=True,
                 enable_model_summary=False,
                 enable_progress_bar=False,
                 num_sanity_val_steps=0,
                 precision=precision,
-                default_root_dir=str(checkpoint.parent),
+                default_root_dir=None if checkpoint is None else str(checkpoint.parent),
                 **accelerator_of(device),
             )
-            resume = str(checkpoint) if checkpoint.is_file() else None
-            _fit_or_interrupt(trainer, module, data, resume)
+            _fit_or_interrupt(trainer, module, data, None if resume is None else str(resume))
     if keeper.best is None:
         raise RuntimeError(f"fit: no epoch was finished for {title}")
     if not any(math.isfinite(record["val/loss"]) for record in keeper.history):
@@ -143,18 +183,33 @@ def fit(
             f"{title}: the training diverged, no epoch had a finite validation loss; try a smaller learning rate "
             f"than {recipe.lr:g}"
         )
-    net.cpu().load_state_dict(keeper.best["weights"])
+    net.to(home).load_state_dict(keeper.best["weights"])
     net.eval()
     return FitResult(keeper.history, int(keeper.best["epoch"]), stopper.wait_count >= stopper.patience)
 
 
+def _loaders(train: Any, val: Any) -> dict[str, Any]:
+    """The data as arguments of ``Trainer.fit``."""
+    if isinstance(train, pl.LightningDataModule):
+        return {"datamodule": train}
+    for name, loader in (("train", train), ("val", val)):
+        if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+            raise ValueError(
+                f"fit: {name} must be a loader of (x, y) batches that every epoch can go through, "
+                f"got {type(loader).__name__}"
+            )
+    # Lightning takes a list for several loaders.
+    train, val = (DataLoader(x, batch_size=None) if isinstance(x, (list, tuple)) else x for x in (train, val))
+    return {"train_dataloaders": train, "val_dataloaders": val}
+
+
 def _fit_or_interrupt(
-    trainer: pl.Trainer, module: JointLightningModule, data: ImageDataModule, resume: str | None
+    trainer: pl.Trainer, module: JointLightningModule, data: dict[str, Any], resume: str | None
 ) -> None:
     """Fit; Ctrl-C is KeyboardInterrupt again, which Lightning turns into the end of the process with SIGINT ignored."""
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, **data, ckpt_path=resume, weights_only=True)
     except SystemExit as error:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)

@@ -159,9 +159,10 @@ class JointLightningModule(pl.LightningModule):
             optimizer = kinds[self.optimizer_name](parameters, **common)
         if self.schedule == "constant":
             return optimizer
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, cosine_schedule(int(self.trainer.estimated_stepping_batches))
-        )
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 < steps < math.inf:  # Lightning says -1
+            raise ValueError("fit: schedule must be constant for a loader without a length, got cosine")
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

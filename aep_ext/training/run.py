@@ -259,8 +259,8 @@ class Job:
         training = fit(
             net,
             self.data,
-            self.recipe,
-            self.folder.checkpoint(seed, name),
+            recipe=self.recipe,
+            checkpoint=self.folder.checkpoint(seed, name),
             seed=seed,
             class_weight=self.class_weight,
             device=self.config.device,

@@ -56,7 +56,14 @@ def test_keeps_the_best_epoch(tmp_path: Path, equal_weights: Any) -> None:
     lines: list[str] = []
     net = fresh()
     result = fit(
-        net, module(), RECIPE, tmp_path / "a.ckpt", seed=1, device="cpu", title="mine", progress=Progress(lines.append)
+        net,
+        module(),
+        recipe=RECIPE,
+        checkpoint=tmp_path / "a.ckpt",
+        seed=1,
+        device="cpu",
+        title="mine",
+        progress=Progress(lines.append),
     )
     accuracies = [record["val/top1"] for record in result.history]
     assert len(accuracies) == 4 and accuracies[result.best_epoch] == max(accuracies)
@@ -74,10 +81,16 @@ def test_keeps_the_best_epoch(tmp_path: Path, equal_weights: Any) -> None:
 def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, equal_weights: Any, schedule: str) -> None:
     recipe = replace(RECIPE, schedule=schedule)
     whole, broken = fresh(), fresh()
-    expected = fit(whole, module(), recipe, tmp_path / "whole.ckpt", seed=1, device="cpu")
+    expected = fit(whole, module(), recipe=recipe, checkpoint=tmp_path / "whole.ckpt", seed=1, device="cpu")
     with pytest.raises(_Killed):
         fit(
-            broken, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", progress=Progress(killed_after(2))
+            broken,
+            module(),
+            recipe=recipe,
+            checkpoint=tmp_path / "broken.ckpt",
+            seed=1,
+            device="cpu",
+            progress=Progress(killed_after(2)),
         )
     kept = torch.load(tmp_path / "broken.ckpt", weights_only=True)
     assert len(kept["callbacks"]["RunCheckpoint"]["history"]) == 2
@@ -85,7 +98,13 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, equal_weig
     other.set_exit_weights(ExitWeights.mixed(4))
     lines: list[str] = []
     result = fit(
-        other, module(), recipe, tmp_path / "broken.ckpt", seed=1, device="cpu", progress=Progress(lines.append)
+        other,
+        module(),
+        recipe=recipe,
+        checkpoint=tmp_path / "broken.ckpt",
+        seed=1,
+        device="cpu",
+        progress=Progress(lines.append),
     )
     assert [line.split(",")[0] for line in lines] == ["training: epoch 3/4", "training: epoch 4/4"]
     assert equal_weights(other.state_dict(), whole.state_dict())
@@ -96,11 +115,16 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, equal_weig
 
 
 def test_a_finished_training_is_not_begun_again(tmp_path: Path, equal_weights: Any) -> None:
-    first = fit(fresh(), module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu")
+    first = fit(fresh(), module(), recipe=replace(RECIPE, epochs=2), checkpoint=tmp_path / "a.ckpt", device="cpu")
     lines: list[str] = []
     net = fresh()
     second = fit(
-        net, module(), replace(RECIPE, epochs=2), tmp_path / "a.ckpt", device="cpu", progress=Progress(lines.append)
+        net,
+        module(),
+        recipe=replace(RECIPE, epochs=2),
+        checkpoint=tmp_path / "a.ckpt",
+        device="cpu",
+        progress=Progress(lines.append),
     )
     assert lines == [] and second.history == first.history
     assert equal_weights(net.state_dict(), best_weights(tmp_path / "a.ckpt"))
@@ -108,14 +132,14 @@ def test_a_finished_training_is_not_begun_again(tmp_path: Path, equal_weights: A
 
 def test_early_stop_is_remembered(tmp_path: Path) -> None:
     recipe = replace(RECIPE, epochs=8, lr=30.0, optimizer="sgd", patience=1)  # diverges: no later epoch is better
-    first = fit(fresh(), module(), recipe, tmp_path / "a.ckpt", device="cpu")
+    first = fit(fresh(), module(), recipe=recipe, checkpoint=tmp_path / "a.ckpt", device="cpu")
     assert first.stopped_early and len(first.history) < 8
-    again = fit(fresh(), module(), recipe, tmp_path / "a.ckpt", device="cpu")
+    again = fit(fresh(), module(), recipe=recipe, checkpoint=tmp_path / "a.ckpt", device="cpu")
     assert again.stopped_early and again.history == first.history
 
 
 def test_checkpoint_holds_tensors_and_plain_values(tmp_path: Path) -> None:
-    fit(fresh(), module(), replace(RECIPE, epochs=1), tmp_path / "a.ckpt", device="cpu")
+    fit(fresh(), module(), recipe=replace(RECIPE, epochs=1), checkpoint=tmp_path / "a.ckpt", device="cpu")
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert {"state_dict", "optimizer_states", "loops", "callbacks"} <= set(state)
     keeper = RunCheckpoint(tmp_path / "b.ckpt")
@@ -131,7 +155,7 @@ def test_interrupt(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(fresh(), module(), RECIPE, tmp_path / "a.ckpt", device="cpu", progress=Progress(write))
+        fit(fresh(), module(), recipe=RECIPE, checkpoint=tmp_path / "a.ckpt", device="cpu", progress=Progress(write))
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -146,5 +170,13 @@ def test_a_training_that_diverges_stops_at_once_and_says_so(tmp_path: Path, pati
     lines: list[str] = []
     recipe = replace(RECIPE, lr=1e30, patience=patience)
     with pytest.raises(UserError, match=r"^mine: the training diverged.*smaller learning rate than 1e\+30"):
-        fit(fresh(), module(), recipe, tmp_path / "a.ckpt", device="cpu", title="mine", progress=Progress(lines.append))
+        fit(
+            fresh(),
+            module(),
+            recipe=recipe,
+            checkpoint=tmp_path / "a.ckpt",
+            device="cpu",
+            title="mine",
+            progress=Progress(lines.append),
+        )
     assert len(lines) == 1
