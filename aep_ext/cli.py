@@ -1,9 +1,13 @@
-"""The command ``aep``: parses, calls, prints. ``aep run``, ``calibrate``, ``bench``, ``report``, ``info``."""
+"""The command ``aep``: parses, calls, prints. ``aep run``, ``calibrate``, ``predict``, ``bench``, ``report``,
+``info``."""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
+import math
 import os
 import sys
 import time
@@ -23,6 +27,10 @@ CALIBRATE_EPILOG = """examples:
   aep calibrate runs/photos --reference ensemble --criterion entropy
   aep calibrate runs/photos --risk 0.01 --delta 0.1   with a guarantee: at most 1 point, with probability 0.9
   aep calibrate runs/photos --static 0.5,0.75         and train smaller static networks beside it
+"""
+PREDICT_EPILOG = """examples:
+  aep predict runs/photos cat.jpg dog.jpg
+  aep predict runs/photos new/ --format csv --output answers.csv
 """
 _ASIDE = ("command", "debug", "resume", "quiet", "folder")
 """Options that are no fields of a run's configuration."""
@@ -217,6 +225,30 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as the run)")
     where.add_argument("--quiet", action="store_true", default=False, help="print nothing but the outcome")
 
+    predict = commands.add_parser(
+        "predict",
+        parents=[debug],
+        epilog=PREDICT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="classify images with the network of a run, or with a saved one",
+        description="Classify images. Every answer has the file, the class, the confidence (from 0 to 1) and the exit "
+        "taken, counted from 1 as in the report.",
+    )
+    predict.add_argument(
+        "folder", metavar="RUN", help="a run's folder, or any folder that holds model.json and model.safetensors"
+    )
+    predict.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, and folders: all images inside, at any depth"
+    )
+    predict.add_argument("--format", default="table", choices=("table", "csv", "json"), help="table, csv or json")
+    predict.add_argument("--output", metavar="FILE", help="write the answers to a file")
+    predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time")
+    predict.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="leave out images that cannot be read, and list them on standard error, instead of stopping at the first",
+    )
+
     bench = commands.add_parser(
         "bench",
         parents=[debug],
@@ -278,6 +310,56 @@ def _calibrate(options: argparse.Namespace) -> None:
     _outcome(calibrate_run(options.folder, _fields(options), progress=progress), began)
 
 
+def _predict(options: argparse.Namespace) -> None:
+    from aep_ext import load
+    from aep_ext._io import write_text
+    from aep_ext._progress import Progress
+    from aep_ext._utils import UserError
+    from aep_ext.export.predict import image_files, predict
+
+    files, bad = image_files(options.images), list[UserError]()
+    try:
+        net: Any = load(options.folder)
+        with Progress.of_terminal(stderr=True).task("images", len(files)) as task:
+            skip = bad.append if options.skip_bad_images else None
+            found = predict(net, files, batch_size=options.batch_size, on_bad_image=skip, progress=task)
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    for left_out in bad:
+        print(f"aep: {left_out}", file=sys.stderr)
+    exit_ids = getattr(net, "net", net).exit_ids
+    rows = [
+        {
+            "file": one.file,
+            "class": str(one.label) if one.class_name is None else one.class_name,
+            "confidence": round(one.confidence, 6) if math.isfinite(one.confidence) else None,
+            "exit": exit_ids[one.exit] + 1,
+        }
+        for one in found
+    ]
+    text = _answers(rows, options.format)
+    if options.output is None:
+        print(text, end="")
+    else:
+        write_text(options.output, text)
+
+
+def _answers(rows: list[dict[str, Any]], form: str) -> str:
+    if form == "json":
+        return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    head = ("file", "class", "confidence", "exit")
+    if form == "csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, head, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+    cells = [head, *([str(row[name]) for name in head] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
 def _bench(options: argparse.Namespace) -> None:
     from aep_ext.training import Progress
     from aep_ext.training.bench import bench_run
@@ -310,7 +392,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        commands = {"run": _run, "calibrate": _calibrate, "bench": _bench, "report": _report, "info": _info}
+        commands = {
+            "run": _run,
+            "calibrate": _calibrate,
+            "predict": _predict,
+            "bench": _bench,
+            "report": _report,
+            "info": _info,
+        }
         commands[options.command](options)
         return 0
     except KeyboardInterrupt:

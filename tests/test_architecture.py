@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "aep_ext"
 
 # From the ground up. A file imports from its own layer and from lower ones. `aep_ext` itself is the face.
 LAYERS = (
-    ("_version", "_load", "_io", "_utils"),
+    ("_version", "_load", "_io", "_utils", "_progress"),
     ("ops",),
     ("_build_info",),
     ("surgery",),

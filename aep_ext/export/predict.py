@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aep_ext import ops
 from aep_ext._utils import UserError, eval_mode, require
-from aep_ext.export.preprocessing import Preprocessing, image_errors, open_image
+from aep_ext.export.preprocessing import IMAGE_SUFFIXES, Preprocessing, image_errors, open_image
 from aep_ext.inference import CompiledNet, GatedNet, GatedOutput
 from aep_ext.surgery.multi_exit import MultiExitNet
 
@@ -72,7 +72,7 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
     one = isinstance(images, str | os.PathLike | Tensor) or not isinstance(images, Iterable)
-    prepared = _prepared(net.preprocessing, [images] if one else images, on_bad_image)  # type: ignore[arg-type, list-item]
+    prepared = _prepared(net.preprocessing, [images] if one else images, on_bad_image)  # type: ignore[arg-type]
     found: list[Prediction] = []
     while batch := list(islice(prepared, batch_size)):
         files, inputs = zip(*batch, strict=True)
@@ -85,6 +85,30 @@ def predict(
             found.append(Prediction(file, label, name, confidence, exit_taken))
         if progress is not None:
             progress(len(found))
+    return found
+
+
+def image_files(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Files as they are given; of folders the image files inside, at any depth, sorted.
+
+    Raises:
+        UserError: there is no such file or folder, or no image in it.
+    """
+    found: list[str] = []
+    for path in paths:
+        if not Path(path).exists():
+            raise UserError(f"no such image: {path}")
+        if not Path(path).is_dir():
+            found.append(os.fspath(path))
+            continue
+        inside = sorted(
+            str(file)
+            for file in Path(path).rglob("*")
+            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+        )
+        if not inside:
+            raise UserError(f"no images in {path} (files that end in {', '.join(sorted(IMAGE_SUFFIXES))})")
+        found += inside
     return found
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 RESIZES = ("crop", "squash")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 @dataclass(frozen=True)

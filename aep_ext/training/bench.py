@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from aep_ext._io import read_json, write_json
+from aep_ext._progress import Progress
 from aep_ext._utils import UserError, using_threads
 from aep_ext.export import load
 from aep_ext.inference import CompiledNet, ExitPolicy, GatedNet, StageProfile, compile
@@ -20,7 +21,6 @@ from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.evaluate import torch_device
 from aep_ext.training.folder import RunFolder
-from aep_ext.training.progress import Progress
 from aep_ext.training.summary import environment
 from aep_ext.training.timing import (
     Times,

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from aep_ext._progress import Progress
 from aep_ext._utils import require
-from aep_ext.training.progress import Progress
 
 pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 _callbacks: Any = require("lightning.pytorch.callbacks", "train", "aep_ext.training")

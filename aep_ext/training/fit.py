@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from aep_ext._progress import Progress
 from aep_ext._utils import UserError, require
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint, TrainingProgress
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.module import JointLightningModule
-from aep_ext.training.progress import Progress
 from aep_ext.training.recipes import Recipe, recipe_named
 
 pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
@@ -138,7 +138,13 @@ def fit(
         raise TypeError(f"fit: net must be a MultiExitNet, got {type(net).__name__}")
     data = _loaders(train, val)
     recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe or Recipe("fit", "")
-    given = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "weight_decay": weight_decay, "schedule": schedule}
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "lr": lr,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+    }
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     if recipe.epochs < 1:
         raise ValueError(f"fit: epochs must be at least 1, got {recipe.epochs}")
@@ -199,7 +205,7 @@ def _loaders(train: Any, val: Any) -> dict[str, Any]:
                 f"got {type(loader).__name__}"
             )
     # Lightning takes a list for several loaders.
-    train, val = (DataLoader(x, batch_size=None) if isinstance(x, (list, tuple)) else x for x in (train, val))
+    train, val = (DataLoader(x, batch_size=None) if isinstance(x, (list, tuple)) else x for x in (train, val))  # type: ignore[arg-type]
     return {"train_dataloaders": train, "val_dataloaders": val}
 
 

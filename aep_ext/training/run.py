@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from aep_ext._io import read_json, write_arrays, write_bytes, write_json
+from aep_ext._progress import Progress
 from aep_ext._utils import UserError, require, using_threads
 from aep_ext.ensemble import ExitWeights
 from aep_ext.export import load, save
@@ -28,7 +29,6 @@ from aep_ext.training.evaluate import LATENCY_IMAGES, accuracy, latency_beside, 
 from aep_ext.training.fit import fit
 from aep_ext.training.folder import BASELINE, MODEL_FILES, STATIC, VERSION, RunFolder, begin, open_run
 from aep_ext.training.gates import agreement, calibrated, evaluated
-from aep_ext.training.progress import Progress
 from aep_ext.training.summary import (
     Latencies,
     add_latencies,

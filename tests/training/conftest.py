@@ -89,7 +89,7 @@ def image_tree(
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tree() -> Any:
     """The function that makes a folder of images."""
     return image_tree

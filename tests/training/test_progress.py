@@ -13,7 +13,8 @@ pytest.importorskip("rich", reason="the bars are rich's")
 
 from rich.console import Console
 
-from aep_ext.training import Progress, progress
+from aep_ext import _progress as progress
+from aep_ext._progress import Progress
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""How far a run is: bars with the time left in a terminal, plain lines elsewhere, or nothing."""
+"""How far a piece of work is: bars with the time left in a terminal, plain lines elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Progress:
         self.write = self._print if self.console is not None else write
 
     @classmethod
-    def of_terminal(cls, quiet: bool = False) -> Progress:
-        """On standard output; ``quiet``: silent."""
+    def of_terminal(cls, quiet: bool = False, *, stderr: bool = False) -> Progress:
+        """On standard output, or on standard error; ``quiet``: silent."""
         if quiet:
             return cls()
-        console = require("rich.console", "train", "the progress bar").Console()
-        return cls(lambda line: print(line, flush=True), console)
+        console = require("rich.console", "train", "the progress bar").Console(stderr=stderr)
+        return cls(lambda line: print(line, file=console.file, flush=True), console)
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False)
