@@ -84,6 +84,7 @@ _ORIGIN: dict[str, dict[str, _Rule]] = {
 _OPTIONAL: dict[str, _Rule] = {
     "exits": _CLASSES,
     "num_classes": (lambda value: value is None or _CLASSES[0](value), f"null or {_CLASSES[1]}"),
+    "cuts": (_list_of(_text), "a list of names"),
     "head_keys": (
         _list_of(lambda value: _list_of(_text)(value) and len(value) == 2),
         "a list of pairs of names",
@@ -317,7 +318,7 @@ def _full_network(description: dict[str, Any], model: nn.Module | None) -> Multi
                 f"model= must be left out for the network {origin['name']!r}, which is "
                 f"rebuilt by name, got {type(model).__name__}"
             )
-        return networks.build(origin["name"], origin["num_classes"], in_channels=origin["in_channels"], weights=None)
+        return networks.build(origin["name"], origin["num_classes"], origin["in_channels"], cuts=origin.get("cuts"))
     if kind == "anticipate":
         if model is None:
             raise ValueError(
@@ -435,9 +436,10 @@ def load(
 
     Args:
         folder: holds ``model.safetensors`` and ``model.json``.
-        model: left out for networks by name (``aep_ext.surgery.networks``). For a network made by ``anticipate``: the
-            user's model again, of the same architecture, with any parameters; for a hand-made one: a MultiExitNet with
-            its stages and exits. Not changed.
+        model: left out for networks by name (``aep_ext.surgery.networks``, also "torchvision/<name>" and
+            "timm/<name>"), which are built anew. For a network made by ``anticipate``: the user's model again, of the
+            same architecture, with any parameters; for a hand-made one: a MultiExitNet with its stages and exits. Not
+            changed.
         map_location: the device to load to.
 
     Returns:

@@ -307,7 +307,14 @@ def scalable(name: str) -> bool:
     return name == "resnet_small"
 
 
-def build(name: str, num_classes: int, in_channels: int = 3, weights: str | None = None) -> MultiExitNet:
+def build(
+    name: str,
+    num_classes: int,
+    in_channels: int = 3,
+    weights: str | None = None,
+    *,
+    cuts: Sequence[str] | None = None,
+) -> MultiExitNet:
     """Builds a network by name.
 
     Args:
@@ -317,6 +324,7 @@ def build(name: str, num_classes: int, in_channels: int = 3, weights: str | None
         in_channels: channels of the images; other than 3 the first convolution is new (timm adapts pretrained ones).
         weights: None, "DEFAULT", or a name of torchvision's weights or timm's pretrained tag. Pretrained values go into
             the backbone; the last layer is new where ``num_classes`` is not the pretrained number.
+        cuts: of a network of torchvision or timm: where its exits are, see :func:`aep_ext.anticipate`.
 
     Raises:
         ValueError: no network of that name.
@@ -327,7 +335,8 @@ def build(name: str, num_classes: int, in_channels: int = 3, weights: str | None
         for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
             if value < 1:
                 raise ValueError(f"build: {argument} must be at least 1, got {value}")
-        net = anticipate(_LIBRARIES[library](inner, num_classes, in_channels, weights), num_classes=num_classes)
+        model = _LIBRARIES[library](inner, num_classes, in_channels, weights)
+        net = anticipate(model, num_classes=num_classes, cuts=cuts)
         net.origin = {
             "kind": "network",
             "name": name,

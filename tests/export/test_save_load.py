@@ -250,6 +250,15 @@ def test_torchvision_networks(tmp_path, name):
     same(net, load(tmp_path), torch.randn(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize("name", ["torchvision/resnet18", "timm/resnet10t"])
+def test_networks_of_libraries_keep_their_cuts(tmp_path, name):
+    pytest.importorskip(name.partition("/")[0], reason="the network is this library's")
+    net = build(name, 4, cuts=["layer1"]).eval()  # as another release may have cut it
+    assert net.num_exits == 2 < build(name, 4).num_exits and net.origin["cuts"] == ["layer1"]
+    save(net, tmp_path)
+    same(net, load(tmp_path), torch.randn(1, 3, 64, 64))
+
+
 def gated_net(net: MultiExitNet, exits: tuple[int, ...] = (0, 1, 2, 3)) -> GatedNet:
     count = len(exits)
     policy = ExitPolicy(
