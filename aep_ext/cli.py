@@ -11,8 +11,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from typing import Any
+
+from aep_ext._config import RunConfig
+from aep_ext._recipes import RECIPES
+from aep_ext._version import __version__
 
 EPILOG = """examples:
   aep run                                             the handwritten digits: minutes on a CPU
@@ -44,30 +50,63 @@ def _list_of(kind: type) -> Callable[[str], tuple]:
     return parse
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text if text.startswith("examples:") else partial(argparse.HelpFormatter._fill_text, self)
+        return fill(text, width, indent)
+
+
+def _show_defaults(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    """Ends the help of an option with its default, as a user types it; ``defaults`` go before the parser's own."""
+    for action in parser._actions:
+        value = defaults.get(action.dest, action.default)
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = f"{value:g}" if isinstance(value, float) else text
+        if action.help and text not in ("", "None", "True", "False", argparse.SUPPRESS):
+            action.help += f" (default: {text})"
+
+
+def _run_defaults() -> dict[str, Any]:
+    """Of the options of ``aep run``: the configuration's; where that leaves them to the recipe, the recipe's."""
+    config = RunConfig()
+    found = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "seeds"}
+    recipe = RECIPES[config.recipe]
+    for name in ("epochs", "patience", "batch_size", "lr", "weight_decay", "optimizer", "schedule"):
+        value = getattr(recipe, name)
+        found[name] = (
+            f"{value:g} with {recipe.name}" if isinstance(value, float) else f"{value or 0} with {recipe.name}"
+        )
+    return found
+
+
 def _gate_options(group: argparse._ArgumentGroup) -> None:
     """What a calibration is asked; of ``aep run`` and ``aep calibrate``."""
     group.add_argument(
         "--objective",
         metavar="NAME",
-        help="what is delivered: gated (default), the cheapest gated subset within the margin, or published, the "
-        "pruned subset of the published rule",
+        help="what is delivered: gated, the cheapest gated subset within the margin, or published, the pruned subset "
+        "of the published rule",
     )
     group.add_argument(
-        "--criterion", metavar="NAME", help="confidence (default), entropy, margin, patience or vote: when to stop"
+        "--criterion", metavar="NAME", help="when to stop: confidence, entropy, margin, patience or vote"
     )
     group.add_argument(
-        "--criterion-on", metavar="WHAT", help="ensemble (default): of all exits so far, or exit: of the one at hand"
+        "--criterion-on",
+        metavar="WHAT",
+        help="what the criterion looks at: ensemble, of all exits so far, or exit, the one at hand",
     )
     group.add_argument(
         "--num-std-errors",
         type=float,
         metavar="N",
-        help="standard errors added to the cross-validated drop before it is held against the margin (default: 0.5)",
+        help="standard errors added to the cross-validated drop before it is held against the margin",
     )
     group.add_argument(
         "--output-weights",
         metavar="WHICH",
-        help="of the gated exits: fitted (default) to the answers given at every exit, or run: as trained",
+        help="of the gated exits: fitted, to the answers given at every exit, or run, as trained",
     )
     group.add_argument(
         "--risk",
@@ -75,15 +114,12 @@ def _gate_options(group: argparse._ArgumentGroup) -> None:
         metavar="EPSILON",
         help="instead of the margin: a guarantee that at most this fraction of the answers is lost, see --delta",
     )
-    group.add_argument(
-        "--delta", type=float, metavar="P", help="the guarantee fails with at most this probability (default: 0.1)"
-    )
+    group.add_argument("--delta", type=float, metavar="P", help="the guarantee fails with at most this probability")
     group.add_argument(
         "--static",
         type=_list_of(str),
         metavar="LIST",
-        help="train smaller static networks beside: widths such as 0.5,0.75 of the run's network, or names of networks "
-        "(default: none)",
+        help="train smaller static networks beside: widths such as 0.5,0.75 of the run's network, or names of networks",
     )
 
 
@@ -92,8 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="aep",
         description="Give a CNN early exits, train them jointly, keep the best subset, stop where the answer is sure.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
     )
+    parser.add_argument("--version", action="version", version=f"aep_ext {__version__}", help="print the version")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     debug = argparse.ArgumentParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -103,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         parents=[debug],
         argument_default=argparse.SUPPRESS,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         help="train the baseline and the multi-exit network, prune, calibrate gates, test, report",
         description="Train the single-exit baseline and the multi-exit network, score every subset of the exits on the "
         "validation images, calibrate gates, test once, deliver the cheapest gated subset that is not worse than the "
@@ -113,15 +150,13 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--data",
         metavar="DATA",
-        help="digits (default); PATH.npz or cifar10-jpeg:PATH; a folder of images; the name of a torchvision data set",
+        help="digits; PATH.npz or cifar10-jpeg:PATH; a folder of images; the name of a torchvision data set",
     )
-    what.add_argument(
-        "--data-root", metavar="DIR", help="where torchvision's data sets lie or are downloaded to (default: data)"
-    )
+    what.add_argument("--data-root", metavar="DIR", help="where torchvision's data sets lie or are downloaded to")
     what.add_argument(
         "--network",
         metavar="NAME",
-        help="resnet_small (default), resnet50, vgg16, densenet169, mobilenet_v3_small, efficientnet_b5, "
+        help="resnet_small, resnet50, vgg16, densenet169, mobilenet_v3_small, efficientnet_b5, "
         "their _full variants, torchvision/NAME or timm/NAME",
     )
     what.add_argument("--weights", metavar="NAME", help="pretrained weights, for example DEFAULT (default: none)")
@@ -130,22 +165,21 @@ def _parser() -> argparse.ArgumentParser:
         "--exit-weights",
         type=_list_of(str),
         metavar="NAMES",
-        help="mixed (default), descending, ascending, uniform, or several with "
-        "commas: each is compared with the one baseline",
+        help="mixed, descending, ascending, uniform, or several with commas: each is compared with the one baseline",
     )
     how = run.add_argument_group("how")
-    how.add_argument("--recipe", metavar="NAME", help="quick (default), cifar-small, or paper: the published protocol")
+    how.add_argument("--recipe", metavar="NAME", help=f"{', '.join(RECIPES)}; paper is the published protocol")
     how.add_argument("--image-size", type=int, metavar="PIXELS", help="side to which images are resized")
     how.add_argument("--epochs", type=int, metavar="N", help="at most so many epochs")
     how.add_argument(
         "--patience", type=int, metavar="N", help="stop after N epochs without a better joint validation loss; 0: never"
     )
-    how.add_argument("--batch-size", type=int, metavar="N")
+    how.add_argument("--batch-size", type=int, metavar="N", help="images in a batch of the training")
     how.add_argument("--lr", type=float, metavar="RATE", help="learning rate")
-    how.add_argument("--weight-decay", type=float, metavar="RATE")
+    how.add_argument("--weight-decay", type=float, metavar="RATE", help="as the optimizer takes it")
     how.add_argument("--optimizer", metavar="NAME", help="adam, adamw, sgd or rmsprop")
     how.add_argument("--schedule", metavar="NAME", help="constant or cosine")
-    how.add_argument("--train-samples", type=int, metavar="N", help="learn from so many images only")
+    how.add_argument("--train-samples", type=int, metavar="N", help="learn from so many images only (default: all)")
     how.add_argument(
         "--calibration-samples", type=int, metavar="N", help="hold out so many training images for the calibration"
     )
@@ -154,12 +188,12 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="weight the classes in the training loss (default: where the data is unbalanced)",
     )
-    how.add_argument("--precision", metavar="NAME", help="32-true (default), 16-mixed or bf16-mixed")
+    how.add_argument("--precision", metavar="NAME", help="32-true, 16-mixed or bf16-mixed")
     how.add_argument(
         "--margin",
         type=float,
         metavar="POINTS",
-        help="top-1 that what is delivered may lose against the baseline (default: 0.5 points)",
+        help="points of top-1 that what is delivered may lose against the baseline",
     )
     seeds = how.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=_list_of(int), dest="seeds", metavar="N", help="one seed (default: the recipe's)")
@@ -183,21 +217,23 @@ def _parser() -> argparse.ArgumentParser:
         default=False,
         help="go on in a folder that holds this run; without --output, in the last one begun",
     )
-    where.add_argument("--device", metavar="NAME", help="auto (default), cpu, cuda or cuda:1")
+    where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1")
     where.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses; 1 for small networks)"
     )
     where.add_argument(
-        "--workers", type=int, metavar="N", help="processes that load images (default: 0; images in memory need none)"
+        "--workers", type=int, metavar="N", help="processes that load images; images in memory need none"
     )
     where.add_argument("--quiet", action="store_true", default=False, help="print nothing but the outcome")
+
+    _show_defaults(run, _run_defaults())
 
     calibrate = commands.add_parser(
         "calibrate",
         parents=[debug],
         argument_default=argparse.SUPPRESS,
         epilog=CALIBRATE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         help="calibrate the gates of a finished run anew: another budget, reference or criterion",
         description="Choose the gated exits and their thresholds on the run's stored logits, evaluate them on the test "
         "images, and write the run's results.json, delivered network and report again. What is not given is as in the "
@@ -214,8 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--reference",
         metavar="WHICH",
-        help="what the budget is held against: baseline, pruned, ensemble (of all exits), or best (default): "
-        "of baseline and ensemble",
+        help="what the budget is held against: baseline, pruned, ensemble (of all exits), or best, the better of "
+        "baseline and ensemble",
     )
     _gate_options(what)
     where = calibrate.add_argument_group("where")
@@ -225,11 +261,13 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as the run)")
     where.add_argument("--quiet", action="store_true", default=False, help="print nothing but the outcome")
 
+    _show_defaults(calibrate, {"reference": RunConfig.reference})
+
     predict = commands.add_parser(
         "predict",
         parents=[debug],
         epilog=PREDICT_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         help="classify images with the network of a run, or with a saved one",
         description="Classify images. Every answer has the file, the class, the confidence (from 0 to 1) and the exit "
         "taken, counted from 1 as in the report.",
@@ -240,27 +278,26 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, and folders: all images inside, at any depth"
     )
-    predict.add_argument("--format", default="table", choices=("table", "csv", "json"), help="table, csv or json")
-    predict.add_argument("--output", metavar="FILE", help="write the answers to a file")
-    predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time")
+    predict.add_argument("--format", default="table", choices=("table", "csv", "json"), help="how they are written")
+    predict.add_argument("--output", metavar="FILE", help="write them to a file instead of printing them")
+    predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="so many images at a time")
     predict.add_argument(
         "--skip-bad-images",
         action="store_true",
         help="leave out images that cannot be read, and list them on standard error, instead of stopping at the first",
     )
 
+    _show_defaults(predict, {})
+
     bench = commands.add_parser(
         "bench",
         parents=[debug],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         help="measure a calibrated run's gated network against the ungated one",
         description="Latency and throughput of the gated network and of the same network ungated, taking turns on "
         "identical test images, at several batch sizes.",
     )
     bench.add_argument("folder", metavar="RUN", help="the folder of a run that was calibrated")
-    bench.add_argument(
-        "--batches", type=_list_of(int), default=(1, 4, 16, 64, 256), metavar="N,N,...", help="batch sizes"
-    )
+    bench.add_argument("--batches", type=_list_of(int), default="1,4,16,64,256", metavar="N,N,...", help="batch sizes")
     bench.add_argument(
         "--backend",
         default="eager",
@@ -271,13 +308,21 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--samples", type=int, default=512, metavar="N", help="test images")
     bench.add_argument("--seconds", type=float, default=10.0, metavar="S", help="time for each batch size")
 
+    _show_defaults(bench, {})
+
     report = commands.add_parser(
-        "report", parents=[debug], help="make the report of a run folder again, from its results.json"
+        "report",
+        parents=[debug],
+        help="make the report of a run folder again, from its results.json",
+        description="Make the report of a run folder again, from its results.json.",
     )
-    report.add_argument("folder", metavar="DIR")
+    report.add_argument("folder", metavar="RUN", help="the folder of a finished run")
 
     info = commands.add_parser(
-        "info", parents=[debug], help="version, build, instruction sets, what is missing and why"
+        "info",
+        parents=[debug],
+        help="version, build, instruction sets, what is missing and why",
+        description="Print the version, the build, the instruction sets, and what is missing and why.",
     )
     info.add_argument("--json", action="store_true", help="as JSON")
     return parser

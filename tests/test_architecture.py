@@ -26,6 +26,7 @@ LAYERS = (
     ("calibration",),
     ("export",),
     ("report",),
+    ("_recipes", "_config"),
     ("training",),
     ("serving",),
     ("aep_ext",),

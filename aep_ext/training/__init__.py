@@ -5,14 +5,14 @@ Needs the extra ``train``: ``pip install 'aep_ext[train]'``.
 
 from __future__ import annotations
 
+from aep_ext._config import RunConfig
 from aep_ext._progress import Progress
+from aep_ext._recipes import RECIPES, Recipe
 from aep_ext._utils import UserError
 from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint
-from aep_ext.training.config import RunConfig
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.fit import FitResult, fit
 from aep_ext.training.module import JointLightningModule
-from aep_ext.training.recipes import RECIPES, Recipe
 from aep_ext.training.run import calibrate_run, run
 
 __all__ = [

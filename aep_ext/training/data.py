@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from aep_ext._config import RunConfig
 from aep_ext._utils import UserError, require
 from aep_ext.training import sources
-from aep_ext.training.config import RunConfig
 from aep_ext.training.dataset import EpochSampler, ImageDataset, batches, measured_normalisation
 from aep_ext.training.splits import PUBLISHED, PublishedData, class_counts, class_weights, seeded_split, split_sha256
 

@@ -17,12 +17,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from aep_ext._progress import Progress
+from aep_ext._recipes import Recipe, recipe_named
 from aep_ext._utils import UserError, require
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint, TrainingProgress
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.module import JointLightningModule
-from aep_ext.training.recipes import Recipe, recipe_named
 
 pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 

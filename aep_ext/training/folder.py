@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aep_ext._config import RunConfig
 from aep_ext._io import read_arrays, read_json, write_json
 from aep_ext._utils import UserError
 from aep_ext.report import read_results
-from aep_ext.training.config import RunConfig
 
 VERSION = 2
 """Of what a run folder holds."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from aep_ext import ops
+from aep_ext._config import RunConfig
 from aep_ext.calibration import AccuracyBudget, CachedLogits, Calibration, RiskBudget, calibrate, exit_metrics
 from aep_ext.inference import ExitPolicy, GatedNet, GatedOutput, Simulation, near_threshold, simulate
 from aep_ext.pruning import mask_of_exits
-from aep_ext.training.config import RunConfig
 from aep_ext.training.evaluate import accuracy, right_answers
 
 CURVE_POINTS = 100

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aep_ext._recipes import OPTIMIZERS, SCHEDULES
 from aep_ext._utils import inputs_and_labels, inputs_of, require
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy
 from aep_ext.ops import ensemble
 from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.training.recipes import OPTIMIZERS, SCHEDULES
 
 pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 

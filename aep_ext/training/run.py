@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from aep_ext._config import RunConfig
 from aep_ext._io import read_json, write_arrays, write_bytes, write_json
 from aep_ext._progress import Progress
 from aep_ext._utils import UserError, require, using_threads
@@ -23,7 +24,6 @@ from aep_ext.pruning import count_macs, count_parameters, prune, score_subsets, 
 from aep_ext.report import read_results, write_report
 from aep_ext.surgery import networks
 from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.training.config import RunConfig
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.evaluate import LATENCY_IMAGES, accuracy, latency_beside, right_answers, torch_device
 from aep_ext.training.fit import fit
@@ -83,7 +83,7 @@ def calibrate_run(
 
     Args:
         folder: the run.
-        given: what is asked (:data:`~aep_ext.training.config.CALIBRATION_FIELDS`), where it differs from the run:
+        given: what is asked (``CALIBRATION_FIELDS`` of ``aep_ext/_config.py``), where it differs from the run:
             also ``static`` networks to train beside, and ``data``, ``data_root``, ``device``, ``threads`` of now.
         progress: as for :func:`run`.
 

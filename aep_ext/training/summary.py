@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from aep_ext._config import CALIBRATION_FIELDS, RUNTIME_FIELDS, RunConfig
 from aep_ext._version import __version__
 from aep_ext.inference import ExitPolicy, simulate
 from aep_ext.pruning import (
@@ -21,7 +22,6 @@ from aep_ext.pruning import (
     score_logits,
     smallest_non_inferior,
 )
-from aep_ext.training.config import CALIBRATION_FIELDS, RUNTIME_FIELDS, RunConfig
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.evaluate import right_answers
 from aep_ext.training.folder import BASELINE, RunFolder

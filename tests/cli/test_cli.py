@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import aep_ext
 from aep_ext import cli
+from aep_ext._config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
@@ -43,6 +45,42 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"aep_ext {aep_ext.__version__}" in " ".join(capsys.readouterr().out.split())
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == aep_ext.build_info().to_dict()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"aep_ext {aep_ext.__version__}\n"
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main([*command.split(), "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["", "run", "calibrate", "predict", "bench", "report", "info"])
+def test_help_is_written_for_users(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of(command, capsys)
+    assert not re.search(r"None|True|False|SUPPRESS|default: [(\['\"]|\(default\)", text), text
+    parser = cli._parser()
+    commands = next(action for action in parser._actions if action.dest == "command")
+    chosen = commands.choices[command] if command else parser  # type: ignore[index]
+    assert all(action.help for action in chosen._actions if action is not commands)
+
+
+def test_help_shows_the_defaults_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a user types them: what is shown, given as an option, is what the configuration has anyway."""
+    text, config = help_of("run", capsys), RunConfig().resolved()
+    shown = re.findall(r"(--[a-z-]+) (?:[A-Z,.]+ )(?:(?! --[a-z]).)*?\(default: ([^ )]+)(?: with quick)?\)", text)
+    found = {name: value for name, value in shown if value not in ("none", "all")}
+    options = vars(cli._parser().parse_args(["run", *(word for pair in found.items() for word in pair)]))
+    for name, value in found.items():
+        field = name.removeprefix("--").replace("-", "_")
+        assert options[field] == getattr(config, field), (name, value)
+    assert {"--data", "--network", "--lr", "--epochs", "--patience", "--schedule", "--margin", "--delta"} <= set(found)
+    assert found["--margin"] == "0.5" and found["--exit-weights"] == "mixed" and found["--lr"] == "0.003"
+    assert "batch sizes (default: 1,4,16,64,256)" in help_of("bench", capsys)
 
 
 def test_python_dash_m() -> None:

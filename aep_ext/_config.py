@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from aep_ext._recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
 from aep_ext._utils import UserError
 from aep_ext.ensemble import ExitWeights
 from aep_ext.inference import CRITERIA
-from aep_ext.training.recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
 
 # In all of them the weights stay float32, as everything behind the training expects.
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
@@ -41,7 +41,7 @@ class RunConfig:
     """One run of the main job. None means: as the recipe says, or as the data has it.
 
     Attributes:
-        data: see :func:`~aep_ext.training.data.load_roles`.
+        data: see :func:`~aep_ext.training.data.load_splits`.
         data_root: where torchvision's data sets lie or are downloaded to.
         network: a name of ``aep_ext.surgery.networks``, or ``torchvision/<name>`` or ``timm/<name>``.
         weights: pretrained weights, as the network's builder takes them (``DEFAULT``); then images get three channels.
