@@ -21,7 +21,7 @@ from aep_ext.surgery import networks
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPTIONAL = ("torchvision", "timm", "lightning")
+OPTIONAL = {"torchvision": r"^import .*\btorchvision\b", "lightning": r"^(import|from) lightning\b|aep_ext\.fit\("}
 
 
 def blocks(path: Path, *languages: str) -> list[str]:
@@ -58,8 +58,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_python_runs(path: Path, names: dict[str, Any]) -> None:
     """Every block, in order, in one namespace, word for word."""
     code = blocks(path, "python")
-    for package in OPTIONAL:
-        if any(re.search(rf"^(import|from) .*\b{package}\b", block, re.MULTILINE) for block in code):
+    for package, use in OPTIONAL.items():
+        if any(re.search(use, block, re.MULTILINE) for block in code):
             pytest.importorskip(package, reason=f"{path.name} uses it")
     for number, block in enumerate(code):
         exec(compile(block, f"{path.name}, block {number + 1}", "exec"), names)
