@@ -1,0 +1,265 @@
+"""The smallest classifier of every model file of timm and of every family of torchvision: given exits, or refused.
+
+    pytest tests/campaign/test_networks.py -m campaign
+
+Each outcome goes into benchmarks/results/networks.json at once, so that the campaign can be stopped and go on; it leaves
+out what passed before and what is recorded for this very commit (delete the file to begin anew). docs/networks.md is
+written from that file. Without -m campaign a fixed sample runs, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import subprocess
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import aep_ext
+
+torchvision = pytest.importorskip("torchvision", reason="the list is torchvision's and timm's networks")
+timm = pytest.importorskip("timm", reason="the list is torchvision's and timm's networks")
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "networks.json", ROOT / "docs" / "networks.md"
+# Name -> model file or family, and the image size: the network's own where it is fixed, else 128.
+# Smallest: the fewest parameters with 10 classes; timm's own test networks are left out.
+NETWORKS: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("networks.json").read_text())
+SAMPLE = {
+    "torchvision/alexnet": "passed",
+}
+
+
+def build(name: str) -> nn.Module:
+    """The network with random weights, none of which is so small that a part of the network would not count."""
+    library, _, short = name.partition("/")
+    if library == "timm":
+        model = timm.create_model(short, pretrained=False, num_classes=10)
+    else:
+        options = {"aux_logits": False, "init_weights": False} if short in ("googlenet", "inception_v3") else {}
+        model = getattr(torchvision.models, short)(weights=None, num_classes=10, **options)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if not key.endswith("bias") and parameter.abs().max() < 1e-3:  # layer scales, zero-initialised last layers
+                parameter.normal_(0, 0.1)
+    return model.eval()
+
+
+def is_convolutional(model: nn.Module, x: Tensor) -> bool:
+    """At least half of the multiply-adds are convolutions', or nothing but convolutions mixes positions."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x[:1])
+    counts = {str(operator): count for operator, count in counter.get_flop_counts()["Global"].items()}
+    convolutions = sum(count for operator, count in counts.items() if "conv" in operator)
+    attention = sum(count for operator, count in counts.items() if "bmm" in operator or "attention" in operator)
+    spatial = sum(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in model.modules())
+    return 2 * convolutions >= sum(counts.values()) or (not attention and spatial > 3)
+
+
+def differ(found: Tensor, wanted: Tensor, tolerance: float = 1e-4) -> bool:
+    gap = (found - wanted).abs().max()
+    return not bool(gap <= tolerance * wanted.abs().max() + 1e-7)
+
+
+def channel_axis(shape: torch.Size, larger: torch.Size | None) -> int:
+    """Of a feature map: the axis that does not grow with the image; for a network of one size, the one unlike the
+    other two."""
+    if larger is not None:
+        fixed = [axis for axis in (1, 2, 3) if shape[axis] == larger[axis]]
+    else:
+        fixed = [axis for axis in (1, 3) if shape[axis] != shape[2] and shape[4 - axis] == shape[2]]
+    assert len(fixed) == 1, f"no channel axis in a map of shape {list(shape)}"
+    return fixed[0]
+
+
+def check_head(head: nn.Module, feature: Tensor, axis: int) -> None:
+    """The head reads channels: by the width of its first layer with parameters, and by what shuffling changes."""
+    channels = feature.shape[axis]
+    seen: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: seen.append((module, args[0])))
+        for module in head.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    ]
+    logits = head(feature)
+    for hook in hooks:
+        hook.remove()
+    layer, given = seen[0]
+    names = ("in_features", "in_channels", "num_features", "num_channels", "normalized_shape", "num_parameters")
+    width = next(getattr(layer, name) for name in names if hasattr(layer, name))
+    width = width[-1] if isinstance(width, tuple) else width
+    positions = given[0].numel() // channels
+    flat = channels * positions if given.dim() == 2 else channels
+    assert width in (channels, flat), f"{layer} reads a map of shape {list(feature.shape)}, channels at axis {axis}"
+    last = feature.movedim(axis, 3).flatten(1, 2)
+    moved = last[:, torch.randperm(last.shape[1])].unflatten(1, [n for n in feature.movedim(axis, 3).shape[1:3]])
+    if positions == 1:
+        assert not differ(head(moved.movedim(3, axis)), logits), "a pooled head depends on the positions"
+    mixed = last[:, :, torch.randperm(channels)].unflatten(1, moved.shape[1:3])
+    assert differ(head(mixed.movedim(3, axis)), logits), "the head does not tell channels apart"
+
+
+def examine(name: str, folder: Path, compiled: bool = True) -> dict[str, Any]:
+    """One network's row: what became of it, and why."""
+    start = time.perf_counter()
+    size = NETWORKS[name]["size"]
+    model, x = build(name), torch.randn(2, 3, size, size)
+    row: dict[str, Any] = {"convolutional": is_convolutional(model, x), "size": size}
+
+    def outcome(word: str, reason: str = "") -> dict[str, Any]:
+        return {**row, "outcome": word, "reason": reason, "seconds": round(time.perf_counter() - start, 1)}
+
+    try:
+        net = aep_ext.anticipate(model, example=(3, size, size)).eval()
+    except ValueError as error:
+        if "\n" in str(error) or not str(error).startswith("anticipate: "):
+            return outcome("failed", f"refused in more than one line: {error}")
+        return outcome("refused", str(error))
+    row["exits"] = net.num_exits
+    step = "anticipated"
+    try:
+        wanted, exits = model(x), net.exit_logits(x)
+        assert not differ(exits[-1], wanted), "the last exit is not the original network"
+        step = "heads"
+        maps = net.features(x)
+        try:
+            larger = [m.shape for m in net.features(torch.randn(2, 3, size + 64, size + 64))]
+        except Exception:  # a network of one size
+            larger = [None] * len(maps)
+        for head, feature, grown in zip(net.exits, maps, larger, strict=True):
+            check_head(head, feature, channel_axis(feature.shape, grown))
+        step = "pruned"
+        kept = sorted({0, net.num_exits - 1})
+        small = aep_ext.prune(net, kept)
+        answer = small(x)
+        assert not differ(answer, exits[kept].mean(0)), "the pruned network is not the mean of its exits"
+        step = "saved and loaded"
+        aep_ext.save(small, folder)
+        assert torch.equal(aep_ext.load(folder, build(name))(x), answer), "the loaded network answers differently"
+        step = "compiled"
+        if compiled:
+            engine = aep_ext.compile(small, x, "openvino", threads=1, batches=(2,))
+            assert not differ(engine(x), answer, 1e-3), "the compiled network answers differently"
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return outcome("failed", f"{step}: {type(error).__name__}: {lines[0]}"[:300])
+    return outcome("passed")
+
+
+@functools.cache
+def state() -> str:
+    """The commit of the package, "+" if it is changed."""
+    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    commit = run(["git", "log", "-1", "--format=%h", "--", "aep_ext"]).stdout.strip()
+    return commit + "+" * bool(run(["git", "status", "--porcelain", "--", "aep_ext"]).stdout.strip())
+
+
+def recorded() -> dict[str, dict[str, Any]]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def write(path: Path, text: str) -> None:
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def page(rows: dict[str, dict[str, Any]]) -> str:
+    """docs/networks.md."""
+    convolutional = [row for row in rows.values() if row["convolutional"]]
+    passed = sum(row["outcome"] == "passed" for row in convolutional)
+    lines = [
+        "# Networks that were tried",
+        "",
+        f"The smallest classifier of every model file of timm and of every family of torchvision, {len(rows)} in all, "
+        "with random weights. *Passed*: it is given exits; the last one equals the original network; every head reads "
+        "the channels; pruned, it is saved, loaded and compiled by OpenVINO, and gives the same logits. *Refused*: "
+        "`anticipate` raises a `ValueError` of one line, which is given. A network counts as convolutional if at least "
+        "half of its multiply-adds are convolutions', or if nothing but convolutions mixes positions.",
+        "",
+        f"Of {len(convolutional)} convolutional networks {passed} pass, of {len(rows) - len(convolutional)} others "
+        f"{sum(row['outcome'] == 'passed' for row in rows.values()) - passed}.",
+        "",
+        "Written by `pytest tests/campaign/test_networks.py -m campaign` from `benchmarks/results/networks.json`, which "
+        "names the commit of each row.",
+        "",
+        "| network | model file or family | convolutional | exits | outcome | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in (name for name in NETWORKS if name in rows):
+        row = rows[name]
+        reason = row["reason"].removeprefix("anticipate: ").replace("|", "\\|").replace("<", "&lt;")
+        cells = [
+            name,
+            NETWORKS[name]["file"],
+            "yes" if row["convolutional"] else "no",
+            str(row.get("exits", "")),
+            f"{row['outcome']}: {reason}" if reason else row["outcome"],
+            str(row["seconds"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_network(name: str, tmp_path: Path) -> None:
+    row = recorded().get(name)
+    if row is None or (row["outcome"] != "passed" and row["commit"] != state()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporters'
+            row = {**examine(name, tmp_path), "commit": state()}
+        rows = {**recorded(), name: row}
+        write(RESULTS, json.dumps({name: rows[name] for name in NETWORKS if name in rows}, indent=1) + "\n")
+        write(PAGE, page(recorded()))
+    assert row["outcome"] in ("passed", "refused"), row["reason"]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+@torch.no_grad()
+def test_sample(name: str, tmp_path: Path) -> None:
+    row = examine(name, tmp_path, compiled=False)
+    assert row["outcome"] == SAMPLE[name], row["reason"]
+
+
+def test_results() -> None:
+    """All were tried, none failed, at least 90 % of the convolutional ones passed, and the page says what the file
+    does."""
+    rows = recorded()
+    assert rows.keys() == NETWORKS.keys() and len(rows) >= 120
+    assert not [name for name, row in rows.items() if row["outcome"] == "failed"]
+    convolutional = [row["outcome"] == "passed" for row in rows.values() if row["convolutional"]]
+    assert sum(convolutional) >= math.ceil(0.9 * len(convolutional))
+    assert PAGE.read_text() == page(rows)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@torch.no_grad()
+def test_the_check_of_heads_sees_rows_read_as_channels(wrong: bool) -> None:
+    """On a map (N, H, W, C): pooled over (H, W) and read by C, or pooled over (W, C) and read by H."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6 if wrong else 12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.mean((2, 3) if wrong else (1, 2)))
+
+    feature = torch.randn(2, 6, 6, 12)
+    axis = channel_axis(feature.shape, torch.Size([2, 9, 9, 12]))
+    assert axis == channel_axis(feature.shape, None) == 3
+    if not wrong:
+        return check_head(Pooled(), feature, axis)
+    with pytest.raises(AssertionError, match="channels at axis 3"):
+        check_head(Pooled(), feature, axis)
