@@ -72,6 +72,13 @@ def weighted_exits(op: str, exit_logits: Tensor, name: str, weights: Tensor) -> 
     return exits, rows, classes
 
 
+def sequences(op: str, **values: object) -> None:
+    """All are lists or tuples, which the native operators' schemas want."""
+    for name, value in values.items():
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"aep::{op}: {name} must be a list or tuple of tensors, got {type(value).__name__}")
+
+
 def linears(
     op: str, name: str, inputs: Sequence[Tensor], shape: str, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[int, int]:

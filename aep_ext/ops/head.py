@@ -59,7 +59,7 @@ def multi_exit_linear_head(
     cast to the autocast dtype, as torch does for ``linear``. Multiply-adds: N * C_e * K per exit.
 
     Raises:
-        TypeError: a dtype breaks the rules above.
+        TypeError: an argument is no list or tuple, holds something that is no tensor, or a dtype breaks the rules.
         ValueError: a shape, a device or the number of tensors does.
 
     Source: section 3.1 of arXiv 2301.12168 (the exits), in the form of torchvision's ResNet head.
@@ -68,9 +68,11 @@ def multi_exit_linear_head(
 
         torch.stack([F.linear(x.mean((2, 3)), w, b) for x, w, b in zip(features, weights, biases)])
     """
+    op = "multi_exit_linear_head"
+    _checks.sequences(op, features=features, weights=weights, biases=features if biases is None else biases)
     if biases is None:
         biases = [None] * len(features)
-    if len(features) > 0 and use_native(*features):
+    if len(features) > 0 and use_native(*features, *weights, *[bias for bias in biases if bias is not None]):
         return _native.multi_exit_linear_head(features, weights, biases)[0]
-    _checks.linears("multi_exit_linear_head", "features", features, "NCHW", weights, biases)
+    _checks.linears(op, "features", features, "NCHW", weights, biases)
     return reference.multi_exit_linear_head(features, weights, biases)

@@ -116,7 +116,8 @@ def linear_joint_cross_entropy(
     turned into losses and, in their place, into their gradient, and that at once into the gradients of what they came
     from. Those are held for the backward, which only scales them. So the memory taken beyond the gradients, which any
     backward forms, is the buffer. For bfloat16 and float16 it is also a product the size of one exit's weights, and the
-    gradients of weights and biases in float32 until the backward has rounded them.
+    gradients of weights and biases in float32 until the backward has rounded them; for float16 a copy of the chunk's
+    features, scaled so that no sum overflows.
 
     Args:
         pooled: E tensors (N, C_e) of one floating dtype and device, any strides; C at least 1, N may be 0.
@@ -144,7 +145,7 @@ def linear_joint_cross_entropy(
     and ``weights``, counted in the forward. On the reference path (see :func:`aep_ext.build_info`) the logits are held.
 
     Raises:
-        TypeError: a dtype breaks the rules above.
+        TypeError: an argument is no list or tuple, holds something that is no tensor, or a dtype breaks the rules.
         ValueError: a shape, a device, the number of tensors, ``label_smoothing``, ``reduction`` or ``chunk`` does.
         IndexError: on the CPU, a label is out of range. Elsewhere, where looking would wait for the device, the loss is
             NaN and the row's part of the gradients zero, unless :class:`check_labels` is on.
@@ -159,11 +160,12 @@ def linear_joint_cross_entropy(
         joint_cross_entropy(logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
     """
     op = "linear_joint_cross_entropy"
+    _checks.sequences(op, pooled=pooled, weights=weights, biases=pooled if biases is None else biases)
     if biases is None:
         biases = [None] * len(pooled)
     options = (class_weight, label_smoothing, ignore_index, reduction)
     given = (target, exit_weights) if class_weight is None else (target, exit_weights, class_weight)
-    if len(pooled) > 0 and use_native(*pooled, *given):
+    if len(pooled) > 0 and use_native(*pooled, *weights, *[bias for bias in biases if bias is not None], *given):
         return JointLoss(
             *_native.linear_joint_cross_entropy(pooled, weights, biases, target, exit_weights, *options, chunk)
         )

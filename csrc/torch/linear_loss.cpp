@@ -4,11 +4,15 @@
 #include "linear_loss.h"
 
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "held.h"
 #include "prepare.h"
@@ -20,6 +24,8 @@ namespace {
 
 // Without a chunk given: a buffer of a sixteenth of the logits, or of this many bytes where that is more.
 constexpr int64_t kShare = 16, kSmallBuffer = int64_t{4} << 20;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,12 +59,21 @@ class Accumulator {
       at::mm_out(rows, grad, weight_);
     }
     if (into_.weight.defined()) {
-      if (partial_.defined()) {
-        // The sum over the chunk's rows, in float16, might not bear the whole factor.
-        const double before = 1 / std::min(factor_, 32.0);
-        at::addmm_out(partial_, partial_, grad.t(), pooled, /*beta=*/0, before);
+      if (partial_.defined() && weight_.scalar_type() == at::kHalf) {
+        // A sum over the chunk's rows may be beyond float16 though the gradient is not. So every feature is multiplied
+        // by the power of two that its sums bear: rows times the largest entries is a bound on them.
+        const Tensor peak = at::linalg_vector_norm(pooled, kInfinity, at::IntArrayRef{0}).to(at::kFloat);
+        const Tensor most = at::linalg_vector_norm(grad, kInfinity).to(at::kFloat).mul_(grad.size(0)).clamp_min_(1);
+        const Tensor power = at::clamp(15 - peak.mul(most).log2_().ceil_(), -40, 40);
+        Tensor features = at::empty(pooled.sizes(), pooled.options());
+        at::mul_out(features, pooled, power.exp2());
+        at::mm_out(partial_, grad.t(), features);
         if (first) into_.weight.zero_();
-        into_.weight.add_(partial_, 1 / (factor_ * before));
+        into_.weight.addcmul_(partial_, power.neg().exp2_(), 1 / factor_);
+      } else if (partial_.defined()) {
+        at::mm_out(partial_, grad.t(), pooled);
+        if (first) into_.weight.zero_();
+        into_.weight.add_(partial_, 1 / factor_);
       } else {
         at::addmm_out(into_.weight, into_.weight, grad.t(), pooled, /*beta=*/first ? 0 : 1);
       }

@@ -2,9 +2,9 @@
 
     pytest tests/campaign/test_networks.py -m campaign
 
-Each outcome goes into benchmarks/results/networks.json at once, so that the campaign can be stopped and go on; it leaves
-out what passed before and what is recorded for this very commit (delete the file to begin anew). docs/networks.md is
-written from that file. Without -m campaign a fixed sample runs, and nothing is written.
+Each outcome goes into benchmarks/results/networks.json at once, so that the campaign can be stopped and go on; what
+passed before, or is recorded for the package's present commit, is left out (delete the file to begin anew).
+docs/networks.md is written from that file. Without -m campaign a fixed sample runs, and nothing is written.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         f"Of {len(convolutional)} convolutional networks {passed} pass, of {len(rows) - len(convolutional)} others "
         f"{sum(row['outcome'] == 'passed' for row in rows.values()) - passed}.",
         "",
-        "Written by `pytest tests/campaign/test_networks.py -m campaign` from `benchmarks/results/networks.json`, which "
-        "names the commit of each row.",
+        "Written by `pytest tests/campaign/test_networks.py -m campaign` from `benchmarks/results/networks.json`, where "
+        "each row names the package's commit.",
         "",
         "| network | model file or family | convolutional | exits | outcome | seconds |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -16,11 +16,16 @@ X = torch.zeros(3, 5, 4)
 W = torch.ones(3)
 Y = torch.zeros(5, dtype=torch.int64)
 F1, F2 = torch.zeros(2, 3, 4, 4), torch.zeros(2, 6, 2, 2)
+P1, P2 = torch.zeros(5, 3), torch.zeros(5, 6)
 W1, W2, B = torch.zeros(4, 3), torch.zeros(4, 6), torch.zeros(4)
 
 
 def head(features=(F1, F2), weights=(W1, W2), biases=(B, None)):
     return ops.multi_exit_linear_head(features, weights, biases)
+
+
+def linear_loss(pooled=(P1, P2), weights=(W1, W2), biases=(B, None)):
+    return ops.linear_joint_cross_entropy(pooled, weights, biases, Y, W[:2])
 
 
 def gate(**changes):
@@ -55,6 +60,30 @@ CASES = {
     "features mixed": (lambda: head((F1, F2.double())), TypeError, r"multi_exit_linear_head: features\[1\]"),
     "features rows": (lambda: head((F1, F2[:1])), ValueError, r"multi_exit_linear_head: features\[1\]"),
     "features list": (lambda: head(([1], [2])), TypeError, r"multi_exit_linear_head: features\[0\]"),
+    "features none": (lambda: head(None), TypeError, "multi_exit_linear_head: features"),
+    "features a tensor": (lambda: head(F1), TypeError, "multi_exit_linear_head: features"),
+    "features none first": (lambda: head((None, F2)), TypeError, r"multi_exit_linear_head: features\[0\]"),
+    "features none last": (lambda: head((F1, None)), TypeError, r"multi_exit_linear_head: features\[1\]"),
+    "features all none": (lambda: head((None, None)), TypeError, r"multi_exit_linear_head: features\[0\]"),
+    "head weights none": (lambda: head(weights=None), TypeError, "multi_exit_linear_head: weights"),
+    "head weight none": (lambda: head(weights=(W1, None)), TypeError, r"multi_exit_linear_head: weights\[1\]"),
+    "head biases number": (lambda: head(biases=0.0), TypeError, "multi_exit_linear_head: biases"),
+    "head bias number": (lambda: head(biases=(0.0, B)), TypeError, r"multi_exit_linear_head: biases\[0\]"),
+    "linear loss pooled none": (lambda: linear_loss(None), TypeError, "linear_joint_cross_entropy: pooled"),
+    "linear loss none": (lambda: linear_loss((P1, None)), TypeError, r"linear_joint_cross_entropy: pooled\[1\]"),
+    "linear loss weights none": (lambda: linear_loss(weights=None), TypeError, "linear_joint_cross_entropy: weights"),
+    "linear loss weight none": (
+        lambda: linear_loss(weights=(None, W2)),
+        TypeError,
+        r"linear_joint_cross_entropy: weights\[0\]",
+    ),
+    "linear loss bias list": (
+        lambda: linear_loss(biases=([0.0] * 4, None)),
+        TypeError,
+        r"linear_joint_cross_entropy: biases\[0\]",
+    ),
+    "pool none": (lambda: ops.global_avg_pool(None), TypeError, "global_avg_pool: features"),
+    "gate features none": (lambda: gate(features=None), TypeError, "gate: features"),
     "head weight shape": (lambda: head(weights=(W1, W1)), ValueError, r"multi_exit_linear_head: weights\[1\]"),
     "head weight 1-D": (lambda: head(weights=(B, W2)), ValueError, r"multi_exit_linear_head: weights\[0\]"),
     "head weight dtype": (lambda: head(weights=(W1, W2.half())), TypeError, r"multi_exit_linear_head: weights\[1\]"),

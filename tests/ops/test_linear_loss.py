@@ -415,6 +415,26 @@ def test_large_features_in_half_precision_stay_finite(device):
     alike([grads], [step(stacked, exits)[3]], torch.float16)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("largest", [1.0, 1e4, 6e4])
+def test_weight_gradients_in_float16_are_finite_where_the_exact_ones_are(largest, reduction, device):
+    """What a chunk's rows add up to may be beyond float16 on the way, scaled up as the gradients are held."""
+    rows = 1024 if reduction == "mean" else 6
+    x = torch.full((rows, 8), largest, dtype=torch.float16, device=device)
+    x[:, 0] = 1e-3  # small ones beside them keep their digits
+    target = torch.zeros(rows, dtype=torch.int64, device=device)
+    weight = torch.zeros(7, 8, dtype=torch.float16, device=device)
+    weight[0] = -1 / largest  # all rows wrong
+    exits = Exits([x], [weight], [None], target, x.new_ones(1).float())
+    wide = Exits([x.double()], [weight.double()], [None], target, x.new_ones(1).double())
+    for chunk in (rows, 100):
+        grad = step(ops.linear_joint_cross_entropy, exits, chunk=chunk, reduction=reduction)[3].double()
+        exact = step(stacked, wide, reduction=reduction)[3]
+        fits = exact.half().isfinite()
+        assert fits[:, 0].all() and fits.any(1).all()
+        torch.testing.assert_close(grad[fits], exact[fits], rtol=4e-3, atol=1e-6)
+
+
 def test_class_weight_with_gradient_is_refused(device, call):
     exits = make(4, 5, (3,), device=device)
     weight = torch.ones(5, device=device, requires_grad=True)
