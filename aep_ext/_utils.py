@@ -1,10 +1,12 @@
-"""What every part of the package uses: errors, optional packages, numbers per exit, batches, eval mode, threads."""
+"""What every part of the package uses: errors, optional packages, numbers per exit, batches, tables, eval mode,
+threads."""
 
 from __future__ import annotations
 
+import html
 import importlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -129,6 +131,24 @@ def _kind(batch: Any) -> str:
         return f"a dict with {', '.join(map(repr, batch))}"
     inside = [type(entry).__name__ for entry in batch] if isinstance(batch, (tuple, list)) else []
     return type(batch).__name__ + (f" of {', '.join(inside)}" if 0 < len(inside) < 5 else "")
+
+
+def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Plain text: the title, then columns that are aligned to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    cells = ("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join([title, *(line.rstrip() for line in cells)])
+
+
+def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same for a notebook, escaped."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(cells, "td") for cells in rows)
+    return f"<div><b>{html.escape(title)}</b><table>{line(head, 'th')}{body}</table></div>"
 
 
 @contextmanager

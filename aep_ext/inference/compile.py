@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ def compile(
     threads: int | None = None,
     precision: str = "float32",
     batches: Sequence[int] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> CompiledNet | GatedNet:
     """Compiles the stages up to every exit, with its head, on an inference engine, and keeps the network's interface.
 
@@ -53,6 +55,8 @@ def compile(
             it; logits then move in the second or third digit).
         batches: batch sizes that get stages compiled for them alone, usually faster than those for any batch, which
             there always are; each costs another copy of the packed weights. Default: 1 and the example's.
+        progress: is given a line as each backend is built and timed, for instance ``print``. Default: lines on standard
+            error where that is a terminal, else nothing.
 
     Returns:
         A :class:`CompiledNet`; for a gated net a :class:`GatedNet` around it, with its policy as it is.
@@ -83,19 +87,26 @@ def compile(
     engines: dict[str, Engine] = {}
     gaps: dict[str, float] = {}
     notices: list[str] = []
+    progress = _to_terminal if progress is None else progress
     for name in names:
+        progress(f"compile: {name}: building {len(segments)} stages for batches of {_listed(settings.batches)} and any")
         try:
             engines[name], gaps[name] = _build(name, segments, inputs, settings, reference)
         except Exception as error:
             if not several:
                 raise
             notices.append(f"{name}: {_reason(error)}")
+            progress(f"compile: {name}: left out: {_reason(error)}")
     if not engines:
         raise RuntimeError(f"compile: no backend can run this network: {'; '.join(notices)}")
+    if several:
+        progress(f"compile: timing {_listed(list(engines))} on {len(example)} images")
     timings = _time_in_turn(engines, example, len(segments)) if several else {}
     chosen = min(timings, key=timings.__getitem__) if timings else names[0]
     if backend == "auto" and list(engines) == ["eager"]:
         notices.append("eager is all there is: pip install 'aep_ext[openvino]' or 'aep_ext[onnxruntime]' for an engine")
+    measured = "".join(f", {name} {milliseconds:.3g} ms" for name, milliseconds in timings.items())
+    progress(f"compile: done, on {chosen}{measured}")
     compiled = CompiledNet(
         reference,
         engines[chosen],
@@ -111,6 +122,15 @@ def compile(
     gated = GatedNet(compiled, net.policy)
     gated.calibration = net.calibration
     return gated
+
+
+def _to_terminal(line: str) -> None:
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _check(net: object, example: Tensor, names: Sequence[str], precision: str) -> MultiExitNet:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aep_ext._utils import per_exit
+from aep_ext._utils import html_table, per_exit
 from aep_ext.inference.criteria import check_criterion, criterion_name
 
 
@@ -95,17 +95,27 @@ class ExitPolicy:
         return cls(**values)
 
     def __str__(self) -> str:
-        head = f"ExitPolicy: {criterion_name(self.criterion)} of the {self.criterion_on}"
-        rows = []
-        for e, (number, weight, temperature) in enumerate(
-            zip(self.exits, self.output_weights, self.temperatures, strict=True)
-        ):
-            if e == self.num_exits - 1:
-                rule = "answers the rest"
-            else:
-                rule = f"threshold {self.thresholds[e]:.4g}" if self.enabled[e] else "disabled"
-            rows.append(f"  exit {number + 1}: {rule}, temperature {temperature:.4g}, output weight {weight:.4g}")
-        return "\n".join([head, *rows])
+        lines = [
+            f"  exit {number}: {rule}, temperature {temperature}, output weight {weight}"
+            for number, rule, temperature, weight in self._rows()
+        ]
+        return "\n".join([f"ExitPolicy: {self._criterion()}", *lines])
+
+    def _repr_html_(self, name: str = "ExitPolicy") -> str:
+        head = ["exit", "leaves", "temperature", "output weight"]
+        return html_table(f"{name}: {self._criterion()}", head, self._rows())
+
+    def _criterion(self) -> str:
+        return f"{criterion_name(self.criterion)} of the {self.criterion_on}"
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """For each exit, counted from 1: when samples leave, temperature, output weight."""
+        rules = [
+            f"threshold {threshold:.4g}" if enabled else "disabled"
+            for threshold, enabled in zip(self.thresholds, self.enabled, strict=True)
+        ]
+        each = zip(self.exits, [*rules, "answers the rest"], self.temperatures, self.output_weights, strict=True)
+        return [(str(number + 1), rule, f"{t:.4g}", f"{weight:.4g}") for number, rule, t, weight in each]
 
 
 def _flags(values: Any, count: int) -> tuple[bool, ...]:

@@ -296,6 +296,9 @@ class GatedNet(nn.Module):
             f"enabled={self.enabled.tolist()}"
         )
 
+    def _repr_html_(self) -> str:
+        return self.policy._repr_html_(f"GatedNet, {self._net().num_classes} classes")
+
 
 def _number_type(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no double precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aep_ext._utils import html_table, text_table
 from aep_ext.pruning.cost import Latency
 from aep_ext.pruning.subsets import exits_of_mask, mask_of_exits
 
@@ -21,6 +23,8 @@ _AXES: dict[str, tuple[str, int]] = {
     "parameters": ("parameters", -1),
     "latency": ("latency_ms", -1),
 }
+
+_SHOWN = 20  # rows of a printed table
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,9 @@ def _better(score: SubsetScore, axis: str) -> float:
 @dataclass(frozen=True, eq=False)
 class SubsetScores:
     """The scores of all 2^E - 1 non-empty subsets of E exits. Iterates over :class:`SubsetScore` in mask order.
+
+    ``print(scores)`` shows the best 20 by the published rule (see :meth:`best`) with exits as indices from 0, and marks
+    those that no other subset beats in both top-1 and multiply-adds. A notebook shows the same.
 
     Attributes:
         counts: (2^E - 1, 2) int64 on the CPU; row m-1 holds the top-1 and top-min(5, K) counts of the subset with
@@ -215,6 +222,31 @@ class SubsetScores:
             if not any(all(b >= v for b, v in zip(beating, values, strict=True)) for beating, _ in front):
                 front.append((values, score))
         return [score for _, score in front]
+
+    def __str__(self) -> str:
+        return text_table(*self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+        best = heapq.nsmallest(_SHOWN, self, key=_choice_key)
+        front = set() if self.macs is None else {score.mask for score in self.pareto()}
+        columns: dict[str, list[str]] = {
+            "": ["best" if score is best[0] else "*" if score.mask in front else "" for score in best],
+            "exits": [str(score.exits) for score in best],
+            "top-1 %": [f"{100 * score.top1:.2f}" for score in best],
+            "top-5 %": [f"{100 * score.top5:.2f}" for score in best],
+        }
+        for title, values in (("parameters", self.parameters), ("multiply-adds", self.macs)):
+            if values is not None:
+                columns[title] = [f"{values[score.mask - 1]:,}" for score in best]
+        if self.latency is not None:
+            columns["ms"] = [f"{score.latency_ms:.3g}" for score in best]
+        shown = f"the best {len(best)} of {len(self)} subsets" if len(best) < len(self) else f"{len(self)} subsets"
+        marks = "" if self.macs is None else "; *: no other has both a higher top-1 and fewer multiply-adds"
+        title = f"SubsetScores: {shown} of {self.num_exits} exits, {self.n:,} samples{marks}"
+        return title, list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
     @classmethod
     def pooled(cls, scores: Sequence[SubsetScores]) -> SubsetScores:

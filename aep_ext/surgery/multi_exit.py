@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aep_ext import ops
-from aep_ext._utils import per_exit
+from aep_ext._utils import html_table, per_exit
 from aep_ext.surgery.exit_weights import ExitWeights
 from aep_ext.surgery.heads import FusedPlan, fused_plan
 
@@ -240,6 +240,23 @@ class MultiExitNet(nn.Module):
             f"exits={self.num_exits} after stages {self.exit_stages}, exit_ids={self.exit_ids}, "
             f"num_classes={self.num_classes}"
         )
+
+    def _repr_html_(self) -> str:
+        parts = [[sum(p.numel() for p in part.parameters()) for part in group] for group in (self.stages, self.exits)]
+        starts = [0, *(stage + 1 for stage in self.exit_stages)]
+        rows = [
+            [
+                str(self.exit_ids[e] + 1),
+                str(self.exit_stages[e] + 1),
+                f"{sum(parts[0][starts[e] : starts[e + 1]]):,}",
+                f"{parts[1][e]:,}",
+                f"{self.loss_weights[e]:.4g}",
+                f"{self.output_weights[e]:.4g}",
+            ]
+            for e in range(self.num_exits)
+        ]
+        head = ["exit", "after stage", "parameters of its stages", "of its head", "loss weight", "output weight"]
+        return html_table(f"{type(self).__name__}, {self.num_classes} classes", head, rows)
 
 
 def _ascending(name: str, values: Sequence[int], count: int) -> tuple[int, ...]:

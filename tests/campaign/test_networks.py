@@ -189,8 +189,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         f"Of {len(convolutional)} convolutional networks {passed} pass, of {len(rows) - len(convolutional)} others "
         f"{sum(row['outcome'] == 'passed' for row in rows.values()) - passed}.",
         "",
-        "Written by `pytest tests/campaign/test_networks.py -m campaign` from `benchmarks/results/networks.json`, where "
-        "each row names the package's commit.",
+        "Written by `pytest tests/campaign/test_networks.py -m campaign` from `benchmarks/results/networks.json`, which"
+        " names the package's commit for each.",
         "",
         "| network | model file or family | convolutional | exits | outcome | seconds |",
         "| --- | --- | --- | --- | --- | --- |",

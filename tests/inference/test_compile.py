@@ -312,3 +312,18 @@ def test_a_gated_net_is_compiled_with_its_policy(net: MultiExitNet) -> None:
     torch.testing.assert_close(compiled(x).logits[sure], gated(x).logits[sure], rtol=1e-3, atol=1e-3)
     with pytest.raises(TypeError, match="compile: net must be a MultiExitNet, got CompiledNet"):
         compile(compiled, x)
+
+
+def test_progress(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x, lines = heads_of_all_kinds(), torch.randn(2, 2, 12, 20), []
+    compile(net, x, "eager", progress=lines.append)
+    assert lines == ["compile: eager: building 3 stages for batches of 1, 2 and any", "compile: done, on eager"]
+    lines.clear()
+    compile(net, x, ["eager"], progress=lines.append)
+    assert "compile: timing eager on 2 images" in lines and lines[-1].startswith("compile: done, on eager, eager ")
+    assert capsys.readouterr() == ("", "")
+    compile(net, x, "eager")
+    assert capsys.readouterr() == ("", "")  # no terminal
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    compile(net, x, "eager")
+    assert capsys.readouterr() == ("", "\n".join([lines[0], "compile: done, on eager", ""]))

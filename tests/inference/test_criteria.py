@@ -91,6 +91,8 @@ def test_a_policy_is_a_record():
     assert policy.num_exits == 3 and policy.temperatures == (2.0,) * 3 and policy.enabled == (True, False)
     assert ExitPolicy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
     assert "exit 3: disabled" in str(policy) and "entropy of the exit" in str(policy)
+    found = policy._repr_html_()
+    assert "ExitPolicy: entropy of the exit" in found and "<td>3</td><td>disabled</td>" in found
     assert ExitPolicy(output_weights=[1.0]).thresholds == ()
     with pytest.raises(ValueError, match="criterion must be a name, got rule"):
 

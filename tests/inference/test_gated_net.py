@@ -271,6 +271,7 @@ def test_the_policy_is_read_back(net, x):
     gated = GatedNet(net, policy)
     assert gated.policy == policy
     assert "margin of the ensemble" in repr(gated)
+    assert "GatedNet, 5 classes: margin of the ensemble" in gated._repr_html_()
     logits = net.exit_logits(x).detach()
     assert torch.equal(gated.simulate(logits).exit, simulate(logits, policy).exit)
 

@@ -233,3 +233,27 @@ def test_costs_given_with_cached_logits():
     scores = score_logits(logits, torch.tensor([0.5, 0.5]), target, costs=SubsetCosts((1, 2, 3), (4, 5, 6)))
     assert scores[3].parameters == 3 and scores[3].macs == 6
     assert torch.equal(scores.counts, ops.subset_correct(logits, torch.tensor([0.5, 0.5]), target))
+
+
+def test_scores_print_as_a_table(net, batches):
+    scores = score_subsets(net, batches)
+    title, head, *rows = str(scores).splitlines()
+    assert title.startswith("SubsetScores: 15 subsets of 4 exits, 31 samples") and len(rows) == 15
+    assert head.split() == ["exits", "top-1", "%", "top-5", "%", "parameters", "multiply-adds"]
+    best, front = scores.best(), {score.exits for score in scores.pareto()}
+    figures = f"{best.exits} {100 * best.top1:.2f} {100 * best.top5:.2f} {best.parameters:,} {best.macs:,}"
+    assert " ".join(rows[0].split()) == f"best {figures}"
+    marked = [row for row in rows if row.lstrip().startswith(("best", "*"))]
+    assert len(marked) == len(front) and all(any(str(exits) in row for exits in front) for row in marked)
+    html = scores._repr_html_()
+    assert html.count("<tr>") == 16 and f"<td>best</td><td>{best.exits}</td>" in html
+
+
+def test_a_long_table_shows_the_best_twenty():
+    logits, target = torch.randn(6, 40, 5), torch.randint(5, (40,))
+    scores = score_logits(logits, [1.0] * 6, target)
+    title, head, *rows = str(scores).splitlines()
+    assert title == "SubsetScores: the best 20 of 63 subsets of 6 exits, 40 samples" and len(rows) == 20
+    assert "multiply-adds" not in head  # not counted
+    shown = [float(row.split(")")[1].split()[0]) for row in rows]
+    assert shown == sorted(shown, reverse=True) and shown[0] == round(100 * scores.best().top1, 2)

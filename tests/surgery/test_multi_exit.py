@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -264,3 +265,13 @@ def test_resnet_small() -> None:
     assert {key for key in net.original_state_dict() if key.startswith("fc.")} == {"fc.weight", "fc.bias"}
     with pytest.raises(ValueError, match="weights must be None, got 'DEFAULT'"):
         build("resnet_small", 7, weights="DEFAULT")
+
+
+def test_in_a_notebook_it_is_a_table():
+    net = build("resnet_small", 7)
+    net.set_exit_weights("ascending")
+    found = net._repr_html_()
+    assert found.count("<tr>") == net.num_exits + 1 and "MultiExitNet, 7 classes" in found
+    cells = [int(cell.replace(",", "")) for cell in re.findall(r"<td>([\d,]+)</td>", found)]
+    assert sum(n for n in cells if n > 100) == sum(p.numel() for p in net.parameters())
+    assert f"<td>{net.output_weights[-1]:.4g}</td></tr>" in found
