@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import subprocess
 import time
@@ -249,17 +248,6 @@ def test_sample(name: str, tmp_path: Path) -> None:
     size, outcome = SAMPLE[name]
     row = examine(name, tmp_path, size, compiled=name == "timm/lcnet_035")
     assert row["outcome"] == outcome, row["reason"]
-
-
-def test_results() -> None:
-    """All were tried, none failed, at least 90 % of the convolutional ones passed, and the page says what the file
-    does."""
-    rows = recorded()
-    assert rows.keys() == NETWORKS.keys() and len(rows) >= 120
-    assert not [name for name, row in rows.items() if row["outcome"] == "failed"]
-    convolutional = [row["outcome"] == "passed" for row in rows.values() if row["convolutional"]]
-    assert sum(convolutional) >= math.ceil(0.9 * len(convolutional))
-    assert PAGE.read_text() == page(rows)
 
 
 @pytest.mark.parametrize("wrong", [False, True])
