@@ -197,6 +197,8 @@ def fit(
 def _loaders(train: Any, val: Any) -> dict[str, Any]:
     """The data as arguments of ``Trainer.fit``."""
     if isinstance(train, pl.LightningDataModule):
+        if val is not None:
+            raise ValueError(f"fit: val must be left out beside a data module, got {type(val).__name__}")
         return {"datamodule": train}
     for name, loader in (("train", train), ("val", val)):
         if not isinstance(loader, Iterable) or isinstance(loader, Iterator):

@@ -139,6 +139,13 @@ def test_errors_are_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_network_of_a_library_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightning", reason="aep run needs lightning")
+    pytest.importorskip("torchvision", reason="the network is torchvision's")
+    assert cli.main(["run", "--network", "resnet18"]) == 2
+    assert one_line(capsys) == "aep: no such network: 'resnet18' (did you mean torchvision/resnet18?)\n"
+
+
 def test_a_folder_that_holds_another_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="aep run needs lightning")
     (tmp_path / "config.json").write_text(json.dumps({"version": 2, "data": "digits", "epochs": 5}))

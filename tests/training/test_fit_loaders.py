@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("lightning", reason="the training needs lightning")
 
+import lightning.pytorch as pl
+
 import aep_ext
 from aep_ext import MultiExitNet
 from aep_ext._utils import UserError
@@ -127,6 +129,7 @@ def test_the_training_s_progress_of_a_loader_without_a_length() -> None:
     [
         ({"net": torch.nn.Linear(1, 1)}, TypeError, "fit: net must be a MultiExitNet, got Linear"),
         ({"val": None}, ValueError, "fit: val must be a loader of .* that every epoch can go through, got NoneType"),
+        ({"train": pl.LightningDataModule()}, ValueError, "fit: val must be left out .*, got DataLoader"),
         ({"train": iter([(X, Y)])}, ValueError, "fit: train must be a loader .*, got list_iterator"),
         ({"epochs": 0}, ValueError, "fit: epochs must be at least 1, got 0"),
         ({"optimizer": "lion"}, ValueError, "optimizer must be one of .* got 'lion'"),
