@@ -121,11 +121,10 @@ def _heads(
                 raise ValueError(
                     f"anticipate: the stage that begins with {name!r} overwrites the feature map it is given"
                 )
-    larger = None
-    if found.twice is not None:
-        larger = maps[-1].repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    form = study_head(head, maps[-1], larger)
-    early = [copy_head(head, form, feature, classes) for feature in maps[:-1]]
+    axes = [found.channel_axes[cut] for cut in cuts]
+    # The head of a network for one image size is fitted to that size, as saved networks have it.
+    form = study_head(head, maps[-1], axes[-1], try_larger=found.twice is not None or axes[-1] == 3)
+    early = [copy_head(head, form, feature, axis, classes) for feature, axis in zip(maps[:-1], axes[:-1], strict=True)]
     if classes != form.num_classes:
         replace_classes(head, form, classes)
     return [*early, head]

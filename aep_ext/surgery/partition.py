@@ -1,7 +1,8 @@
 """Cuts any CNN into stages: finds where one tensor carries everything, which of these places are stage boundaries, and
 where the head begins.
 
-Terms. A *cut point* is a node of the traced graph whose 4-D result is the only tensor alive behind it. A *segment* is
+Terms. A *cut point* is a node of the traced graph whose 4-D result, (N, C, H, W) or (N, H, W, C), is the only tensor
+alive behind it. A *segment* is
 what lies between cut points and holds parameters, with the parameter-free operations behind it (activation, pooling). A
 *boundary* is a cut point at a segment's end where the next segment works at another resolution, or begins another group
 of blocks (a Sequential of residual blocks, say).
@@ -9,18 +10,19 @@ of blocks (a Sequential of residual blocks, say).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, fx, nn
 
 from aep_ext._utils import eval_mode
 from aep_ext.surgery import measure as measuring
-from aep_ext.surgery.measure import Measured, input_channels, pattern, shadow
+from aep_ext.surgery.measure import Measured, first_line, input_channels, map_size, pattern, shadow
 from aep_ext.surgery.tracing import CannotTrace, TracedModel, chain_graph, is_plain_sequential, trace
 
-__all__ = ["Partition", "Segment", "alive_after", "partition"]
+__all__ = ["Partition", "Segment", "alive_after", "describe", "partition"]
 
 _SIZES = (224, 64, 32, 28, 96, 128, 299)  # tried in this order where the user gives no example
 
@@ -45,6 +47,7 @@ class Partition:
     traced: TracedModel
     measured: Measured
     cuts: list[fx.Node]  # all cut points before the head, in order; the last is where the head begins
+    channel_axes: dict[fx.Node, int]  # of each cut point's feature map: 1 or 3
     segments: list[Segment]
     boundaries: list[fx.Node]  # chosen by the rule above; the last is where the head begins
     num_classes: int
@@ -87,9 +90,9 @@ def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: 
         got = list(shape) if shape else f"a {type(output).__name__}"
         raise ValueError(f"anticipate: {type(model).__name__} must return logits of shape [N, K], got {got}")
     twice = _at_twice_the_size(model, traced.graph, image)
-    cuts = _cut_points(model, traced, measured, twice)
-    segments = _segments(model, nodes, cuts, measured)
-    return Partition(model, traced, measured, cuts, segments, _boundaries(segments), shape[1], image, twice)
+    cuts, axes = _cut_points(model, traced, measured, twice)
+    segments = _segments(model, nodes, cuts, measured, axes)
+    return Partition(model, traced, measured, cuts, axes, segments, _boundaries(segments), shape[1], image, twice)
 
 
 def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor:
@@ -112,15 +115,10 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
             _probe(model, image)
             return image
         except Exception as error:  # whatever the model raises on an image it does not take
-            errors.append(f"{list(image.shape[1:])}: {_first_line(error)}")
+            errors.append(f"{list(image.shape[1:])}: {first_line(error)}")
     raise ValueError(
         f"anticipate: {type(model).__name__} does not take images of shape {'; '.join(errors)}; give example=(C, H, W)"
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
 def _probe(model: nn.Module, image: Tensor) -> None:
@@ -141,7 +139,7 @@ def _measure(model: nn.Module, graph: fx.Graph, image: Tensor) -> Measured:
         except Exception as error:
             raise ValueError(
                 f"anticipate: {type(model).__name__} cannot be cut: its traced forward does not run "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
 
 
@@ -184,8 +182,9 @@ def _to_open(model: nn.Module, traced: TracedModel, measured: Measured) -> set[s
         if source is None or len(before) != 4 or after is None:
             continue
         convolutions = sum(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in module.modules())
-        area = 1 if len(after) != 4 else after[2] * after[3]
-        if area == 1 < before[2] * before[3] or (convolutions >= 2 and before[2] * before[3] >= 16 * area):
+        given = prod(map_size(before, measured.channel_axes.get(source, 1)))
+        area = 1 if len(after) != 4 else prod(map_size(after, measured.channel_axes.get(node, 1)))
+        if area == 1 < given or (convolutions >= 2 and given >= 16 * area):
             paths.add(node.target)
     return paths
 
@@ -223,9 +222,21 @@ def _parameters_of(model: nn.Module, node: fx.Node) -> list[nn.Parameter]:
     return found
 
 
-def _cut_points(model: nn.Module, traced: TracedModel, measured: Measured, twice: Measured | None) -> list[fx.Node]:
-    """Cut points up to the one where the head begins: the last feature map before the global pooling (its size no
-    longer follows the image's) and before the last weighted layer; dropouts in front of it belong to the head."""
+def _channel_axis(node: fx.Node, measured: Measured, twice: Measured | None) -> int | None:
+    """1 or 3: the axis of a feature map that does not grow with the image, where the two others do; else the one that
+    the layers around it take for the channels. None: neither tells."""
+    shape, bigger = measured.shapes[node], twice.shapes.get(node, ()) if twice is not None else ()
+    still = [axis for axis in range(1, 4) if len(bigger) == 4 and bigger[axis] == shape[axis]]
+    axis = still[0] if len(still) == 1 else measured.channel_axes.get(node)
+    return axis if axis in (1, 3) and (not bigger or axis in still) else None
+
+
+def _cut_points(
+    model: nn.Module, traced: TracedModel, measured: Measured, twice: Measured | None
+) -> tuple[list[fx.Node], dict[fx.Node, int]]:
+    """Cut points up to the one where the head begins, and their channel axes. The head begins behind the last feature
+    map before the global pooling (its size no longer follows the image's) and before the last weighted layer; dropouts
+    in front of it belong to the head, and so does, behind channels-last maps, all that has no weights."""
     nodes = list(traced.graph.nodes)
     weighted = [any(p.dim() >= 2 for p in _parameters_of(model, node)) for node in nodes]
     if not any(weighted):
@@ -233,21 +244,37 @@ def _cut_points(model: nn.Module, traced: TracedModel, measured: Measured, twice
     classifier = max(i for i, has in enumerate(weighted) if has)
     alive = alive_after(nodes)
     shapes = measured.shapes
-    cuts = []
+    cuts: list[fx.Node] = []
+    axes: dict[fx.Node, int] = {}
+    unclear: fx.Node | None = None
     for i, node in enumerate(nodes[:classifier]):
         shape = shapes.get(node, ())
         if alive[i] != [node] or len(shape) != 4 or node.op in ("placeholder", "get_attr"):
             continue
-        if twice is not None:
-            bigger = twice.shapes.get(node, ())
-            is_map = len(bigger) == 4 and (bigger[2:] != shape[2:] or bigger[3] != shape[3])
+        bigger = shape if twice is None else twice.shapes.get(node, ())
+        if prod(shape[1:]) <= max(shape[1:]) if twice is None else (len(bigger) != 4 or bigger[1:] == shape[1:]):
+            continue
+        axis = _channel_axis(node, measured, twice)
+        if axis is None:
+            unclear = node
         else:
-            is_map = shape[2] * shape[3] > 1
-        if is_map:
+            unclear = None
             cuts.append(node)
+            axes[node] = axis
     while len(cuts) > 1 and _is_dropout(model, cuts[-1]):
         cuts.pop()
+    if cuts:
+        last = max((i for i in range(nodes.index(cuts[-1]) + 1) if weighted[i]), default=0)
+        ending = [cut for cut in cuts if nodes.index(cut) >= last]
+        if axes[ending[0]] == 3:
+            del cuts[len(cuts) - len(ending) + 1 :]
     _refuse_tokens(model, nodes, weighted, measured, after=cuts[-1] if cuts else None)
+    if unclear is not None:
+        raise ValueError(
+            f"anticipate: {type(model).__name__} cannot be cut: which axis of the tensor behind {describe(unclear)} "
+            f"holds the channels cannot be measured (its shape is {list(shapes[unclear])}); feature maps must be "
+            "[N, C, H, W] or [N, H, W, C]"
+        )
     if not cuts:
         crowded = next((i for i in range(classifier) if len(alive[i]) > 1), 0)
         names = ", ".join(describe(n) for n in alive[crowded][:4])
@@ -255,7 +282,7 @@ def _cut_points(model: nn.Module, traced: TracedModel, measured: Measured, twice
             f"anticipate: {type(model).__name__} cannot be cut: nowhere before its classifier does one feature map "
             f"carry everything (after {describe(nodes[crowded])} there are {len(alive[crowded])} tensors: {names})"
         )
-    return cuts
+    return cuts, axes
 
 
 def _refuse_tokens(
@@ -279,7 +306,13 @@ def _is_dropout(model: nn.Module, node: fx.Node) -> bool:
     )
 
 
-def _segments(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node], measured: Measured) -> list[Segment]:
+def _segments(
+    model: nn.Module,
+    nodes: Sequence[fx.Node],
+    cuts: Sequence[fx.Node],
+    measured: Measured,
+    axes: Mapping[fx.Node, int],
+) -> list[Segment]:
     position = {node: i for i, node in enumerate(nodes)}
     segments: list[Segment] = []
     start = 0
@@ -287,7 +320,7 @@ def _segments(model: nn.Module, nodes: Sequence[fx.Node], cuts: Sequence[fx.Node
         stop = position[cut] + 1
         having = [node for node in nodes[start:stop] if _parameters_of(model, node)]
         start = stop
-        size = measured.shapes[cut][2], measured.shapes[cut][3]
+        size = map_size(measured.shapes[cut], axes[cut])
         if not having:
             segments[-1:] = [replace(segments[-1], end=cut)] if segments else [Segment(cut, size, None, False, False)]
             continue

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aep_ext._utils import eval_mode
-from aep_ext.surgery.measure import before_forward
+from aep_ext.surgery.measure import before_forward, first_line, map_size
 
 __all__ = ["HeadForm", "copy_head", "replace_classes", "study_head"]
 
@@ -28,7 +28,8 @@ class HeadForm:
         inputs: for each layer with parameters, the shape of what it is given.
         classifier: the layer that makes the classes: the last one with weights.
         any_size: whether it takes feature maps of any height and width.
-        map_shape: (N, C, H, W) of its own feature map.
+        map_shape: shape of its own feature map.
+        channel_axis: where the channels are in it: 1 or 3.
         num_classes: K.
     """
 
@@ -36,7 +37,13 @@ class HeadForm:
     classifier: str
     any_size: bool
     map_shape: tuple[int, ...]
+    channel_axis: int
     num_classes: int
+
+    @property
+    def channels(self) -> int:
+        """C of its own feature map."""
+        return self.map_shape[self.channel_axis]
 
 
 def _layers(head: nn.Module) -> dict[str, nn.Module]:
@@ -47,8 +54,15 @@ def _layers(head: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadForm:
-    """Runs the original head on its feature map ``x`` (two images) and, if there is one, on a larger map.
+def _larger(x: Tensor, channel_axis: int) -> Tensor:
+    """A map of twice the height and width."""
+    for axis in {1, 2, 3} - {channel_axis}:
+        x = x.repeat_interleave(2, dim=axis)
+    return x
+
+
+def study_head(head: fx.GraphModule, x: Tensor, channel_axis: int, *, try_larger: bool) -> HeadForm:
+    """Runs the original head on its feature map ``x`` (two images) and, on request, on a larger map.
 
     Raises:
         ValueError: the head has parameters that cannot be rescaled.
@@ -83,13 +97,13 @@ def study_head(head: fx.GraphModule, x: Tensor, larger: Tensor | None) -> HeadFo
     if not weighted:
         raise ValueError("anticipate: the head has no linear layer or convolution")
     any_size = False
-    if larger is not None:
+    if try_larger:
         try:
             with eval_mode(head), torch.no_grad():
-                any_size = head(larger).shape == output.shape
+                any_size = head(_larger(x, channel_axis)).shape == output.shape
         except Exception:  # a head for one size
             any_size = False
-    return HeadForm(inputs, weighted[-1], any_size, tuple(x.shape), output.shape[1])
+    return HeadForm(inputs, weighted[-1], any_size, tuple(x.shape), channel_axis, output.shape[1])
 
 
 def _fresh(module: nn.Module, name: str, shape: Sequence[int]) -> None:
@@ -148,23 +162,23 @@ def _channel_dim(module: nn.Module, shape: Sequence[int]) -> int:
     return 1
 
 
-def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, num_classes: int) -> fx.GraphModule:
+def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, channel_axis: int, num_classes: int) -> fx.GraphModule:
     """A new head like ``head`` for the feature map ``x`` (two images, C_e channels): all widths times C_e / C, the
     classes kept.
 
     Every layer gets new values by its ``reset_parameters``. A head that is made for one height and width gets an
-    adaptive average pooling to it in front.
+    adaptive average pooling to it in front, and one whose map has its channels on another axis a permutation.
 
     Raises:
-        ValueError: the copy does not give [N, K].
+        ValueError: the copy does not give [N, K], for a larger map too.
     """
     new = copy.deepcopy(head)
     for parameter in new.parameters():
         parameter.requires_grad_(True)
     _flatten_instead_of_view(new, form)
-    if not form.any_size:
-        _pool_first(new, form.map_shape[2:])
-    ratio = x.shape[1] / form.map_shape[1]
+    _fit_first(new, form, channel_axis)
+    channels = x.shape[channel_axis]
+    ratio = channels / form.channels
     layers = _layers(new)
     done: set[str] = set()
 
@@ -179,17 +193,19 @@ def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, num_classes: int)
 
     run = {name: module for name, module in layers.items() if name in form.inputs}
     try:
-        with eval_mode(new), torch.no_grad(), before_forward(run, adapt):
-            shape = tuple(new(x).shape)
+        with eval_mode(new), torch.no_grad():
+            with before_forward(run, adapt):
+                shape = tuple(new(x).shape)
+            # What reads rows or columns as channels is made for one size.
+            larger = tuple(new(_larger(x, channel_axis)).shape)
     except RuntimeError as error:
         raise ValueError(
-            f"anticipate: the head cannot be rescaled from {form.map_shape[1]} to {x.shape[1]} channels: {error}"
+            f"anticipate: the head cannot be rescaled from {form.channels} to {channels} channels: {first_line(error)}"
         ) from error
-    if shape != (x.shape[0], num_classes):
+    if not shape == larger == (x.shape[0], num_classes):
         raise ValueError(
-            f"anticipate: the head, rescaled to {x.shape[1]} channels, must give [{x.shape[0]}, {num_classes}], got "
-            f"{list(shape)}: a size "
-            "is fixed in its forward"
+            f"anticipate: the head, rescaled to {channels} channels, must give [{x.shape[0]}, {num_classes}], got "
+            f"{list(shape)}, and {list(larger)} on a larger map: a size is fixed in its forward"
         )
     for name in layers.keys() - run.keys():  # never run: in the original head for its keys alone
         layers[name]._parameters.clear()
@@ -222,13 +238,23 @@ def _flatten_instead_of_view(head: fx.GraphModule, form: HeadForm) -> None:
     head.recompile()
 
 
-def _pool_first(head: fx.GraphModule, size: Sequence[int]) -> None:
-    name = "fit"
-    while hasattr(head, name):
-        name += "_"
-    head.add_submodule(name, nn.AdaptiveAvgPool2d(tuple(size)))
+def _fit_first(head: fx.GraphModule, form: HeadForm, channel_axis: int) -> None:
+    """Puts in front of the head what makes its own kind of map of the one that it is given."""
     placeholder = next(node for node in head.graph.nodes if node.op == "placeholder")
-    with head.graph.inserting_after(placeholder):
-        pooled = head.graph.call_module(name, (placeholder,))
-    placeholder.replace_all_uses_with(pooled, delete_user_cb=lambda user: user is not pooled)
+    users = list(placeholder.users)
+    node, axis = placeholder, channel_axis
+    with head.graph.inserting_before(placeholder.next):
+        if not form.any_size:
+            name = "fit"
+            while hasattr(head, name):
+                name += "_"
+            head.add_submodule(name, nn.AdaptiveAvgPool2d(map_size(form.map_shape, form.channel_axis)))
+            if axis == 3:
+                node, axis = head.graph.call_function(torch.permute, (node, (0, 3, 1, 2))), 1
+            node = head.graph.call_module(name, (node,))
+        if axis != form.channel_axis:
+            order = (0, 3, 1, 2) if axis == 3 else (0, 2, 3, 1)
+            node = head.graph.call_function(torch.permute, (node, order))
+    for user in users:
+        user.replace_input_with(placeholder, node)
     head.recompile()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aep_ext._utils import eval_mode
-from aep_ext.surgery.measure import before_forward
+from aep_ext.surgery.measure import before_forward, first_line
 
 __all__ = ["CannotTrace", "TracedModel", "chain_graph", "trace"]
 
@@ -94,8 +94,7 @@ def _trace_once(model: nn.Module, opened: set[str]) -> TracedModel:
     try:
         graph = tracer.trace(_OneInput(model))
     except Exception as error:  # a forward may raise anything when it is fed proxies
-        first = str(error).strip().splitlines()
-        raise CannotTrace(f"{type(error).__name__}: {first[0] if first else ''}") from error
+        raise CannotTrace(first_line(error)) from error
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("model.")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aep_ext import ExitWeights, anticipate
-from aep_ext.pruning import prune
+import aep_ext
+from aep_ext import ExitWeights, anticipate, score_subsets
+from aep_ext.pruning import count_macs, prune, single_exit
 from aep_ext.surgery.rescale import _channel_dim
 
 
@@ -144,6 +146,72 @@ class Residual(nn.Module):
         return self.head(self.layer3(self.layer2(self.layer1(self.stem(x)))))
 
 
+class LastBlock(nn.Module):
+    """ConvNeXt's block on (N, H, W, C), as Swin's and MambaOut's stages hand them on."""
+
+    def __init__(self, width: int, strided_from: int | None = None) -> None:
+        super().__init__()
+        self.down = nn.Identity() if strided_from is None else nn.Conv2d(strided_from, width, 2, 2)
+        self.norm, self.conv = nn.LayerNorm(width), nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        h = self.conv(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        n, height, width, c = x.shape
+        x = x.reshape(n, -1, c) + self.fc2(F.gelu(self.fc1(h.reshape(n, -1, c))))
+        return x.reshape(n, height, width, c)
+
+
+class ChannelsLast(nn.Module):
+    """Feature maps (N, H, W, C) from the stem on, of 8 and 12 channels; the head's norm reads them so."""
+
+    shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 2, 2)
+        self.stage1 = nn.Sequential(LastBlock(8), LastBlock(8))
+        self.stage2 = nn.Sequential(LastBlock(12, strided_from=8), LastBlock(12))
+        self.norm, self.pool, self.fc = nn.LayerNorm(12), nn.AdaptiveAvgPool2d(1), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stage2(self.stage1(self.stem(x).permute(0, 2, 3, 1))))
+        return self.fc(self.pool(x.permute(0, 3, 1, 2)).flatten(1))
+
+
+class ChannelsLastOneSize(ChannelsLast):
+    """For one image size: which axis holds the channels must be read off its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[2] == 16, "images of 16 pixels, please")
+        return self.fc(self.norm(self.stage2(self.stage1(self.stem(x).permute(0, 2, 3, 1)))).mean((1, 2)))
+
+
+class ChannelsLastFlattened(ChannelsLastOneSize):
+    """Its head takes one size: what lies in front of it is fitted to that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.stage2(self.stage1(self.stem(x).permute(0, 2, 3, 1)))).flatten(1))
+
+
+class ChannelsMove(ChannelsLast):
+    """Channels last in the early stages alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Sequential(Block(12, 16, 2), Block(16, 16, 1))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage2(self.stage1(self.stem(x).permute(0, 2, 3, 1)))
+        return self.fc(self.pool(self.last(x.permute(0, 3, 1, 2))).flatten(1))
+
+
 def sequential() -> nn.Sequential:
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
@@ -168,6 +236,10 @@ MODELS = {
     "Wrapper": (Wrapper, ["backbone.convs.0+2", "backbone.convs.1+2"]),
     "Residual": (Residual, ["layer1", "layer2"]),
     "sequential": (sequential, ["3"]),
+    "ChannelsLast": (ChannelsLast, ["stage1"]),
+    "ChannelsLastOneSize": (ChannelsLastOneSize, ["stage1"]),
+    "ChannelsLastFlattened": (ChannelsLastFlattened, ["stage1"]),
+    "ChannelsMove": (ChannelsMove, ["stage1", "stage2+1"]),
 }
 
 
@@ -295,6 +367,58 @@ def test_widths_of_the_heads_are_in_proportion() -> None:
         (45, 32),
         (32, 10),
     ]
+
+
+def test_heads_of_channels_last_maps_read_the_channels() -> None:
+    for make in (ChannelsLast, ChannelsLastOneSize):
+        early, last = anticipate(make().eval(), example=(3, 16, 16)).exits
+        assert early.norm.normalized_shape == (8,) and last.norm.normalized_shape == (12,)
+        assert early.fc.in_features == 8 and early(torch.randn(2, 9, 7, 8)).shape == (2, 5)
+    early = anticipate(ChannelsLastFlattened().eval(), example=(3, 16, 16)).exits[0]
+    assert early.fit.output_size == (4, 4) and early.fc.in_features == 8 * 16
+    maps = anticipate(ChannelsMove().eval(), example=(3, 16, 16))
+    assert [head.fc.in_features for head in maps.exits] == [8, 12, 16]
+    x = torch.randn(2, 8, 8, 8)  # rows and columns are pooled: their order does not matter, that of the channels does
+    shuffled = torch.arange(8).flip(0)
+    with torch.no_grad():
+        expected = maps.exits[0](x)
+        torch.testing.assert_close(maps.exits[0](x[:, shuffled]), expected)
+        torch.testing.assert_close(maps.exits[0](x[:, :, shuffled]), expected)
+        assert not torch.allclose(maps.exits[0](x[..., shuffled]), expected)
+
+
+class RowsMixed(nn.Module):
+    """One size; linear layers read its rows, its columns and its channels: nothing tells which is which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.rows, self.fc = nn.Conv2d(3, 4, 2, 2), nn.Linear(8, 8), nn.Linear(4 * 64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.shape[2] == 16, "images of 16 pixels, please")
+        return self.fc(self.rows(self.stem(x)).flatten(1))
+
+
+def test_a_map_whose_channels_cannot_be_told_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"which axis of the tensor behind 'rows' holds the channels .*\[2, 4, 8, 8\]"):
+        anticipate(RowsMixed(), cuts=["stem"], example=(3, 16, 16))
+
+
+def test_channels_last_maps_go_the_whole_way(tmp_path: Path) -> None:
+    net = anticipate(ChannelsLast().eval(), example=(3, 16, 16), exit_weights="mixed").eval()
+    x, y = torch.randn(40, 3, 16, 16), torch.arange(40) % 5
+    loader = [(x[:20], y[:20]), (x[20:], y[20:])]
+    assert score_subsets(net, loader).best().exits
+    assert count_macs(single_exit(net), (3, 16, 16)) == count_macs(ChannelsLast(), (3, 16, 16))
+    aep_ext.save(net, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(aep_ext.load(tmp_path, model=ChannelsLast())(x), net(x))
+        assert torch.equal(prune(net, [0])(x), net.exit_logits(x)[0])
+    gated = aep_ext.terminate(net, loader, budget=100.0)
+    answer = gated(x)
+    assert answer.logits.shape == (40, 5) and set(answer.exit.tolist()) <= {0, 1}
+    compiled = aep_ext.compile(gated, x[:4], backend="eager")
+    torch.testing.assert_close(compiled(x[:4]).logits, gated(x[:4]).logits)
 
 
 def test_a_stage_that_writes_into_its_input_is_tamed() -> None:
