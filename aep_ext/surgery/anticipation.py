@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Sequence
 
@@ -68,6 +69,7 @@ def anticipate(
         raise ValueError(f"anticipate: cuts must be a sequence of names, got the string {cuts!r}")
     if num_classes is not None and operator.index(num_classes) < 1:
         raise ValueError(f"anticipate: num_classes must be at least 1, got {num_classes}")
+    _refuse_further_inputs(model, example)
     opened = to_open_for(model, cuts or ())
     found = partition(copy.deepcopy(model), example, opened)
     if cuts is not None:
@@ -104,6 +106,20 @@ def anticipate(
     net.train(model.training)
     _restore_modes(model, net)
     return net
+
+
+def _refuse_further_inputs(model: nn.Module, example: object) -> None:
+    """A network with exits takes one tensor."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+    several = isinstance(example, (tuple, list)) and any(isinstance(part, Tensor) for part in example)
+    if several or len(needed) > 1:
+        raise ValueError(
+            f"anticipate: {type(model).__name__} is to take more than one input ({', '.join(needed)}), networks with "
+            "exits take one tensor: wrap it in a module that makes the others of it, such as "
+            "forward(self, x): return self.model(x[:, :3], x[:, 3:])"
+        )
 
 
 def _heads(

@@ -143,6 +143,11 @@ class _Recorder(fx.Interpreter):
         self.measured = Measured()
         self.axes: dict[fx.Node, list[_Axis]] = {}
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Lists that the graph holds are torch.fx's immutable ones; a module may well write into its own."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(list(a) if isinstance(a, list) else a for a in args), kwargs
+
     def run_node(self, n: fx.Node) -> Any:
         before = self.counter.macs
         result = super().run_node(n)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -20,11 +21,11 @@ from torch import Tensor, fx, nn
 from aep_ext._utils import eval_mode
 from aep_ext.surgery import measure as measuring
 from aep_ext.surgery.measure import Measured, first_line, input_channels, map_size, pattern, shadow
-from aep_ext.surgery.tracing import CannotTrace, TracedModel, chain_graph, is_plain_sequential, trace
+from aep_ext.surgery.tracing import CannotTrace, TracedModel, chain_graph, is_plain_sequential, same_as_cut, trace
 
 __all__ = ["Partition", "Segment", "alive_after", "describe", "partition"]
 
-_SIZES = (224, 64, 32, 28, 96, 128, 299)  # tried in this order where the user gives no example
+_SIZES = (224, 64, 32, 28, 96, 128, 299, 256, 160, 384, 240, 288)  # tried in this order where no example is given
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: 
     try:
         traced = _trace_or_chain(model, opened, image)
     except CannotTrace as error:
-        raise ValueError(f"anticipate: {type(model).__name__} cannot be cut: {error}") from error
+        raise ValueError(f"anticipate: {type(model).__name__} cannot be cut: {error}") from None
     while True:
         measured = _measure(model, traced.graph, image)
         more = _to_open(model, traced, measured) - opened - kept_whole
@@ -81,7 +82,7 @@ def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: 
         try:
             traced = _trace_or_chain(model, opened | {path}, image)
             opened.add(path)
-        except CannotTrace:
+        except (CannotTrace, ValueError):  # its insides take another path in training mode
             kept_whole.add(path)
     nodes = list(traced.graph.nodes)
     output = nodes[-1].args[0]
@@ -89,10 +90,19 @@ def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: 
     if shape is None or len(shape) != 2 or shape[0] != image.shape[0]:
         got = list(shape) if shape else f"a {type(output).__name__}"
         raise ValueError(f"anticipate: {type(model).__name__} must return logits of shape [N, K], got {got}")
+    if any(node.target is same_as_cut for node in nodes):
+        try:
+            _measure(model, traced.graph, image[:1])
+        except ValueError:
+            raise ValueError(
+                f"anticipate: {type(model).__name__} cannot be cut: its forward takes another path for one image than "
+                "for two; stages must treat every image of a batch alike"
+            ) from None
     twice = _at_twice_the_size(model, traced.graph, image)
     cuts, axes = _cut_points(model, traced, measured, twice)
     segments = _segments(model, nodes, cuts, measured, axes)
-    return Partition(model, traced, measured, cuts, axes, segments, _boundaries(segments), shape[1], image, twice)
+    boundaries = _apart(_boundaries(segments), nodes, measured)
+    return Partition(model, traced, measured, cuts, axes, segments, boundaries, shape[1], image, twice)
 
 
 def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor:
@@ -107,17 +117,19 @@ def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor
             raise ValueError(f"anticipate: example must be a tensor or a shape (C, H, W) or (N, C, H, W), got {shape}")
         candidates = [pattern((2, *shape[-3:]), model)]
     else:
-        channels = input_channels(model)
-        candidates = [pattern((2, channels, size, size), model) for size in _SIZES]
-    errors = []
+        # The first convolution may come behind a rearrangement of the image.
+        counts = dict.fromkeys((input_channels(model), 3))
+        candidates = [pattern((2, channels, size, size), model) for channels in counts for size in _SIZES]
+    refusal = ""
     for image in candidates:
         try:
             _probe(model, image)
             return image
         except Exception as error:  # whatever the model raises on an image it does not take
-            errors.append(f"{list(image.shape[1:])}: {first_line(error)}")
+            refusal = refusal or f"{list(image.shape[1:])} ({first_line(error)})"
+    others = f", nor of {len(candidates) - 1} other shapes" if len(candidates) > 1 else ""
     raise ValueError(
-        f"anticipate: {type(model).__name__} does not take images of shape {'; '.join(errors)}; give example=(C, H, W)"
+        f"anticipate: {type(model).__name__} does not take images of shape {refusal}{others}; give example=(C, H, W)"
     )
 
 
@@ -140,7 +152,7 @@ def _measure(model: nn.Module, graph: fx.Graph, image: Tensor) -> Measured:
             raise ValueError(
                 f"anticipate: {type(model).__name__} cannot be cut: its traced forward does not run "
                 f"({first_line(error)})"
-            ) from error
+            ) from None
 
 
 def _at_twice_the_size(model: nn.Module, graph: fx.Graph, image: Tensor) -> Measured | None:
@@ -154,13 +166,17 @@ def _at_twice_the_size(model: nn.Module, graph: fx.Graph, image: Tensor) -> Meas
 def _trace_or_chain(model: nn.Module, opened: set[str], image: Tensor) -> TracedModel:
     try:
         return trace(model, opened)
-    except CannotTrace as untraceable:
+    except CannotTrace:  # on with what may be frozen to the image's shape
         try:
-            return chain_graph(model, image, opened)
-        except CannotTrace as unchained:
-            raise CannotTrace(
-                f"torch.fx cannot follow its forward ({untraceable}), and it is no plain chain of modules ({unchained})"
-            ) from untraceable
+            return trace(model, opened, image)
+        except CannotTrace as untraceable:
+            try:
+                return chain_graph(model, image, opened)
+            except CannotTrace as unchained:
+                raise CannotTrace(
+                    f"torch.fx cannot follow its forward ({untraceable}), and it is no plain chain of modules "
+                    f"({unchained})"
+                ) from untraceable
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -336,6 +352,22 @@ def _parent(segment: Segment) -> str | None:
     return None if segment.path is None else segment.path.rpartition(".")[0]
 
 
+def _container(segment: Segment) -> str:
+    """What holds the segment's group of blocks."""
+    return (_parent(segment) or "").rpartition(".")[0]
+
+
+def _apart(boundaries: list[fx.Node], nodes: Sequence[fx.Node], measured: Measured) -> list[fx.Node]:
+    """Without those that nearly coincide (less than 3 % of the multiply-adds lie between them and the next), or in
+    front of which nothing is computed."""
+    cost = dict(zip(nodes, accumulate(measured.macs[node] for node in nodes), strict=True))
+    kept = boundaries[-1:]
+    for node in reversed(boundaries[:-1]):
+        if cost[node] and cost[kept[0]] - cost[node] >= 0.03 * cost[boundaries[-1]]:
+            kept.insert(0, node)
+    return kept
+
+
 def _boundaries(segments: Sequence[Segment]) -> list[fx.Node]:
     ends: list[int] = []
     for i in range(1, len(segments)):
@@ -347,7 +379,12 @@ def _boundaries(segments: Sequence[Segment]) -> list[fx.Node]:
             ends.append(_before_its_normalisation(segments, i) - 1)
     first_block = next((i for i, segment in enumerate(segments) if segment.is_block), 0)
     # The stem of a network of blocks is no stage of its own: what it yields is too early to classify. Where single
-    # layers outnumber the blocks (VGG), they are the stages.
+    # layers outnumber the blocks (VGG), they are the stages; and so are those grouped in one list with the groups of
+    # blocks (MobileNetV4).
+    groups = _container(segments[first_block])
+    first_block = next(
+        (i for i, segment in enumerate(segments) if groups and _container(segment) == groups), first_block
+    )
     if sum(segment.weighted for segment in segments[:first_block]) >= sum(segment.is_block for segment in segments):
         first_block = 0
     ends = [end for end in dict.fromkeys(ends) if end >= first_block]

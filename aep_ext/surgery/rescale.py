@@ -201,7 +201,7 @@ def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, channel_axis: int
     except RuntimeError as error:
         raise ValueError(
             f"anticipate: the head cannot be rescaled from {form.channels} to {channels} channels: {first_line(error)}"
-        ) from error
+        ) from None
     if not shape == larger == (x.shape[0], num_classes):
         raise ValueError(
             f"anticipate: the head, rescaled to {channels} channels, must give [{x.shape[0]}, {num_classes}], got "

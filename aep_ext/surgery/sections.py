@@ -36,6 +36,8 @@ def sections(found: Partition, cuts: Sequence[fx.Node]) -> list[fx.GraphModule]:
             if node.op not in ("placeholder", "get_attr"):
                 args, kwargs = fx.node.map_arg(node.args, look_up), fx.node.map_arg(node.kwargs, look_up)
                 known[node] = graph.create_node(node.op, node.target, args, kwargs)
+                if "is_wrapped" in node.meta:
+                    known[node].meta["is_wrapped"] = True
         graph.output(look_up(end))
         name = "Head" if number == len(cuts) else "Stage"
         section = fx.GraphModule(found.model, graph, class_name=name)

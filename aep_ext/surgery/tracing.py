@@ -6,6 +6,7 @@ Modules stay whole (leaves) unless they must be opened. So everything inside the
 
 from __future__ import annotations
 
+import builtins
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from aep_ext._utils import eval_mode
-from aep_ext.surgery.measure import before_forward, first_line
+from aep_ext.surgery.measure import before_forward, first_line, shadow
 
-__all__ = ["CannotTrace", "TracedModel", "chain_graph", "trace"]
+__all__ = ["CannotTrace", "TracedModel", "chain_graph", "is_plain_sequential", "same_as_cut", "trace"]
 
 
 class CannotTrace(Exception):
@@ -71,17 +73,126 @@ class _OneInput(nn.Module):
         return self.model(x)
 
 
+def same_as_cut(value: Any, form: str, expected: Any, shape: list[int]) -> None:
+    """Stands in a cut network where the model's Python reads a size: what follows was traced for one answer alone.
+
+    Args:
+        value: computed from shapes.
+        form: what Python made of it: "bool", "len", "int" or "float".
+        expected: the answer for an image of ``shape`` (C, H, W).
+
+    Raises:
+        ValueError: the answer is another one.
+    """
+    seen = getattr(builtins, form)(value)
+    if seen != expected:
+        raise ValueError(
+            f"this network was cut for images of shape {shape}, and its forward depends on a size that other images "
+            f"change ({expected} there, {seen} here); cut it anew with example= of these images"
+        )
+
+
+class _Sized:
+    """What Python may also use as a number or take the length of, if it was computed from shapes."""
+
+    def __len__(self) -> int:
+        return self.tracer.known(self, "len")  # type: ignore[attr-defined]
+
+    def __int__(self) -> int:
+        return self.tracer.known(self, "int")  # type: ignore[attr-defined]
+
+    def __float__(self) -> float:
+        return self.tracer.known(self, "float")  # type: ignore[attr-defined]
+
+    __index__ = __int__
+
+
+class _SizedProxy(_Sized, fx.Proxy):
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _SizedAttribute(self, k)
+
+
+class _SizedAttribute(_Sized, fx.proxy.Attribute):
+    __getattr__ = _SizedProxy.__getattr__
+
+
 class _Tracer(fx.Tracer):
-    def __init__(self, opened: set[str]) -> None:
+    """With an ``example``, also follows branches and loops that depend on shapes alone: as this example takes them,
+    guarded by :func:`same_as_cut`."""
+
+    def __init__(self, opened: set[str], example: Tensor | None = None) -> None:
         super().__init__(param_shapes_constant=True)
         self.opened = opened
+        self.example = example
         self.outputs: dict[str, list[fx.Node]] = {}
+        self.shadow: nn.Module | None = None
+        self.values: dict[fx.Node, Any] = {}
+        self.guarded: set[tuple[fx.Node, str]] = set()
+        self.evaluating = False  # tracing sees every call of a module
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return super().proxy(node) if self.example is None else _SizedProxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return super().to_bool(obj) if self.example is None else self.known(obj, "bool")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        if self.example is None:
+            return super().iter(obj)
+        return iter([obj[i] for i in range(self.known(obj, "len"))])
+
+    def known(self, obj: Any, form: str) -> Any:
+        """What Python sees of this value on the example, which the cut network will check."""
+        value = self._value(obj.node)
+        if any(isinstance(part, Tensor) for part in tree_leaves(value)):
+            raise fx.proxy.TraceError("its path depends on the numbers in a tensor")
+        assert self.example is not None
+        seen = getattr(builtins, form)(value)
+        if (obj.node, form) not in self.guarded:
+            self.guarded.add((obj.node, form))
+            with self.graph.inserting_after(obj.node):
+                guard = self.graph.call_function(same_as_cut, (obj.node, form, seen, list(self.example.shape[1:])))
+            guard.meta["is_wrapped"] = True  # unpickling traces a graph anew: this is not to be looked into
+        return seen
+
+    def _value(self, wanted: fx.Node) -> Any:
+        """A node's value on the example, computed without data."""
+        self.shadow = self.shadow or shadow(self.root).eval()
+        self.evaluating = True
+        try:
+            for node in self.graph.nodes:
+                if node not in self.values and node.target is not same_as_cut:
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+                    with torch.no_grad():
+                        self.values[node] = self._run(
+                            node, [list(a) if isinstance(a, list) else a for a in args], kwargs
+                        )
+                if node is wanted:
+                    break
+        finally:
+            self.evaluating = False
+        return self.values[wanted]
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        assert self.shadow is not None and self.example is not None
+        if node.op == "placeholder":
+            return self.example.to("meta")
+        if node.op == "get_attr":
+            owner, _, name = node.target.rpartition(".")
+            return getattr(self.shadow.get_submodule(owner), name)
+        if node.op == "call_module":
+            return self.shadow.get_submodule(node.target)(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], node.target)(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)
 
     def is_leaf_module(self, module: nn.Module, qualified: str) -> bool:
         path = qualified.removeprefix("model").removeprefix(".")
         return path != "" and path not in self.opened and not is_plain_sequential(module)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.evaluating:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m).removeprefix("model").removeprefix(".")
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(result, fx.Proxy):
@@ -89,8 +200,8 @@ class _Tracer(fx.Tracer):
         return result
 
 
-def _trace_once(model: nn.Module, opened: set[str]) -> TracedModel:
-    tracer = _Tracer(opened)
+def _trace_once(model: nn.Module, opened: set[str], example: Tensor | None) -> TracedModel:
+    tracer = _Tracer(opened, example)
     try:
         graph = tracer.trace(_OneInput(model))
     except Exception as error:  # a forward may raise anything when it is fed proxies
@@ -101,18 +212,19 @@ def _trace_once(model: nn.Module, opened: set[str]) -> TracedModel:
     return TracedModel(graph, tracer.outputs)
 
 
-def trace(model: nn.Module, opened: set[str]) -> TracedModel:
+def trace(model: nn.Module, opened: set[str], example: Tensor | None = None) -> TracedModel:
     """Traces ``model``'s forward. Opened: the model itself, plain Sequentials, and the modules named in ``opened``.
 
-    Functions that are given ``self.training`` become modules, which are added to ``model``.
+    Functions that are given ``self.training`` become modules, which are added to ``model``. Where the forward branches
+    on shapes an ``example`` is needed; the graph then checks that later images take the same path.
 
     Raises:
         CannotTrace: torch.fx cannot follow the forward.
         ValueError: the forward takes another path in training mode.
     """
     with eval_mode(model):
-        in_training = _trace_once(model.train(), opened)
-        traced = _trace_once(model.eval(), opened)
+        in_training = _trace_once(model.train(), opened, example)
+        traced = _trace_once(model.eval(), opened, example)
     _unify_modes(model, traced, in_training)
     _localise_batch_sizes(traced.graph)
     return traced
@@ -209,7 +321,7 @@ def chain_graph(model: nn.Module, example: Tensor, opened: set[str]) -> TracedMo
     """The fallback where tracing fails: the model as a plain chain of its modules, in the order in which they run.
 
     The chain (with a flattening where the next module expects one) is run beside the model and must give its output
-    bit for bit, and the order must be the same in training mode. Opened are the same modules as by :func:`trace`.
+    bit for bit, for another image and in training mode too. Opened are the same modules as by :func:`trace`.
 
     Raises:
         CannotTrace: the model is no such chain.
@@ -237,11 +349,25 @@ def chain_graph(model: nn.Module, example: Tensor, opened: set[str]) -> TracedMo
     if not torch.equal(x, expected):
         raise CannotTrace("its modules, run in order, do not give its output")
     graph.output(node)
+    for training, image, when in ((False, -example, "for another image"), (True, example, "in training mode")):
+        if not _agree(model, graph, image, training):
+            raise CannotTrace(f"its modules, run in order, do not give its output {when}")
     for path in [path for path, _ in calls]:
         parts = path.split(".")
         for container in (".".join(parts[:n]) for n in range(1, len(parts))):
             traced.outputs[container] = traced.outputs[path][-1:]  # the last call inside it is its result
     return traced
+
+
+def _agree(model: nn.Module, graph: fx.Graph, image: Tensor, training: bool) -> bool:
+    """Whether model and graph give the same for this image, from the same state of the random generators."""
+    outputs = []
+    with torch.random.fork_rng(devices=[image.device] if image.is_cuda else []), torch.no_grad():
+        for traced in (False, True):
+            twin = copy.deepcopy(model).train(training)  # training mode changes BatchNorm's statistics
+            torch.manual_seed(0)
+            outputs.append(fx.GraphModule(twin, graph)(image) if traced else twin(image))
+    return torch.equal(*outputs)
 
 
 def _leaves(module: nn.Module, path: str, opened: set[str]) -> Iterator[tuple[str, nn.Module]]:

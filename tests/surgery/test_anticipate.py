@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 import aep_ext
 from aep_ext import ExitWeights, anticipate, score_subsets
-from aep_ext.pruning import count_macs, prune, single_exit
+from aep_ext.pruning import count_macs, exit_costs, prune, single_exit
+from aep_ext.surgery.measure import pattern
 from aep_ext.surgery.rescale import _channel_dim
 
 
@@ -89,6 +91,78 @@ class WrappedChain(nn.Module):
         if x.dim() != 4 or x.isnan().any():
             raise ValueError("images, please")
         return self.chain(x)
+
+
+class Branching(nn.Module):
+    """Python that reads sizes: checks, branches, a loop, a pool of the map's own size."""
+
+    shape = (3, 32, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(12, 16, 3, 2, 1)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or len(x.shape) != 4:
+            raise ValueError("images, please")
+        x = torch.relu(self.a(x))
+        if x.shape[2] > 7:
+            x = F.dropout(torch.relu(self.b(x)), 0.1, self.training)
+        else:
+            x = torch.cat([x, x[:, :4]], 1)
+        for _ in range(x.shape[3] // 16):
+            x = x + 1
+        x = self.c(x)
+        return self.fc(F.avg_pool2d(x, tuple(x.shape[2:])).flatten(1))
+
+
+class TwoInputs(Branching):
+    """The second one is needed by the first stage alone."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x * y.mean((1, 2, 3), keepdim=True))
+
+
+class TwoInOne(nn.Module):
+    """Its wrapper, as the refusal suggests it."""
+
+    shape = (6, 32, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = TwoInputs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x[:, :3], x[:, 3:])
+
+
+class Parallel(nn.Module):
+    """HRNet in outline: behind the first stage two branches in a list, in which a module writes; one map at the end."""
+
+    shape = (3, 32, 32)
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList([Block(8, 8, 1), Block(8, 8, 1)])
+
+        def forward(self, maps: list[Tensor]) -> list[Tensor]:
+            for i, branch in enumerate(self.branches):
+                maps[i] = branch(maps[i])
+            return maps
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer1 = nn.Conv2d(3, 8, 3, 2, 1), Block(8, 8, 2)
+        self.down, self.stage2 = nn.Conv2d(8, 8, 3, 2, 1), Parallel.Stage()
+        self.final, self.fc = Block(8, 12, 2), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(self.stem(x))
+        maps = self.stage2([x, self.down(x)])
+        x = self.final(maps[0] + F.interpolate(maps[1], scale_factor=2.0))
+        return self.fc(x.mean((2, 3)))
 
 
 class Wrapper(nn.Module):
@@ -236,6 +310,9 @@ MODELS = {
     "Wrapper": (Wrapper, ["backbone.convs.0+2", "backbone.convs.1+2"]),
     "Residual": (Residual, ["layer1", "layer2"]),
     "sequential": (sequential, ["3"]),
+    "Branching": (Branching, ["a+1", "b+2"]),
+    "TwoInOne": (TwoInOne, ["model.a+1", "model.b+2"]),
+    "Parallel": (Parallel, ["down+4"]),
     "ChannelsLast": (ChannelsLast, ["stage1"]),
     "ChannelsLastOneSize": (ChannelsLastOneSize, ["stage1"]),
     "ChannelsLastFlattened": (ChannelsLastFlattened, ["stage1"]),
@@ -338,6 +415,23 @@ def test_functions_that_depend_on_the_mode(size: object) -> None:
     if size(torch.zeros(3, 1)) == 3:
         twin = pickle.loads(pickle.dumps(net)).eval()
         assert torch.equal(twin(x), net.eval()(x))
+
+
+def test_a_branch_on_the_shape_is_taken_as_the_example_takes_it_and_guarded() -> None:
+    model = Branching().eval()
+    small, large = anticipate(model, example=(3, 12, 12)).eval(), anticipate(model, example=(3, 32, 32)).eval()
+    assert small.origin["cuts"] == ["a+3"]
+    with torch.no_grad():
+        for net, size, others in ((small, 12, (32,)), (large, 32, (12, 128))):
+            x = torch.randn(1, 3, size, size)
+            torch.testing.assert_close(net.exit_logits(x)[-1], model(x))
+            for other in others:
+                with pytest.raises(ValueError, match=r"was cut for images of shape \[3, \d+, \d+\].* cut it anew with"):
+                    net(torch.randn(1, 3, other, other))
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(large, backend="aot_eager", fullgraph=True)(x), large(x))
 
 
 def test_seed_makes_new_heads_repeatable_and_the_generator_is_used_for_nothing_else() -> None:
@@ -554,6 +648,34 @@ class Auxiliary(OneStage):
         return self.fc(x.mean((2, 3)))
 
 
+class ChainInMode(Chain):
+    """A chain, but for something in training mode that is no module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.isnan().any():
+            raise ValueError("images, please")
+        x = self.second(self.first(x))
+        if self.training:
+            x = torch.tanh(x)
+        return self.fc(self.pool(x).flatten(1))
+
+
+CORNER = float(pattern((2, 3, 224, 224), nn.Linear(1, 1))[0, 0, 0, 0])
+
+
+class ChainByContent(Chain):
+    """A chain for images like the example alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x[0, 0, 0, 0] * CORNER > 0 else 2 * x
+        return self.fc(self.pool(self.second(self.first(x))).flatten(1))
+
+
+class ByBatch(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.shape[0] > 1 else super().forward(2 * x)
+
+
 class Maps(OneStage):
     def forward(self, x: Tensor) -> Tensor:
         return self.a(x)
@@ -577,13 +699,13 @@ class Crossed(OneStage):
 
 class Reordered(Chain):
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] != 3:
+        if x.isnan().any():
             raise ValueError
         x = self.second(self.first(x))
         return self.fc(self.pool(self.pool(x) if self.training else x).flatten(1))
 
 
-class Changed(Chain):
+class Changed(WrappedChain):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)
 
@@ -651,6 +773,10 @@ class ClassToken(Tokens):
         (Crossed, r"no plain chain of modules \('fc' is given a tensor that the module before it did not return"),
         (Reordered, r"its modules run in another order in training mode"),
         (Changed, r"its modules, run in order, do not give its output"),
+        (ChainInMode, r"its modules, run in order, do not give its output in training mode"),
+        (ChainByContent, r"its modules, run in order, do not give its output for another image"),
+        (ByBatch, r"its forward takes another path for one image than for two"),
+        (TwoInputs, r"more than one input \(x, y\), .* take one tensor: wrap it in a module .*return self.model"),
         (Maps, r"Maps must return logits of shape \[N, K\], got \[2, 4"),
         (Scaled, r"the head's parameter 'gain' is used outside a layer"),
         (
@@ -672,14 +798,54 @@ class ClassToken(Tokens):
         (lambda: nn.Linear(3, 3), r"Linear holds no Conv2d"),
         (
             lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 2)),
-            r"does not take images of shape \[3, 224, 224\]: .*; \[3, 299, 299\]: .*; give example=\(C, H, W\)",
+            r"does not take images of shape \[3, 224, 224\] \(.*\), nor of 11 other shapes; give example=\(C, H, W\)$",
         ),
         (lambda: 3, r"model must be an nn.Module, got int"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_and_says_why(make: type, message: str) -> None:
-    with pytest.raises(ValueError, match="anticipate: .*" + message):
+    with pytest.raises(ValueError, match="anticipate: .*" + message) as refusal:
         anticipate(make())
+    assert "\n" not in str(refusal.value)
+    assert refusal.value.__cause__ is None  # no traceback of torch.fx
+
+
+def cheap_stages() -> nn.Sequential:
+    """Two places between which next to nothing is computed, before a pool and before the head."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1), nn.Conv2d(16, 16, 3, 2, 1), nn.MaxPool2d(2), nn.Conv2d(16, 4, 1), nn.MaxPool2d(2)
+    )
+    model.extend([nn.Conv2d(4, 64, 3, 1, 1), nn.MaxPool2d(2), nn.Conv2d(64, 64, 1), nn.AdaptiveAvgPool2d(1)])
+    model.extend([nn.Flatten(), nn.Linear(64, 5)])
+    return model
+
+
+def test_exits_that_nearly_coincide_in_cost_are_dropped() -> None:
+    model = cheap_stages()
+    net = anticipate(model, example=(3, 32, 32))
+    costs = exit_costs(net, (3, 32, 32))
+    assert all(b - a > 0.03 * costs[-1] for a, b in pairwise(costs)), costs
+    assert net.origin["cuts"] == ["0", "4"]
+    assert anticipate(model, cuts=["0", "2", "4"], example=(3, 32, 32)).num_exits == 4  # named, as in saved networks
+
+
+class Grouped(nn.Module):
+    """MobileNetV4 in outline: groups of single layers in one list with the groups of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        singles = [[nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 1)], [nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(12, 12, 1)]]
+        blocks = [[Block(12, 16, 2), *(Block(16, 16, 1) for _ in range(6))]]
+        self.blocks = nn.Sequential(*(nn.Sequential(*group) for group in singles + blocks))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def test_groups_of_single_layers_beside_groups_of_blocks_are_stages() -> None:
+    assert anticipate(Grouped(), example=(3, 64, 64)).origin["cuts"] == ["blocks.0", "blocks.1"]
 
 
 def test_arguments_are_checked() -> None:
@@ -694,6 +860,8 @@ def test_arguments_are_checked() -> None:
         anticipate(model, example=torch.zeros(3, 32))
     with pytest.raises(ValueError, match=r"example must be a tensor or a shape"):
         anticipate(model, example=(32, 32))
+    with pytest.raises(ValueError, match=r"LeNet is to take more than one input \(x\), .*wrap it"):
+        anticipate(model, example=(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)))
 
 
 def test_example_as_a_tensor_and_other_dtypes() -> None:
@@ -732,5 +900,5 @@ def test_torch_compile_with_inductor() -> None:
 def test_an_example_that_the_model_does_not_take() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     for example in ((1, 32, 32), torch.zeros(1, 1, 32, 32)):
-        with pytest.raises(ValueError, match=r"Sequential does not take images of shape \[1, 32, 32\]: "):
+        with pytest.raises(ValueError, match=r"Sequential does not take images of shape \[1, 32, 32\] \(.*\); give"):
             anticipate(model, example=example)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from aep_ext import MultiExitNet, anticipate
+import aep_ext
+from aep_ext import MultiExitNet, anticipate, prune
 
 torchvision = pytest.importorskip("torchvision", reason="the list is torchvision's and timm's networks")
 
@@ -69,6 +71,55 @@ def test_torchvision(name: str) -> None:
 def test_timm(name: str) -> None:
     timm = pytest.importorskip("timm", reason="timm's networks are part of the list")
     is_the_original_on_its_last_exit(timm.create_model(name, num_classes=10), TIMM[name])
+
+
+def build(name: str) -> nn.Module:
+    library, _, inner = name.partition("/")
+    if library == "torchvision":
+        return torchvision.models.get_model(inner, weights=None, num_classes=10)
+    timm = pytest.importorskip("timm", reason="timm's networks are part of the list")
+    size = {"img_size": 64} if "swin" in inner else {}
+    return timm.create_model(inner, num_classes=10, **size)
+
+
+CHANNELS_LAST = {  # the early exits' places, and the widths that the first layer of each head reads
+    "torchvision/swin_t": (["features.1", "features.3", "features.5"], [96, 192, 384, 768]),
+    "torchvision/swin_v2_t": (["features.1", "features.3", "features.5"], [96, 192, 384, 768]),
+    "timm/swin_tiny_patch4_window7_224": (["layers.0", "layers.1", "layers.2"], [96, 192, 384, 768]),  # one size only
+    "timm/mambaout_femto": (["stages.0", "stages.1", "stages.2"], [48, 96, 192, 288]),
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS_LAST)
+def test_channels_last_feature_maps(name: str, tmp_path: Path) -> None:
+    cuts, widths = CHANNELS_LAST[name]
+    model = build(name).eval()
+    net = anticipate(model, example=(3, 64, 64)).eval()
+    assert net.origin["cuts"] == cuts
+    assert [next(head.parameters()).shape[0] for head in net.exits] == widths  # of a LayerNorm
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert [feature.shape[3] for feature in net.features(x)] == widths
+        assert torch.equal(net.exit_logits(x)[-1], model(x))
+        assert torch.equal(prune(net, [3])(x), model(x))
+        aep_ext.save(net, tmp_path)
+        assert torch.equal(aep_ext.load(tmp_path, model=build(name))(x), net(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchvision/swin_t", "timm/mambaout_femto"])
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_channels_last_feature_maps_on_an_engine(name: str, backend: str) -> None:
+    pytest.importorskip(backend, reason="the engine is what is tested")
+    net, x = anticipate(build(name).eval(), example=(3, 64, 64)).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(aep_ext.compile(net, x, backend=backend)(x), net(x), rtol=1e-3, atol=1e-4)
+
+
+def test_token_sequences_are_refused_by_name() -> None:
+    message = r"VisionTransformer cannot be cut: from .* works on token sequences \(\[2, 1, 768\]\)"
+    with pytest.raises(ValueError, match=message):
+        anticipate(build("torchvision/vit_b_16"))
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
