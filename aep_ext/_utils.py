@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 
+_FLOAT32 = torch.finfo(torch.float32)
+
+
 class UserError(Exception):
     """Something the user asked for cannot be done. The message is one line; the command `aep` prints it and exits with
     2."""
@@ -53,16 +56,18 @@ def per_exit(
         name: of the argument, for the messages.
         values: a number (it counts for every exit), or ``count`` of them; a tensor may have any dtype and device.
         count: how many the result has, 0 or more.
-        positive: refuse what is not positive and finite; else only NaN is refused.
+        positive: refuse what is not positive and finite, in float32 too (its normal numbers); else only NaN is refused.
 
     Raises:
         TypeError: ``values`` are no numbers.
         ValueError: too few or too many, or one that is refused.
     """
+    if getattr(values, "ndim", 0) > 1:
+        raise ValueError(f"{function}: {name} must have one dimension, got shape {list(values.shape)}")
     if isinstance(values, Tensor):
-        if values.dim() > 1:
-            raise ValueError(f"{function}: {name} must have one dimension, got shape {list(values.shape)}")
-        values = values.detach().double().cpu().tolist()
+        values = (values if values.is_complex() else values.double()).detach().cpu().tolist()
+    if isinstance(values, (str, bytes)):
+        raise TypeError(f"{function}: {name} must be a number or a sequence of numbers, got {values!r}")
     try:
         numbers = tuple(float(v) for v in values) if isinstance(values, Iterable) else (float(values),) * count
     except (TypeError, ValueError):
@@ -70,7 +75,7 @@ def per_exit(
     if len(numbers) != count:
         raise ValueError(f"{function}: {name} must have {count} entries, got {len(numbers)}")
     for position, value in enumerate(numbers):
-        if positive and not (math.isfinite(value) and value > 0):
+        if positive and not _FLOAT32.tiny <= value <= _FLOAT32.max:
             raise ValueError(f"{function}: {name} must be positive and finite, got {value} at position {position}")
         if math.isnan(value):
             raise ValueError(f"{function}: {name} must not be NaN, got {value} at position {position}")

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from aep_ext._utils import per_exit
+
 __all__ = ["OutputWeightsFit", "fit_output_weights"]
 
 _CHUNK = 1 << 21
@@ -88,7 +90,8 @@ def fit_output_weights(
         max_iterations: evaluations of the loss.
 
     Raises:
-        ValueError: a shape, a dtype or a label breaks these rules, or no sample has finite logits only.
+        ValueError: a shape, a dtype or a label breaks these rules, no sample has finite logits only, or the logits are
+            too large or too far apart for weights and temperatures within float32.
     """
     _check(exit_logits, target)
     with torch.inference_mode(False):  # what is made in inference mode takes no gradient
@@ -146,8 +149,8 @@ def _fit(exit_logits: Tensor, target: Tensor, tolerance: float, max_iterations: 
         # R_e in the caller's units is (sum b_j O_j / s_j) / sum w_j with w = b / s.
         temperatures = (b.cumsum(0) / (b / scale).cumsum(0) / free[1].exp()).flatten()
     return OutputWeightsFit(
-        tuple((weights / weights.sum()).tolist()),
-        tuple(temperatures.tolist()),
+        per_exit("fit_output_weights", "the fitted weights", weights / weights.sum(), exits, positive=True),
+        per_exit("fit_output_weights", "the fitted temperatures", temperatures, exits, positive=True),
         tuple(nll.tolist()),
         evaluations,
         evaluations < max_iterations,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aep_ext._utils import per_exit
 from aep_ext.pruning.scores import SubsetScore, SubsetScores
 from aep_ext.pruning.subsets import checked_exits
 from aep_ext.surgery.heads import fused_plan
@@ -45,9 +46,11 @@ def subset_view(net: MultiExitNet, exits: tuple[int, ...], *, share: bool) -> Mu
     result.train(net.training)
     for module, training in modes:  # a module that was frozen in eval mode stays so
         module.training = training
-    index = torch.tensor(exits, device=net.output_weights.device)
-    result.output_weights = net.output_weights.detach()[index]
-    result.loss_weights = net.loss_weights.detach()[index]
+    for name in ("output_weights", "loss_weights"):
+        kept = getattr(net, name).detach()[torch.tensor(exits, device=net.output_weights.device)]
+        if not kept.is_meta:
+            per_exit("prune", name, kept, len(exits), positive=True)  # someone may have written into the buffer
+        setattr(result, name, kept)
     return result
 
 
@@ -69,7 +72,8 @@ def prune(
 
     Raises:
         TypeError: ``net`` is no MultiExitNet, or ``exits`` no indices.
-        ValueError: no exit, one twice, one out of range, or scores of another network.
+        ValueError: no exit, one twice, one out of range, scores of another network, or output weights that are not
+            positive and finite.
     """
     _check_net("prune", net)
     if isinstance(exits, SubsetScores):
@@ -84,7 +88,10 @@ def prune(
         exits = exits.exits
     result = subset_view(net, checked_exits("prune", exits, net.num_exits), share=False)
     if normalize:
-        result.output_weights = result.output_weights / result.output_weights.sum()
+        shares = result.output_weights / result.output_weights.sum()
+        if not shares.is_meta:
+            per_exit("prune", "output_weights divided by their sum", shares, result.num_exits, positive=True)
+        result.output_weights = shares
     return result
 
 

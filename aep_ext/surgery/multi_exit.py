@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,11 +27,12 @@ class MultiExitNet(nn.Module):
 
     Args:
         stages: the backbone, in order. The input block may be a stage of its own.
-        exits: E heads, each maps (N, C_e, H_e, W_e) to (N, K).
+        exits: E heads, each maps its stage's feature map, (N, C_e, H_e, W_e) or (N, H_e, W_e, C_e), to (N, K).
         exit_stages: for each exit the index of the stage after which it sits, strictly ascending, the last one the last
             stage. Default: one exit after every stage.
         exit_ids: the numbers these exits had in the full network, strictly ascending. Default 0..E-1.
-        output_weights: E positive, finite numbers, the weights of the ensemble; they need not sum to 1. Default 1/E.
+        output_weights: E numbers, positive and finite in float32, the weights of the ensemble; they need not sum to 1.
+            Default 1/E.
         loss_weights: the same for the joint loss. Default 1/E.
         num_classes: K.
         origin: JSON-able description of how to rebuild the full network. Its entry "exits" is the full network's number
@@ -100,7 +100,7 @@ class MultiExitNet(nn.Module):
         self._fused_plans: tuple[FusedPlan | None, ...] = tuple(fused_plan(head) for head in exits)
         for name, weights in (("output_weights", output_weights), ("loss_weights", loss_weights)):
             given = 1 / count if weights is None else weights
-            self.register_buffer(name, torch.tensor(_checked_weights("MultiExitNet", name, given, count)))
+            self.register_buffer(name, torch.tensor(per_exit("MultiExitNet", name, given, count, positive=True)))
 
     @property
     def num_exits(self) -> int:
@@ -108,7 +108,7 @@ class MultiExitNet(nn.Module):
         return len(self.exit_stages)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """The feature maps at the exits: E tensors, the e-th (N, C_e, H_e, W_e)."""
+        """The feature maps at the exits: E tensors, the e-th (N, C_e, H_e, W_e) or (N, H_e, W_e, C_e)."""
         maps: list[Tensor] = []
         for index, stage in enumerate(self.stages):
             x = stage(x)
@@ -178,8 +178,8 @@ class MultiExitNet(nn.Module):
         """
         function = "MultiExitNet.set_exit_weights"
         given = ExitWeights.named(weights, self.num_exits) if isinstance(weights, str) else weights
-        output = _checked_weights(function, "output", given.output, self.num_exits)
-        loss = _checked_weights(function, "loss", given.loss, self.num_exits)
+        output = per_exit(function, "output", given.output, self.num_exits, positive=True)
+        loss = per_exit(function, "loss", given.loss, self.num_exits, positive=True)
         with torch.no_grad():
             self.output_weights.copy_(torch.tensor(output))
             self.loss_weights.copy_(torch.tensor(loss))
@@ -232,7 +232,7 @@ class MultiExitNet(nn.Module):
         for name in ("output_weights", "loss_weights"):
             values = state_dict.get(prefix + name)
             if values is not None and not values.is_meta:
-                _checked_weights("MultiExitNet.load_state_dict", name, values, self.num_exits)
+                per_exit("MultiExitNet.load_state_dict", name, values, self.num_exits, positive=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -266,11 +266,3 @@ def _ascending(name: str, values: Sequence[int], count: int) -> tuple[int, ...]:
     if any(b <= a for a, b in zip(chain((-1,), numbers), numbers, strict=False)):
         raise ValueError(f"MultiExitNet: {name} must be non-negative and strictly ascending, got {numbers}")
     return numbers
-
-
-def _checked_weights(
-    function: str, name: str, values: float | Sequence[float] | Tensor, count: int
-) -> tuple[float, ...]:
-    """``count`` numbers that are positive and finite as float32 too, which the buffers are."""
-    numbers = per_exit(function, name, values, count, positive=True)
-    return per_exit(function, name, np.asarray(numbers, dtype=np.float32), count, positive=True)

@@ -10,6 +10,7 @@ there.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -302,6 +303,32 @@ def known(name: str) -> bool:
     return name.partition("/")[0] in _LIBRARIES or name.partition("@")[0] in available()
 
 
+def unknown(name: str) -> str:
+    """What to tell someone who asks for a network that there is not: the nearest names, or what there is."""
+    library, _, inner = name.rpartition("/")
+    # Whole names come first: what torchvision calls resnet18 is torchvision/resnet18 here.
+    places = [library] if library in _LIBRARIES else ["", *_LIBRARIES]
+    names = {place: available() if not place else _names_of(place) for place in places}
+    near = [f"{place}/{inner}" for place in places if place and inner in names[place]]
+    for place in places:
+        close = difflib.get_close_matches(inner, names[place], n=1, cutoff=0.8)
+        near += [f"{place}/{found}".removeprefix("/") for found in close if not near]
+    known_ones = f"there are: {', '.join(available())}, torchvision/<name>, timm/<name>"
+    return f"no such network: {name!r} ({f'did you mean {near[0]}?' if near else known_ones})"
+
+
+def _names_of(library: str) -> list[str]:
+    """Names of a library's classifiers; none where it cannot be imported."""
+    try:
+        if library == "torchvision":
+            return _models().list_models(module=_models())
+        import timm
+
+        return timm.list_models()
+    except Exception:  # torchvision beside the wrong torch raises a RuntimeError
+        return []
+
+
 def scalable(name: str) -> bool:
     """Whether there are narrower networks of this kind, ``<name>@<width>``."""
     return name == "resnet_small"
@@ -356,9 +383,7 @@ def build(
             raise ValueError(f"build: the width behind @ must be a number, got {name!r}") from None
         return resnet_small(num_classes, in_channels, weights, width=width)
     if name not in _PLANS:
-        raise ValueError(
-            f"build: no network named {name!r}; there are: {', '.join(available())}, torchvision/<name>, timm/<name>"
-        )
+        raise ValueError(f"build: {unknown(name)}")
     return _network(name, num_classes, in_channels, weights)
 
 
@@ -367,7 +392,7 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, weights: st
     try:
         builder = models.get_model_builder(name)
     except ValueError as error:
-        raise ValueError(f"build: torchvision has no classifier named {name!r}") from error
+        raise ValueError(f"build: {unknown(f'torchvision/{name}')}") from error
     arguments: dict[str, object] = {} if weights is not None else {"num_classes": num_classes}
     if name in ("googlenet", "inception_v3"):
         # Their auxiliary heads make training mode another network; with weights torchvision drops them by itself.
@@ -389,7 +414,7 @@ def _from_timm(name: str, num_classes: int, in_channels: int, weights: str | Non
     except ImportError as error:
         raise ImportError(f"timm/{name} needs timm: pip install 'aep_ext[models]' ({error})") from error
     if not timm.is_model(name):
-        raise ValueError(f"build: timm has no network named {name!r}")
+        raise ValueError(f"build: {unknown(f'timm/{name}')}")
     full = name if weights in (None, "DEFAULT") else f"{name}.{weights}"
     if weights not in (None, "DEFAULT") and full not in timm.list_pretrained(f"{name}.*"):
         tags = ", ".join(tag.partition(".")[2] for tag in timm.list_pretrained(f"{name}.*"))

@@ -158,10 +158,7 @@ class Job:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"no such device: {config.device} (this torch sees no GPU)")
         if not networks.known(config.network):  # told before the data is read
-            raise UserError(
-                f"no such network: {config.network!r} (there are: {', '.join(networks.available())}, "
-                "torchvision/<name>, timm/<name>)"
-            )
+            raise UserError(networks.unknown(config.network))
         self.static = _static_networks(config)
         self.data = ImageDataModule.of_config(config)
         self.shape = (self.data.channels, self.recipe.image_size, self.recipe.image_size)

@@ -103,6 +103,11 @@ def test_odd_shapes(shape):
         (torch.zeros(1, 2, 3), torch.zeros(2), r"target must be int64 of shape \[2\], got torch.float32"),
         (torch.zeros(1, 2, 3), torch.tensor([0, 3]), r"within 0..2, got 0..3"),
         (torch.full((1, 2, 3), float("nan")), torch.zeros(2, dtype=torch.int64), "got none among 2"),
+        (
+            torch.tensor([[[1e308, -1e308]] * 3, [[1.0, 0.0]] * 3], dtype=torch.float64),
+            torch.tensor([0, 1, 0]),
+            "the fitted temperatures must be positive and finite",
+        ),
     ],
 )
 def test_bad_input(logits, target, message):

@@ -48,6 +48,7 @@ def test_given_weights_are_taken_as_they_are():
     [
         (([],), "at least one entry, got none"),
         (([1.0, 0.0],), "positive and finite, got 0.0 at position 1"),
+        (([1, 1], [1, 1e-60]), "output must be positive and finite, got 1e-60 at position 1"),
         (([1.0, -2.0],), "positive and finite, got -2.0 at position 1"),
         (([math.nan],), "positive and finite, got nan at position 0"),
         (([math.inf],), "positive and finite, got inf at position 0"),

@@ -7,11 +7,12 @@ import io
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from aep_ext import ops
+from aep_ext import ops, prune
 from aep_ext.surgery.exit_weights import ExitWeights
 from aep_ext.surgery.heads import PooledLinearHead
 from aep_ext.surgery.multi_exit import MultiExitNet
@@ -137,7 +138,9 @@ def test_original_state_dict_and_what_is_lost_by_pruning() -> None:
         ({"output_weights": [1.0]}, r"output_weights must have 3 entries, got 1"),
         ({"output_weights": [1.0, 0.0, 1.0]}, r"output_weights must be positive and finite, got 0.0 at position 1"),
         ({"output_weights": torch.tensor([1, -2, 1])}, r"output_weights must be positive and finite, got -2.0 at"),
-        ({"output_weights": [1e-60, 1.0, 1.0]}, r"output_weights must be positive and finite, got 0.0 at position 0"),
+        ({"output_weights": [1e-60, 1.0, 1.0]}, r"output_weights must be positive and finite, got 1e-60 at position 0"),
+        ({"output_weights": np.array([1, 1e60, 1])}, r"output_weights must be positive and finite, got 1e\+60 at"),
+        ({"output_weights": torch.tensor([1, 0, 1], dtype=torch.bfloat16)}, r"output_weights must be .* got 0.0 at"),
         ({"output_weights": [1.0, 1.0, float("inf")]}, r"output_weights must be positive and finite, got inf at"),
         (
             {"loss_weights": [1.0, float("nan"), 1.0]},
@@ -166,7 +169,6 @@ def test_stages_and_exits_must_fit() -> None:
     ("weights", "message"),
     [
         (ExitWeights.mixed(2), "MultiExitNet.set_exit_weights: output must have 3 entries, got 2"),
-        (ExitWeights([1, 1, 1], [1, 1, 1e-60]), "output must be positive and finite, got 0.0 at position 2"),
         ("best", "ExitWeights.named: name must be one of uniform, ascending, descending, mixed"),
     ],
 )
@@ -181,6 +183,21 @@ def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(weights: obje
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_prune_refuses_weights_that_were_written_into_the_buffers(bad: float) -> None:
+    net = small()
+    net.output_weights[1] = bad
+    with pytest.raises(ValueError, match=r"prune: output_weights must be positive and finite, got .* at position 1"):
+        prune(net, [0, 1])
+    assert prune(net, [0, 2]).output_weights.tolist() == [0.5, 0.5]
+
+
+def test_prune_refuses_weights_whose_sum_overflows() -> None:
+    net = small(output_weights=[3e38, 3e38, 1.0])
+    with pytest.raises(ValueError, match=r"prune: output_weights divided by their sum must be positive and finite"):
+        prune(net, [0, 1])
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf"), 1e-40])
 def test_a_state_dict_with_bad_weights_is_refused_before_anything_is_loaded(bad: float) -> None:
     net, state = small(), small().state_dict()
     before = copy.deepcopy(net.state_dict())

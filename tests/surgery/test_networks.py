@@ -164,9 +164,9 @@ def test_incomplete_pretrained_weights_are_an_error(pretrained: dict[str, Tensor
 
 
 def test_unknown_names_and_bad_numbers() -> None:
-    with pytest.raises(ValueError, match=r"build: no network named 'resnet51'; there are: densenet169, .*timm/<name>"):
-        networks.build("resnet51", 10)
-    with pytest.raises(ValueError, match="torchvision has no classifier named 'resnet51'"):
+    with pytest.raises(ValueError, match=r"build: no such network: 'rn50' \(there are: densenet169, .*timm/<name>\)"):
+        networks.build("rn50", 10)
+    with pytest.raises(ValueError, match="no such network: 'torchvision/resnet51' .did you mean torchvision/resnet50?"):
         networks.build("torchvision/resnet51", 10)
     with pytest.raises(ValueError, match="resnet50: num_classes must be at least 1, got 0"):
         networks.resnet50(0)
@@ -177,6 +177,19 @@ def test_unknown_names_and_bad_numbers() -> None:
     with pytest.raises(ValueError, match="resnet18: weights must be None, .*, got 'NO_SUCH_WEIGHTS'"):
         networks.build("torchvision/resnet18", 10, weights="NO_SUCH_WEIGHTS")
     assert set(networks.available()) == {*PUBLISHED, "resnet_small"}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("resnet18", "torchvision/resnet18"),
+        ("resnet_smal", "resnet_small"),
+        ("mobilenet_v4", "torchvision/mobilenet_v2"),
+        ("torchvision/resnet19", "torchvision/resnet18"),
+    ],
+)
+def test_the_nearest_name_is_suggested(name: str, meant: str) -> None:
+    assert networks.unknown(name) == f"no such network: {name!r} (did you mean {meant}?)"
 
 
 def test_torchvision_by_name(pretrained: dict[str, Tensor]) -> None:
@@ -199,7 +212,7 @@ def test_timm_by_name() -> None:
     pytest.importorskip("timm", reason="timm/<name> needs timm")
     net = networks.build("timm/resnet10t", 4, in_channels=1).eval()
     assert net(torch.zeros(1, 1, 64, 64)).shape == (1, 4)
-    with pytest.raises(ValueError, match="timm has no network named 'resnet51x'"):
+    with pytest.raises(ValueError, match="build: no such network: 'timm/resnet51x' .did you mean timm/resnet"):
         networks.build("timm/resnet51x", 4)
     with pytest.raises(ValueError, match="timm/resnet18: weights must be None, .*a1_in1k.*, got 'NOPE'"):
         networks.build("timm/resnet18", 4, weights="NOPE")
