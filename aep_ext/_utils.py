@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _FLOAT32 = torch.finfo(torch.float32)
 
 
