@@ -61,8 +61,9 @@ def per_exit(
         TypeError: ``values`` are no numbers.
         ValueError: too few or too many, or one that is refused.
     """
-    if getattr(values, "ndim", 0) > 1:
-        raise ValueError(f"{function}: {name} must have one dimension, got shape {list(values.shape)}")
+    shape = getattr(values, "shape", ())
+    if len(shape) > 1:
+        raise ValueError(f"{function}: {name} must have one dimension, got shape {list(shape)}")
     if isinstance(values, Tensor):
         values = (values if values.is_complex() else values.double()).detach().cpu().tolist()
     if isinstance(values, (str, bytes)):

@@ -37,19 +37,21 @@ def anticipate(
     made of a copy.
 
     Args:
-        model: maps images (N, C, H, W) to logits (N, K). Its forward must be traceable by torch.fx down to the stages
-            (their insides need not be), or be a plain chain of modules. Forward hooks on the model itself are not
-            carried over.
+        model: maps images (N, C, H, W) to logits (N, K), by feature maps (N, C, H, W) or (N, H, W, C). Its forward must
+            be traceable by torch.fx down to the stages (their insides need not be), or be a plain chain of modules.
+            Where it branches on shapes, the net takes images that go the example's way, and raises ValueError for
+            others. Forward hooks on the model itself are not carried over.
         exits: how many exits; they are spread evenly over the multiply-adds, on stage boundaries as long as there are
             enough, else on the ends of blocks. The last is always the network's end. Default: one exit per stage found
-            (a stage ends where the network changes resolution or the group of blocks).
+            (a stage ends where the network changes resolution or the group of blocks), without those that nearly
+            coincide in cost.
         cuts: instead, qualified names of modules behind which an early exit shall sit, e.g. ``["layer1", "layer2"]``;
             the last exit need not be named. "name+2" is two operations behind the module (for operations without a
             module).
         exit_weights: an ExitWeights, or the name of one ("uniform", "ascending", "descending", "mixed"). Default:
             uniform.
         num_classes: another number of classes than the model's: all last layers are then new.
-        example: images (N, C, H, W), or a shape (C, H, W). Default: 224 pixels, then 64, 32, 28, 96, 128, 299.
+        example: images (N, C, H, W), or a shape (C, H, W). Default: 224 pixels, then 11 other sizes.
         fused: see :class:`MultiExitNet`.
 
     Returns:

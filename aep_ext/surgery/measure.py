@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from aep_ext._utils import eval_mode
 
@@ -90,6 +91,10 @@ class _ChannelAxes(TorchFunctionMode):
     """Watches which axes the functions of a forward take for the channels, and follows these axes from tensor to
     tensor: through functions that keep the shape, permutations and reshapings."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = WeakIdKeyDictionary()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
@@ -105,9 +110,9 @@ class _ChannelAxes(TorchFunctionMode):
         return out
 
     def axes(self, x: Tensor) -> list[_Axis]:
-        found = getattr(x, "_aep_axes", None)
-        if found is None or len(found) != x.dim():  # an operation in place may have reshaped it
-            found = x._aep_axes = [_Axis() for _ in range(x.dim())]  # type: ignore[attr-defined]
+        found = self.seen.get(x, [])
+        if len(found) != x.dim():  # an operation in place may have reshaped it
+            found = self.seen[x] = [_Axis() for _ in range(x.dim())]
         return found
 
     def _same(self, func: Any, args: Any, kwargs: Any, x: Tensor, out: Tensor) -> list[tuple[_Axis, _Axis]]:

@@ -26,7 +26,8 @@ class HeadForm:
 
     Attributes:
         inputs: for each layer with parameters, the shape of what it is given.
-        classifier: the layer that makes the classes: the last one with weights.
+        classifiers: the layers that make the classes: the last one with weights, and those beside it (of a distilled
+            network, whose answer is the mean of two).
         any_size: whether it takes feature maps of any height and width.
         map_shape: shape of its own feature map.
         channel_axis: where the channels are in it: 1 or 3.
@@ -34,7 +35,7 @@ class HeadForm:
     """
 
     inputs: dict[str, tuple[int, ...]]
-    classifier: str
+    classifiers: tuple[str, ...]
     any_size: bool
     map_shape: tuple[int, ...]
     channel_axis: int
@@ -52,6 +53,15 @@ def _layers(head: nn.Module) -> dict[str, nn.Module]:
         for name, module in head.named_modules()
         if next(module.parameters(recurse=False), None) is not None
     }
+
+
+def _is_scalar(layer: nn.Module) -> bool:
+    """Whether it fits any width: its parameters are single numbers."""
+    return all(parameter.numel() == 1 for parameter in layer.parameters(recurse=False))
+
+
+def _width(layer: nn.Module) -> int:
+    return getattr(layer, "out_features", getattr(layer, "out_channels", 0))
 
 
 def _larger(x: Tensor, channel_axis: int) -> Tensor:
@@ -91,7 +101,7 @@ def study_head(head: fx.GraphModule, x: Tensor, channel_axis: int, *, try_larger
             "rescaled"
         )
     for name in order:
-        if not isinstance(layers[name], _LAYERS):
+        if not isinstance(layers[name], _LAYERS) and not _is_scalar(layers[name]):
             kind = type(layers[name]).__name__
             raise ValueError(f"anticipate: the head's layer {name!r} ({kind}) cannot be rescaled")
     if not weighted:
@@ -103,7 +113,11 @@ def study_head(head: fx.GraphModule, x: Tensor, channel_axis: int, *, try_larger
                 any_size = head(_larger(x, channel_axis)).shape == output.shape
         except Exception:  # a head for one size
             any_size = False
-    return HeadForm(inputs, weighted[-1], any_size, tuple(x.shape), channel_axis, output.shape[1])
+    last = weighted[-1]
+    beside = [
+        name for name in weighted if inputs[name] == inputs[last] and _width(layers[name]) == _width(layers[last])
+    ]
+    return HeadForm(inputs, tuple(beside), any_size, tuple(x.shape), channel_axis, output.shape[1])
 
 
 def _fresh(module: nn.Module, name: str, shape: Sequence[int]) -> None:
@@ -186,9 +200,10 @@ def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, channel_axis: int
         if name in done:
             return
         done.add(name)
+        if not isinstance(module, _LAYERS):
+            return  # a scalar
         incoming = args[0].shape[_channel_dim(module, form.inputs[name])]
-        width = getattr(module, "out_features", getattr(module, "out_channels", 0))
-        outgoing = num_classes if name == form.classifier else max(1, round(width * ratio))
+        outgoing = num_classes if name in form.classifiers else max(1, round(_width(module) * ratio))
         _resize(module, incoming, outgoing, args[0].shape)
 
     run = {name: module for name, module in layers.items() if name in form.inputs}
@@ -215,9 +230,10 @@ def copy_head(head: fx.GraphModule, form: HeadForm, x: Tensor, channel_axis: int
 
 def replace_classes(head: fx.GraphModule, form: HeadForm, num_classes: int) -> None:
     """Gives the head a new last layer for another number of classes."""
-    layer = head.get_submodule(form.classifier)
-    incoming = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-    _resize(layer, incoming, num_classes, ())
+    for name in form.classifiers:
+        layer = head.get_submodule(name)
+        incoming = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+        _resize(layer, incoming, num_classes, ())
 
 
 def _flatten_instead_of_view(head: fx.GraphModule, form: HeadForm) -> None:

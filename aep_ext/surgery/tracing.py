@@ -57,6 +57,19 @@ class FunctionInMode(nn.Module):
         return f"{getattr(self.function, '__name__', self.function)}, {self.where}=training"
 
 
+class Constant(nn.Module):
+    """A tensor that a forward makes of numbers. It is in no state dict."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
 def is_plain_sequential(module: nn.Module) -> bool:
     """Whether the module does nothing but run its children in order."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
@@ -206,10 +219,24 @@ def _trace_once(model: nn.Module, opened: set[str], example: Tensor | None) -> T
         graph = tracer.trace(_OneInput(model))
     except Exception as error:  # a forward may raise anything when it is fed proxies
         raise CannotTrace(first_line(error)) from error
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.target.startswith("model."):
+            _keep_constant(model, graph, node, getattr(tracer.root, node.target))
+        elif node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("model.")
     return TracedModel(graph, tracer.outputs)
+
+
+def _keep_constant(model: nn.Module, graph: fx.Graph, node: fx.Node, value: Tensor) -> None:
+    """A tensor that the forward makes of numbers becomes a module of ``model``."""
+    name = node.target.lstrip("_")
+    before = getattr(model, name, None)
+    if isinstance(before, Constant) and not torch.equal(before.value, value):
+        raise CannotTrace("its forward makes a tensor that is another one each time")
+    model.add_module(name, Constant(value))
+    with graph.inserting_before(node):
+        node.replace_all_uses_with(graph.call_module(name))
+    graph.erase_node(node)
 
 
 def trace(model: nn.Module, opened: set[str], example: Tensor | None = None) -> TracedModel:

@@ -110,6 +110,7 @@ def test_a_policy_is_a_record():
     [
         ({"output_weights": 1.0}, TypeError, "output_weights must be at least one number, got 1.0"),
         ({"output_weights": []}, TypeError, "output_weights must be at least one number, got"),
+        ({"output_weights": [1.0, 1e-60]}, ValueError, "output_weights must be positive and finite, got 1e-60 at"),
         (
             {"output_weights": [1.0, 0.0]},
             ValueError,

@@ -117,6 +117,26 @@ class Branching(nn.Module):
         return self.fc(F.avg_pool2d(x, tuple(x.shape[2:])).flatten(1))
 
 
+class Normalising(nn.Module):
+    """Its forward makes tensors of numbers."""
+
+    shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = torch.tensor([0.4, 0.5, 0.6]).view(1, -1, 1, 1), torch.tensor(0.25)
+        x = torch.relu(self.a((x - mean) / std))
+        return self.fc(torch.relu(self.b(x)).mean((2, 3)) * torch.tensor(2.0))
+
+
+class Noisy(Normalising):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn(1))
+
+
 class TwoInputs(Branching):
     """The second one is needed by the first stage alone."""
 
@@ -311,6 +331,7 @@ MODELS = {
     "Residual": (Residual, ["layer1", "layer2"]),
     "sequential": (sequential, ["3"]),
     "Branching": (Branching, ["a+1", "b+2"]),
+    "Normalising": (Normalising, ["a+1"]),
     "TwoInOne": (TwoInOne, ["model.a+1", "model.b+2"]),
     "Parallel": (Parallel, ["down+4"]),
     "ChannelsLast": (ChannelsLast, ["stage1"]),
@@ -640,6 +661,42 @@ class DataDependent(OneStage):
         return self.fc(self.a(x).mean((2, 3)))
 
 
+class Distilled(nn.Module):
+    """Two classifiers in one module, whose mean is the answer, and a scale of one number."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.full((1,), 1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.a, self.b = Distilled.Scale(), nn.Linear(16, 5), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.scale(x)
+            return (self.a(x) + self.b(x)) / 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 16, 3, 2), Distilled.Head()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x)).mean((2, 3)))
+
+
+def test_two_classifiers_side_by_side_and_a_scalar() -> None:
+    net = anticipate(Distilled().eval(), num_classes=3)
+    for head, channels in zip(net.exits, (8, 16), strict=True):
+        assert [(m.in_features, m.out_features) for m in (head.head.a, head.head.b)] == [(channels, 3)] * 2
+        assert head.head.scale.factor.item() == 1.5
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
 class Auxiliary(OneStage):
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -776,6 +833,7 @@ class ClassToken(Tokens):
         (ChainInMode, r"its modules, run in order, do not give its output in training mode"),
         (ChainByContent, r"its modules, run in order, do not give its output for another image"),
         (ByBatch, r"its forward takes another path for one image than for two"),
+        (Noisy, r"its forward makes a tensor that is another one each time"),
         (TwoInputs, r"more than one input \(x, y\), .* take one tensor: wrap it in a module .*return self.model"),
         (Maps, r"Maps must return logits of shape \[N, K\], got \[2, 4"),
         (Scaled, r"the head's parameter 'gain' is used outside a layer"),
