@@ -399,7 +399,7 @@ def _answers(rows: list[dict[str, Any]], form: str) -> str:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
-    cells = [head, *([str(row[name]) for name in head] for row in rows)]
+    cells = [head, *([f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
     return "".join(line.rstrip() + "\n" for line in lines)
