@@ -10,6 +10,7 @@ from typing import Any
 from aep_ext._recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
 from aep_ext._utils import UserError
 from aep_ext.ensemble import ExitWeights
+from aep_ext.export.preprocessing import RESIZES
 from aep_ext.inference import CRITERIA
 
 # In all of them the weights stay float32, as everything behind the training expects.
@@ -50,7 +51,12 @@ class RunConfig:
         seeds: everything is trained once for each; the first kind of result is then a mean and a spread.
         classes: K, if it is to be larger than the data's.
         train_samples: learn from so many images only.
-        image_size, epochs, patience, batch_size, lr, weight_decay, optimizer, schedule: instead of the recipe's.
+        image_size: side in pixels; None: the recipe's, else that of the pretrained weights or of a network that takes
+            one size only, else the data's: the median shorter side, at most 224 (16 for the digits).
+        resize: how images get it, see :class:`~aep_ext.export.Preprocessing`; None: "crop", for the published
+            experiment's data sets "squash", as there.
+        skip_bad_images: leave out images that cannot be read, and list them, instead of stopping at the first.
+        epochs, patience, batch_size, lr, weight_decay, optimizer, schedule: instead of the recipe's.
             ``patience`` 0: never stop early.
         class_weights: weight the classes in the training loss; None: where the data is unbalanced.
         calibration_samples: hold out so many training images: output weights, temperatures and thresholds are fitted on
@@ -86,6 +92,8 @@ class RunConfig:
     train_samples: int | None = None
     calibration_samples: int = 0
     image_size: int | None = None
+    resize: str | None = None
+    skip_bad_images: bool = False
     epochs: int | None = None
     patience: int | None = None
     batch_size: int | None = None
@@ -162,9 +170,10 @@ class RunConfig:
             ("criterion", self.criterion, CRITERIA),
             ("criterion-on", self.criterion_on, ("ensemble", "exit")),
             ("output-weights", self.output_weights, ("fitted", "run")),
+            ("resize", self.resize, (None, *RESIZES)),
         ):
             if value not in known:
-                raise UserError(f"no such {name}: {value!r} (there are: {', '.join(known)})")
+                raise UserError(f"no such {name}: {value!r} (there are: {', '.join(filter(None, known))})")
         if self.budget is not None and not -100 <= self.budget <= 100:
             raise UserError(f"budget must be points within -100..100, got {self.budget}")
         for name, value in (("risk", self.risk), ("delta", self.delta)):

@@ -23,7 +23,7 @@ class Recipe:
         batch_size: of the training; scoring uses larger batches, which change no decision.
         epochs: at most so many.
         patience: stop after so many epochs without a better joint validation loss; None: never.
-        image_size: side in pixels to which images are resized.
+        image_size: side in pixels to which images are resized; None: as the network or the data has it.
         seed: where the user names none.
     """
 
@@ -36,7 +36,7 @@ class Recipe:
     batch_size: int = 64
     epochs: int = 20
     patience: int | None = None
-    image_size: int = 32
+    image_size: int | None = None
     seed: int = 0
 
 
@@ -57,25 +57,21 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "quick",
-            "Minutes on a CPU: Adam at 3e-3 with a cosine schedule, batches of 64, 30 epochs, "
-            "no augmentation, 16 pixels.",
+            "Minutes on a CPU: Adam at 3e-3 with a cosine schedule, batches of 64, 30 epochs, no augmentation.",
             optimizer="adam",
             lr=3e-3,
             schedule="cosine",
             batch_size=64,
             epochs=30,
-            image_size=16,
         ),
         Recipe(
             "cifar-small",
-            "CIFAR at its own size on a CPU: Adam at 2e-3 with a cosine schedule, batches of 64, 12 epochs, "
-            "no augmentation, 32 pixels.",
+            "CIFAR on a CPU: Adam at 2e-3 with a cosine schedule, batches of 64, 12 epochs, no augmentation.",
             optimizer="adam",
             lr=2e-3,
             schedule="cosine",
             batch_size=64,
             epochs=12,
-            image_size=32,
         ),
     )
 }

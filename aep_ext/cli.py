@@ -159,6 +159,11 @@ def _parser() -> argparse.ArgumentParser:
         help="resnet_small, resnet50, vgg16, densenet169, mobilenet_v3_small, efficientnet_b5, "
         "their _full variants, torchvision/NAME or timm/NAME",
     )
+    what.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="leave out images that cannot be read, and list them in the report, instead of stopping at the first",
+    )
     what.add_argument("--weights", metavar="NAME", help="pretrained weights, for example DEFAULT (default: none)")
     what.add_argument("--classes", type=int, metavar="K", help="number of classes (default: as many as the data has)")
     what.add_argument(
@@ -169,7 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     how = run.add_argument_group("how")
     how.add_argument("--recipe", metavar="NAME", help=f"{', '.join(RECIPES)}; paper is the published protocol")
-    how.add_argument("--image-size", type=int, metavar="PIXELS", help="side to which images are resized")
+    how.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="the shorter side of images is resized to it, then the centre cut out (default: that of the recipe, of "
+        "pretrained weights, or the median of the images, at most 224)",
+    )
     how.add_argument("--epochs", type=int, metavar="N", help="at most so many epochs")
     how.add_argument(
         "--patience", type=int, metavar="N", help="stop after N epochs without a better joint validation loss; 0: never"

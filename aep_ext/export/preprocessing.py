@@ -119,8 +119,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             f"Preprocessing: an image of mode {image.mode} must have values within 0..{highest}, "
             f"got {values.min()}..{values.max()}"
         )
-    scaled = np.rint(values * (255 / highest)).astype(np.uint8)
-    return require("PIL.Image", "train", "reading images").fromarray(scaled)
+    scaled = values.astype(np.float32)  # exact, and half of what float64 would take
+    scaled *= 255 / highest
+    return require("PIL.Image", "train", "reading images").fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
 
 
 def open_image(file: str | Path | BinaryIO) -> Image.Image:
@@ -136,9 +137,14 @@ def open_image(file: str | Path | BinaryIO) -> Image.Image:
         return pillow.open(file)
 
 
+class ImageError(UserError):
+    """An image cannot be read, or its values have no meaning as one."""
+
+
 @contextmanager
-def image_errors(name: str) -> Iterator[None]:
-    """Whatever goes wrong with an image inside the block, as a UserError of one line that names it.
+def image_errors(name: str, remedy: str = "") -> Iterator[None]:
+    """Whatever goes wrong with an image inside the block, as an ImageError of one line that names it and ends with
+    the remedy.
 
     Pillow raises errors of a dozen kinds for files that are damaged.
     """
@@ -148,4 +154,6 @@ def image_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} cannot be read as an image ({text.removeprefix('Preprocessing: ')})") from error
+        raise ImageError(
+            f"{name} cannot be read as an image ({text.removeprefix('Preprocessing: ')}){remedy}"
+        ) from error

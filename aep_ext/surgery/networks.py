@@ -334,6 +334,32 @@ def scalable(name: str) -> bool:
     return name == "resnet_small"
 
 
+def image_size(name: str, weights: str | None = None) -> int | None:
+    """Side in pixels of the images that pretrained weights were trained on, or that a network of timm is fixed to.
+
+    Args:
+        name, weights: as :func:`build` takes them.
+
+    Returns:
+        None where the network takes images of many sizes, and where there are no such weights, which :func:`build`
+        says.
+    """
+    library, _, inner = name.partition("/")
+    try:
+        if library == "timm":
+            from timm.models import get_pretrained_cfg
+
+            found = get_pretrained_cfg(inner if weights in (None, "DEFAULT") else f"{inner}.{weights}")
+            return found.input_size[-1] if found and (weights or found.fixed_input_size) else None
+        if weights is None:
+            return None
+        plan = _PLANS.get(name)
+        entry = _weights_entry(plan.torchvision_name if plan else inner, weights)
+        return int(entry.transforms().crop_size[0])
+    except (ImportError, ValueError, RuntimeError):
+        return None
+
+
 def build(
     name: str,
     num_classes: int,

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from aep_ext._utils import require
+from aep_ext.export.preprocessing import ImageError, Preprocessing
 from aep_ext.training.sources import Source
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 CACHE_BYTES = 2 << 30
-
-
-def decode(image: Image.Image, size: int, channels: int) -> Tensor:
-    """One image as uint8 (channels, size, size).
-
-    Resized by Pillow's bicubic filter, which is antialiased: exactly what
-    ``torchvision.transforms.Resize(interpolation=BICUBIC)`` does to a Pillow image, so that dividing the bytes by 255
-    afterwards equals the published transforms.
-    """
-    pillow = require("PIL.Image", "train", "reading images")
-    image = image.convert("L" if channels == 1 else "RGB").resize((size, size), pillow.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
 class ImageDataset(Dataset):
@@ -38,53 +21,78 @@ class ImageDataset(Dataset):
     Args:
         source: the images.
         indices: which of them, int64 (n,).
-        size: side in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        mean, std: one number per channel, of values within 0..1.
+        preprocessing: makes tensors of them.
         cache_bytes: decoded images are kept in memory as bytes if they fit into so many; else every access decodes
             anew.
+        skip_bad_images: leave out the images that cannot be read; without a cache all are read once to find them.
+        progress: called with the number of images read and of all.
+
+    Attributes:
+        indices: of the images that are there.
+        skipped: names of the images left out.
+        hashes: of the images' pixels; None where not all were read.
 
     Whole batches are made at once (``__getitems__``), so that a loader over cached images costs no Python per sample.
+
+    Raises:
+        ImageError: an image cannot be read.
     """
 
     def __init__(
         self,
         source: Source,
         indices: Tensor,
+        preprocessing: Preprocessing,
         *,
-        size: int,
-        channels: int,
-        mean: Sequence[float],
-        std: Sequence[float],
         cache_bytes: int = CACHE_BYTES,
+        skip_bad_images: bool = False,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if len(mean) != channels or len(std) != channels:
-            raise ValueError(f"ImageDataset: mean and std must have {channels} entries, got {len(mean)} and {len(std)}")
-        self.source, self.indices, self.size, self.channels = source, indices, size, channels
-        self.labels = source.labels[indices]
-        self.mean = torch.tensor(list(mean), dtype=torch.float32).view(1, channels, 1, 1)
-        self.std = torch.tensor(list(std), dtype=torch.float32).view(1, channels, 1, 1)
+        self.source, self.indices, self.preprocessing = source, indices, preprocessing
+        self._shape = (preprocessing.channels, preprocessing.image_size, preprocessing.image_size)
+        self.skipped: list[str] = []
+        self.hashes: list[bytes] | None = None
         self._cache: Tensor | None = None
-        if len(indices) * channels * size * size <= cache_bytes:
-            self._cache = torch.empty((len(indices), channels, size, size), dtype=torch.uint8)
-            for row, index in enumerate(indices.tolist()):
-                self._cache[row] = decode(source.image(index), size, channels)
+        if len(indices) * preprocessing.channels * preprocessing.image_size**2 <= cache_bytes:
+            self._cache = torch.empty((len(indices), *self._shape), dtype=torch.uint8)
+        if self._cache is not None or skip_bad_images:
+            self._read(skip_bad_images, progress)
+        self.labels = source.labels[self.indices]
+
+    def _read(self, skip_bad_images: bool, progress: Callable[[int, int], None] | None) -> None:
+        """Decode every image once: into the cache, and to leave out the bad ones."""
+        kept: list[int] = []
+        self.hashes = []
+        for row, index in enumerate(self.indices.tolist()):
+            try:
+                pixels = self.source.pixels(index, self.preprocessing)
+            except ImageError:
+                if not skip_bad_images:
+                    raise
+                self.skipped.append(self.source.name(index))
+            else:
+                if self._cache is not None:
+                    self._cache[len(kept)] = pixels
+                self.hashes.append(hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).digest())
+                kept.append(index)
+            if progress is not None:
+                progress(row + 1, len(self.indices))
+        self.indices = torch.tensor(kept, dtype=torch.int64)
+        if self._cache is not None:
+            self._cache = self._cache[: len(kept)]
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
         """Raw images, uint8 (len(rows), C, H, W)."""
         if self._cache is not None:
             return self._cache[torch.as_tensor(rows, dtype=torch.int64)]
-        images = [decode(self.source.image(int(self.indices[row])), self.size, self.channels) for row in rows]
-        return (
-            torch.stack(images) if images else torch.empty((0, self.channels, self.size, self.size), dtype=torch.uint8)
-        )
+        images = [self.source.pixels(int(self.indices[row]), self.preprocessing) for row in rows]
+        return torch.stack(images) if images else torch.empty((0, *self._shape), dtype=torch.uint8)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        images = self.pixels(rows).float().div_(255).sub_(self.mean).div_(self.std)
-        return images, self.labels[torch.as_tensor(rows, dtype=torch.int64)]
+        return self.preprocessing.normalised(self.pixels(rows)), self.labels[torch.as_tensor(rows, dtype=torch.int64)]
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         images, labels = self.__getitems__([row])

@@ -104,6 +104,7 @@ class RunFolder:
                 f"{self.path} holds a run of version {version}, whose files have other names; this aep_ext reads "
                 f"version {VERSION}: run it again into another --output"
             )
+        values.setdefault("resize", "squash")  # as runs that name none did
         return replace(RunConfig.from_dict(values), output=str(self.path))
 
 

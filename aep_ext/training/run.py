@@ -24,7 +24,7 @@ from aep_ext.pruning import count_macs, count_parameters, prune, score_subsets, 
 from aep_ext.report import read_results, write_report
 from aep_ext.surgery import networks
 from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.training.data import ImageDataModule
+from aep_ext.training.data import SPLITS, ImageDataModule
 from aep_ext.training.evaluate import LATENCY_IMAGES, accuracy, latency_beside, right_answers, torch_device
 from aep_ext.training.fit import fit
 from aep_ext.training.folder import BASELINE, MODEL_FILES, STATIC, VERSION, RunFolder, begin, open_run
@@ -102,7 +102,7 @@ def calibrate_run(
     if given.get("budget") is not None:  # it takes the place of a guarantee that the run was asked for
         given = {"risk": None, **given}
     config = replace(path.stored(), **given).resolved()
-    job = Job(config, path, progress)
+    job = Job(config, path, progress, results["data"])
     known = results["calibration"] and results["calibration"]["fingerprint"] == job.fingerprint()
     if not known or job.static != [entry["network"] for entry in results["static"]]:
         job.check_images()
@@ -149,7 +149,13 @@ def _title(name: str) -> str:
 class Job:
     """One run, resolved: everything that its parts share."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        progress: Progress | None = None,
+        described: dict[str, Any] | None = None,
+    ) -> None:
         assert config.seeds is not None
         self.config, self.folder, self.seeds = config, folder, config.seeds
         self.progress = progress or Progress()
@@ -161,7 +167,10 @@ class Job:
             raise UserError(networks.unknown(config.network))
         self.static = _static_networks(config)
         self.data = ImageDataModule.of_config(config)
-        self.shape = (self.data.channels, self.recipe.image_size, self.recipe.image_size)
+        self.described = described
+        size = self.data.preprocessing.image_size
+        self.recipe = replace(self.recipe, image_size=size)
+        self.shape = (self.data.channels, size, size)
         self.structure = build_network(config.network, self.data.num_classes, self.data.channels, config.weights)
         self.threads = config.threads or self._threads()
         weighted = self.data.unbalanced if config.class_weights is None else config.class_weights
@@ -178,10 +187,10 @@ class Job:
         """
         try:
             work = count_macs(self.structure, self.shape) * self.recipe.batch_size
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # each network has its own
             raise UserError(
-                f"{self.config.network} cannot take images of {self.recipe.image_size} pixels: "
-                f"{' '.join(str(error).split())[:200]}"
+                f"{self.config.network} cannot take images of {self.recipe.image_size} pixels, try another "
+                f"--image-size: {' '.join(str(error).split())[:200]}"
             ) from error
         return 1 if work < SMALL_STEP else None
 
@@ -192,6 +201,7 @@ class Job:
             The content of ``results.json``.
         """
         with using_threads(self.threads):
+            described = self.described or self.describe_data()
             seeds = []
             for seed in self.seeds:
                 baseline = self.part(seed, BASELINE)
@@ -209,14 +219,14 @@ class Job:
                 "recipe": asdict(self.recipe),
                 "environment": environment(self.device),
                 "data": {
-                    **self.data.describe(),
+                    **described,
                     "spec": public_config(self.config)["data"],
                     "class_weight": None if self.class_weight is None else self.class_weight.tolist(),
                 },
                 "network": {"name": self.config.network, "exits": self.structure.num_exits},
                 "calibration": calibration,
                 "test_looks": looks,
-                "notices": notices(calibration, seeds, looks),
+                "notices": [*described.get("notices", []), *notices(calibration, seeds, looks)],
                 "seeds": seeds,
                 "summary": summary,
                 "delivered": delivered(self.config, seeds),
@@ -226,6 +236,20 @@ class Job:
             self.deliver(results)
             write_json(self.folder.results, results)
         return read_json(self.folder.results)
+
+    def describe_data(self) -> dict[str, Any]:
+        """Read all images, tell what is odd about them, and describe them for ``results.json``."""
+        size, said = self.recipe.image_size, self.data.preprocessing.resize
+        if self.config.image_size is None:
+            how = "resized" if said == "squash" else "shorter side resized, then cut square"
+            self.progress.line(f"images: {size} x {size} pixels ({how}; --image-size says another size)")
+        for split in SPLITS:
+            with self.progress.task(f"reading {split} images", 1) as task:
+                self.data.dataset(split, task)
+        odd = self.data.warnings()
+        for line in odd:
+            self.progress.line(f"warning: {line}")
+        return {**self.data.describe(), "notices": odd}
 
     def title(self, seed: int, name: str) -> str:
         """How a trained model is called in lines of progress."""
@@ -305,8 +329,7 @@ class Job:
 
     def metadata(self) -> dict[str, Any]:
         """What a user of a saved network must know: how its images are prepared and what its classes are called."""
-        described = self.data.describe()
-        return {name: described[name] for name in ("classes", "image_size", "channels", "normalisation")}
+        return {"classes": list(self.data.splits.classes), "preprocessing": self.data.preprocessing.to_dict()}
 
     def fingerprint(self) -> str:
         """SHA-256 of what is asked of the calibration and of the logits that it is asked of."""

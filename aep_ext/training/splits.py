@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PUBLISHED_SEED = 420
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR = ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768))
 
 

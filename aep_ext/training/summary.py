@@ -202,7 +202,8 @@ def calibration_settings(config: RunConfig, data: ImageDataModule) -> dict[str, 
     else:
         asked["budget"] = {"kind": "risk", "epsilon": config.risk, "delta": config.delta}
     split = data.calibration_split
-    return {**asked, "images": split, "samples": len(data.splits.parts[split][1])}
+    images = data.dataset(split) if data.skip_bad_images else data.splits.parts[split][1]
+    return {**asked, "images": split, "samples": len(images)}
 
 
 def notices(calibration: dict[str, Any] | None, seeds: list[dict[str, Any]], looks: int) -> list[str]:
