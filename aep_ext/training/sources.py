@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from aep_ext._utils import MissingPackage, UserError, require
-from aep_ext.export.preprocessing import Preprocessing, image_errors, open_image
+from aep_ext.export.preprocessing import IMAGE_SUFFIXES, Preprocessing, image_errors, open_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm"}
 MEMBER_LIMIT = 1 << 30
 """So many bytes a member of an archive may hold; more only if they were stored in a hundredth of that."""
 _GREY = ("1", "L", "LA", "La", "F")
@@ -107,7 +106,7 @@ def _checked_labels(values: Any, classes: int) -> Tensor:
     if labels.ndim != 1 or not len(labels):
         raise ValueError(f"labels must be a list of at least one, got shape {list(labels.shape)}")
     if labels.dtype.kind not in "iu":
-        raise ValueError(f"labels must be integers, got {labels.dtype} such as {labels[0]!r:.50}")
+        raise ValueError(f"labels must be integers, got {labels[:1].tolist()} of type {labels.dtype}")
     for label in (int(labels.min()), int(labels.max())):
         if not 0 <= label < classes:
             raise ValueError(f"labels must be within 0..{classes - 1} ({classes} classes), got {label}")
@@ -148,9 +147,9 @@ def jpeg_archive(path: Path) -> dict[str, Source]:
 
 
 def _split_of(archive: zipfile.ZipFile, split: str, classes: tuple[str, ...], path: Path) -> Source:
-    data, offsets = _member(archive, f"{split}_bytes"), _member(archive, f"{split}_offsets")
+    data, offsets, values = (_member(archive, f"{split}_{part}") for part in ("bytes", "offsets", "labels"))
     try:
-        labels = _checked_labels(_member(archive, f"{split}_labels"), len(classes))
+        labels = _checked_labels(values, len(classes))
     except ValueError as error:
         raise ValueError(f"{split}_{error}") from error
     if data.dtype != np.uint8 or offsets.dtype.kind not in "iu":

@@ -103,8 +103,8 @@ def other_dtype(random: Random, array: np.ndarray) -> np.ndarray:
 
 
 def other_shape(random: Random, array: np.ndarray) -> np.ndarray:
-    shapes = [(-1, 1), (1, -1), (1, 1, -1)]
-    return random.choice([0, 1]) and array.reshape(shapes[random.integers(3)]) or np.array(array.ravel()[0])
+    shape = [(-1, 1), (1, -1), (1, 1, -1), ()][random.integers(4)]
+    return array.reshape(shape) if shape else array[0].reshape(())
 
 
 def other_values(random: Random, array: np.ndarray) -> np.ndarray:
