@@ -137,17 +137,17 @@ def jpeg_archive(path: Path) -> dict[str, Source]:
     if not path.is_file():
         raise UserError(f"no such data: {path} is not a file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            classes = tuple(str(name) for name in _member(archive, "classes"))
-            return {split: _split_of(archive, split, classes, path) for split in ("train", "test")}
+        with zipfile.ZipFile(path) as members:
+            classes = tuple(str(name) for name in _member(members, "classes"))
+            return {split: _split_of(members, split, classes, path) for split in ("train", "test")}
     except MissingPackage:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise errors of a dozen kinds for files that are damaged
         raise UserError(f"no such data: {path} is not an archive of image files ({_one_line(error)})") from error
 
 
-def _split_of(archive: zipfile.ZipFile, split: str, classes: tuple[str, ...], path: Path) -> Source:
-    data, offsets, values = (_member(archive, f"{split}_{part}") for part in ("bytes", "offsets", "labels"))
+def _split_of(members: zipfile.ZipFile, split: str, classes: tuple[str, ...], path: Path) -> Source:
+    data, offsets, values = (_member(members, f"{split}_{part}") for part in ("bytes", "offsets", "labels"))
     try:
         labels = _checked_labels(values, len(classes))
     except ValueError as error:
@@ -161,11 +161,11 @@ def _split_of(archive: zipfile.ZipFile, split: str, classes: tuple[str, ...], pa
     return Source(partial(_from_bytes, data, offsets), labels, classes, partial(_numbered, f"{split} in {path}"))
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+def _member(members: zipfile.ZipFile, name: str) -> np.ndarray:
     """A one-dimensional array of an ``.npz``; what its header promises is compared with what is there before anything
     is allocated."""
-    info = archive.getinfo(f"{name}.npy")
-    with archive.open(info) as file:
+    info = members.getinfo(f"{name}.npy")
+    with members.open(info) as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError(f"{name} is not an array of numbers or names")
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
