@@ -38,6 +38,9 @@ TIMM = {
     "resnet26": ["layer1", "layer2", "layer3"],
     "mobilenetv3_small_100": ["blocks.0", "blocks.1", "blocks.2", "blocks.3"],
     "efficientnet_b0": [f"blocks.{number}" for number in range(6)],
+    "mobilenetv4_conv_small": ["blocks.0", "blocks.1", "blocks.2"],
+    "ese_vovnet19b_dw": ["stem", "stages.0", "stages.1", "stages.2"],  # not stem.1, a hundredth of the cost before
+    "hrnet_w18_small": ["act1", "layer1"],  # from there to its end three branches go side by side
 }
 
 
@@ -65,6 +68,13 @@ def test_torchvision(name: str) -> None:
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     model = getattr(torchvision.models, name)(weights=None, num_classes=10, **options)
     is_the_original_on_its_last_exit(model, TORCHVISION[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nfnet_f0", "dm_nfnet_f0"])
+def test_exits_that_nearly_coincide_in_cost(name: str) -> None:
+    net = anticipate(build(f"timm/{name}").eval())  # not stem.act4 and stages, a fortieth of the cost before the next
+    assert net.origin["cuts"] == ["stem", "stages.0", "stages.1", "stages.2"]
 
 
 @pytest.mark.parametrize("name", TIMM)
