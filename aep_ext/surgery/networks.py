@@ -45,7 +45,7 @@ def _models() -> ModuleType:
     try:
         import torchvision.models
     except ImportError as error:
-        raise ImportError(f"the paper's networks need torchvision: pip install 'aep_ext[models]' ({error})") from error
+        raise ImportError(f"this network needs torchvision: pip install 'aep_ext[models]' ({error})") from error
     return torchvision.models
 
 

@@ -120,7 +120,7 @@ def build_network(name: str, num_classes: int, channels: int, weights: str | Non
     try:
         return networks.build(name, num_classes, channels, weights=weights)
     except (ValueError, ImportError) as error:
-        raise UserError(f"no such network: {' '.join(str(error).split())}") from error
+        raise UserError(" ".join(str(error).split()).removeprefix("build: ")) from error
     except OSError as error:  # no connection, and nothing in the cache
         raise UserError(
             f"no such weights: {weights} of {name} cannot be had ({' '.join(str(error).split())})"

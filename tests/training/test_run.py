@@ -193,7 +193,7 @@ def test_jpeg_archive_as_data(archive: Path, tmp_path: Path) -> None:
     [
         ({"network": "resnet9000"}, "no such network: 'resnet9000' \\("),
         ({"network": "torchvision/resnet9000"}, "no such network|needs torchvision|torchvision"),
-        ({"weights": "DEFAULT"}, "no such network: resnet_small: has no pretrained weights"),
+        ({"weights": "DEFAULT"}, "^resnet_small: has no pretrained weights"),
         ({"data": "nowhere/at-all"}, "no such data: nowhere/at-all"),
         ({"network": "vgg16", "image_size": 8}, "vgg16 cannot take images of 8 pixels|needs torchvision|torchvision"),
         ({"classes": 4}, "fewer classes than labels: 4 classes asked for"),
