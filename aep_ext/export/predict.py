@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from aep_ext import ops
-from aep_ext._utils import UserError, eval_mode, require
-from aep_ext.export.preprocessing import IMAGE_SUFFIXES, Preprocessing, image_errors, open_image
+from aep_ext._utils import UserError, eval_mode
+from aep_ext.export.preprocessing import IMAGE_SUFFIXES, ImageError, Preprocessing, image_errors, open_image
 from aep_ext.inference import CompiledNet, GatedNet, GatedOutput
 from aep_ext.surgery.multi_exit import MultiExitNet
 
@@ -43,7 +43,7 @@ def predict(
     images: Picture | Iterable[Picture],
     *,
     batch_size: int = 64,
-    on_bad_image: Callable[[UserError], object] | None = None,
+    on_bad_image: Callable[[ImageError], object] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> list[Prediction]:
     """Classifies images.
@@ -62,7 +62,7 @@ def predict(
         confidence that of a gate at the last exit.
 
     Raises:
-        UserError: an image cannot be read.
+        ImageError: an image cannot be read; a UserError.
         TypeError: ``net`` or an image is of another type.
         ValueError: ``batch_size`` is below 1, ``net.preprocessing`` is None where it is needed, or tensors of several
             shapes.
@@ -115,7 +115,7 @@ def image_files(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
 def _prepared(
     preprocessing: Preprocessing | None,
     images: Iterable[Picture],
-    on_bad_image: Callable[[UserError], object] | None,
+    on_bad_image: Callable[[ImageError], object] | None,
 ) -> Iterator[tuple[str | None, Tensor]]:
     """Every image's file and its input (C, H, W)."""
     for number, image in enumerate(images):
@@ -132,7 +132,6 @@ def _prepared(
                 "predict: net.preprocessing must say how images become inputs, got None; give it an "
                 "aep_ext.export.Preprocessing, or give predict tensors"
             )
-        require("PIL", "train", "predict")  # else every image would be a bad one
         file = os.fspath(image) if isinstance(image, str | os.PathLike) else None
         if file is None and not hasattr(image, "convert"):
             raise TypeError(f"predict: an image must be a path, a Pillow image or a tensor, got {type(image).__name__}")
@@ -143,7 +142,7 @@ def _prepared(
                 else:
                     with open_image(Path(file)) as opened:
                         x = preprocessing(opened)
-        except UserError as error:
+        except ImageError as error:
             if on_bad_image is None:
                 raise
             on_bad_image(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,8 @@ def test_what_is_refused(net: MultiExitNet, gated: GatedNet) -> None:
 
 
 def test_pillow_missing_is_no_bad_image(net: MultiExitNet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"predict needs PIL: pip install 'aep_ext\[train\]'"):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r"reading images needs PIL: pip install 'aep_ext\[train\]'"):
         predict(net, ["a.png"], on_bad_image=lambda error: None)
 
 
