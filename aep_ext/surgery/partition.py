@@ -82,7 +82,11 @@ def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: 
         try:
             traced = _trace_or_chain(model, opened | {path}, image)
             opened.add(path)
-        except (CannotTrace, ValueError):  # its insides take another path in training mode
+        except CannotTrace:
+            kept_whole.add(path)
+        except ValueError:  # its insides take another path in training mode: no matter for a stage
+            if any(n.target == path and len(measured.shapes.get(n, ())) != 4 for n in traced.graph.nodes):
+                raise
             kept_whole.add(path)
     nodes = list(traced.graph.nodes)
     output = nodes[-1].args[0]

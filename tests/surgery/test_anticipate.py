@@ -705,6 +705,38 @@ class Auxiliary(OneStage):
         return self.fc(x.mean((2, 3)))
 
 
+class WrappedAuxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Auxiliary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class ModalStage(nn.Module):
+    """Takes another path in training mode: it can be no more than a whole stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.training:
+            x = torch.tanh(x)
+        return self.b(x)
+
+
+def test_a_stage_with_another_path_in_training_mode_stays_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), ModalStage(), nn.Conv2d(12, 16, 3, 2, 1))
+    model.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)])
+    net, x = anticipate(model, example=(3, 64, 64), fused=False), torch.randn(2, 3, 64, 64)
+    assert "1" in net.origin["cuts"]
+    for training in (True, False):
+        assert torch.equal(net.train(training).exit_logits(x)[-1], model.train(training)(x))
+
+
 class ChainInMode(Chain):
     """A chain, but for something in training mode that is no module."""
 
@@ -830,6 +862,7 @@ class ClassToken(Tokens):
         (Crossed, r"no plain chain of modules \('fc' is given a tensor that the module before it did not return"),
         (Reordered, r"its modules run in another order in training mode"),
         (Changed, r"its modules, run in order, do not give its output"),
+        (WrappedAuxiliary, r"WrappedAuxiliary.forward takes another path in training mode .*aux_logits=False"),
         (ChainInMode, r"its modules, run in order, do not give its output in training mode"),
         (ChainByContent, r"its modules, run in order, do not give its output for another image"),
         (ByBatch, r"its forward takes another path for one image than for two"),
