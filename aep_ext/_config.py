@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from aep_ext._recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
 from aep_ext._utils import UserError
@@ -205,13 +207,18 @@ class RunConfig:
         """The reverse of :meth:`to_dict`.
 
         Raises:
-            UserError: a name is unknown.
+            UserError: a name is unknown, or a value of another type.
         """
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError(f"the configuration has unknown entries: {', '.join(unknown)}")
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        types = get_type_hints(cls)
+        for name, value in values.items():
+            if not _is_a(value, types[name]):
+                wanted = getattr(types[name], "__name__", str(types[name])).replace("NoneType", "None")
+                raise UserError(f"{name.replace('_', '-')} must be of type {wanted}, got {value!r:.80}")
         return cls(**values)
 
     def differences(self, other: RunConfig) -> list[str]:
@@ -221,6 +228,17 @@ class RunConfig:
             for field in fields(self)
             if field.name not in RUNTIME_FIELDS and getattr(self, field.name) != getattr(other, field.name)
         ]
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of a field: a plain one, a union, or a tuple of any length."""
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(one, get_args(kind)[0]) for one in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
 
 
 def _family(name: str) -> str:

@@ -26,6 +26,10 @@ class MissingPackage(UserError, ImportError):
     """An optional package is not installed; the message names it and the extra that brings it."""
 
 
+class FileError(UserError, OSError):
+    """A file cannot be read or written; the message names it and says why."""
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import ``module`` or say which extra of aep_ext brings it.
 

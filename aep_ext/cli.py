@@ -38,7 +38,7 @@ PREDICT_EPILOG = """examples:
   aep predict runs/photos cat.jpg dog.jpg
   aep predict runs/photos new/ --format csv --output answers.csv
 """
-_ASIDE = ("command", "debug", "resume", "quiet", "folder")
+_ASIDE = ("command", "debug", "resume", "overwrite", "quiet", "folder")
 """Options that are no fields of a run's configuration."""
 
 
@@ -228,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         default=False,
         help="go on in a folder that holds this run; without --output, in the last one begun",
     )
+    where.add_argument("--overwrite", action="store_true", default=False, help="replace the run that the folder holds")
     where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1")
     where.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses; 1 for small networks)"
@@ -355,7 +356,9 @@ def _run(options: argparse.Namespace) -> None:
     from aep_ext.training import Progress, run
 
     began = time.monotonic()
-    _outcome(run(_fields(options), resume=options.resume, progress=Progress.of_terminal(options.quiet)), began)
+    progress = Progress.of_terminal(options.quiet)
+    asked = {"resume": options.resume, "overwrite": options.overwrite}
+    _outcome(run(_fields(options), **asked, progress=progress), began)
 
 
 def _calibrate(options: argparse.Namespace) -> None:

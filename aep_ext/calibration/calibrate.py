@@ -382,12 +382,16 @@ def _notice(budget: Budget, selection: Selection, best: Candidate, exits: tuple[
             f"no policy keeps a mean cost of {selection.limit:g}: the nearest, exits {nearest}, costs "
             f"{best.mean_cost:g}; allow a larger cost"
         )
-    rule = "cross-validated drop"
-    if selection.num_std_errors:
-        rule += f" plus {selection.num_std_errors:g} standard errors of {best.std_error:.2f}"
+    added, careful = selection.num_std_errors, ""
+    remedies = "calibrate on more images, or allow a larger budget (--budget, --margin)"
+    if added:
+        total = best.drop_points + added * best.std_error
+        careful = f"; with {added:g} standard errors of {best.std_error:.2f} added, as is asked, {total:.2f}"
+        if best.drop_points <= selection.limit:
+            remedies = f"{remedies}, or hold the plain estimate against it (num_std_errors=0, --num-std-errors 0)"
     return (
-        f"no policy keeps within {selection.limit:g} points of the reference ({rule}, {n} images): the nearest, exits "
-        f"{nearest}, is {figures}; allow a larger budget or calibrate on more images"
+        f"no policy keeps within {selection.limit:g} points of the reference: the nearest, exits {nearest}, is "
+        f"{figures} by cross-validation on {n} images{careful}; {remedies}"
     )
 
 

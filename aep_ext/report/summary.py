@@ -71,18 +71,20 @@ def agreement_words(results: dict[str, Any], method: str) -> Iterator[str]:
 
 
 def caveats(results: dict[str, Any]) -> list[str]:
-    """What a reader must not overlook."""
+    """What a reader must not overlook, each once."""
+    noted = "\n".join(results["notices"])
     lines = [results["delivered"]["notice"]] if results["delivered"].get("notice") else []
     if len(results["seeds"]) == 1:
         lines.append("One seed only: the spread over trainings is not known.")
-    if (looks := results["test_looks"]) > 1:
+    if (looks := results["test_looks"]) > 1 and "have looked at the test images" not in noted:
         lines.append(
             f"The test images were looked at {looks} times: choices made after a look make figures optimistic."
         )
     lines += _of_margin(results)
     for method in results["summary"]["methods"]:
         for seed in results["seeds"]:
-            lines += [f"{method_name(method)}, seed {seed['seed']}: {line}" for line in _of_seed(seed, method)]
+            where = f"{method_name(method)}, seed {seed['seed']}"
+            lines += [f"{where}: {line}" for line in _of_seed(seed, method) if line not in noted]
     return [line[:1].upper() + line[1:] for line in [*lines, *results["notices"]]]
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from aep_ext._io import read_json, write_json
 from aep_ext._progress import Progress
 from aep_ext._utils import UserError, using_threads
-from aep_ext.export import load
 from aep_ext.inference import CompiledNet, ExitPolicy, GatedNet, StageProfile, compile
 from aep_ext.inference.backends import BACKENDS
 from aep_ext.report import write_report
@@ -107,8 +106,9 @@ def bench_run(
         "notices": timed.notices,
         "rows": rows,
     }
-    write_json(place.results, {**read_json(place.results), "bench": result})
-    write_report(place.path)
+    with place.locked():
+        write_json(place.results, {**read_json(place.results), "bench": result})
+        write_report(place.path)
     return result
 
 
@@ -118,12 +118,14 @@ def _networks(place: RunFolder) -> tuple[GatedNet, MultiExitNet]:
     Raises:
         UserError: there is no gated network.
     """
-    if place.finished()["delivered"]["kind"] != "gated":
+    results = place.finished()
+    place.check_delivered(results)
+    if results["delivered"]["kind"] != "gated":
         raise UserError(
             f"{place.path} delivers a network without gates: aep calibrate {place.path} with a larger --budget may "
             "find some"
         )
-    return cast(GatedNet, load(place.path)).eval(), cast(MultiExitNet, load(place.path / "pruned")).eval()
+    return cast(GatedNet, place.network("")), cast(MultiExitNet, place.network("pruned"))
 
 
 class _Timed:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import io
 import math
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any
 
 import torch
 
+from aep_ext._io import write_bytes
 from aep_ext._progress import Progress
-from aep_ext._utils import require
+from aep_ext._utils import UserError, require
 
 pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 _callbacks: Any = require("lightning.pytorch.callbacks", "train", "aep_ext.training")
+_plugins: Any = require("lightning.pytorch.plugins", "train", "aep_ext.training")
+
+_DIGEST = 64  # hexadecimal digits
 
 
 class JointEarlyStopping(_callbacks.EarlyStopping):
@@ -52,9 +57,43 @@ class JointEarlyStopping(_callbacks.EarlyStopping):
         self._first = bool(state_dict.get("first", False))
 
 
+class SealedCheckpoints(_plugins.TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically and with their SHA-256 in them.
+
+    A checkpoint is a zip archive; the digest of all that is before it is the archive's comment, so that no kill can
+    part the two, and ``torch.load`` reads the file as any other. Lightning's own way is through ``TMPDIR``.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        data = bytearray(buffer.getbuffer())
+        data[-2:] = _DIGEST.to_bytes(2, "little")  # of an archive without comment these two are its length, 0
+        data += hashlib.sha256(data).hexdigest().encode()
+        write_bytes(path, data)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = True) -> dict[str, Any]:
+        """Tensors and plain values; no pickle is run.
+
+        Raises:
+            UserError: the file cannot be read, or is not as it was written.
+        """
+        remedy = "delete it to train that model from its beginning, or restore the file"
+        try:
+            data = Path(path).read_bytes()
+            if hashlib.sha256(data[:-_DIGEST]).hexdigest().encode() != data[-_DIGEST:]:
+                raise UserError(f"{path} was changed since it was written: {remedy}")
+            return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        except UserError:
+            raise
+        except Exception as error:  # of a forger's digest
+            raise UserError(f"{path} is no checkpoint: {remedy}") from error
+
+
 class RunCheckpoint(_callbacks.Checkpoint):
-    """One checkpoint file, replaced atomically after every epoch: the state to resume from, the history, and the best
-    weights.
+    """One checkpoint file, replaced after every epoch: the state to resume from, the history, and the best weights.
 
     Best is the highest top-1 of the full ensemble on the validation set (``val/top1``), the earliest epoch on a tie.
     All of it lies in one file, so that no kill can part the best weights from the state that knows of them. The file
@@ -89,13 +128,8 @@ class RunCheckpoint(_callbacks.Checkpoint):
         if self.best is None or top1 > self.best["top1"]:
             weights = {name: value.detach().to("cpu", copy=True) for name, value in pl_module.net.state_dict().items()}
             self.best = {"epoch": trainer.current_epoch, "top1": top1, "weights": weights}
-        if self.path is None:
-            return
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        trainer.save_checkpoint(temporary)
-        if trainer.is_global_zero:
-            os.replace(temporary, self.path)
-        trainer.strategy.barrier()
+        if self.path is not None:
+            trainer.save_checkpoint(self.path)
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": copy.deepcopy(self.history), "best": self.best}

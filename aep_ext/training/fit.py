@@ -20,7 +20,7 @@ from aep_ext._progress import Progress
 from aep_ext._recipes import Recipe, recipe_named
 from aep_ext._utils import UserError, require
 from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint, TrainingProgress
+from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint, SealedCheckpoints, TrainingProgress
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.module import JointLightningModule
 
@@ -29,11 +29,13 @@ pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a training went: one dict of numbers per epoch, the epoch kept (from 0), and why it ended."""
+    """How a training went: one dict of numbers per epoch, the epoch kept (from 0), why it ended, and, where the network
+    learned nothing, a notice that says so."""
 
     history: list[dict[str, float]]
     best_epoch: int
     stopped_early: bool
+    notice: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -42,6 +44,7 @@ class FitResult:
             "best_epoch": self.best_epoch,
             "stopped_early": self.stopped_early,
             "seconds": sum(record["seconds"] for record in self.history),
+            "notice": self.notice,
             "history": self.history,
         }
 
@@ -131,7 +134,8 @@ def fit(
         TypeError: ``net`` is no MultiExitNet, or a loader yields something else.
         ValueError: no such optimizer or schedule, or a loader that can be gone through only once.
         RuntimeError: no epoch was finished.
-        UserError: no such recipe, or the training diverged: no epoch had a finite validation loss.
+        UserError: no such recipe, or the training diverged: no epoch had a finite validation loss; or the checkpoint is
+            damaged, of another network, or cannot be written.
         ImportError: Lightning is missing.
     """
     if not isinstance(net, MultiExitNet):
@@ -151,9 +155,7 @@ def fit(
     if isinstance(progress, bool):
         progress = Progress.of_terminal(quiet=not progress)
     home = net.output_weights.device
-    if checkpoint is not None:
-        checkpoint = Path(checkpoint)
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint = None if checkpoint is None else Path(checkpoint)
     keeper = RunCheckpoint(checkpoint)
     # Without a patience it still stops at a first loss of NaN, and at nothing else.
     stopper = JointEarlyStopping(recipe.patience or recipe.epochs + 1)
@@ -167,11 +169,12 @@ def fit(
         seed=seed,
     )
     resume = checkpoint if checkpoint is not None and checkpoint.is_file() else None
-    if resume is None or not _resume_finished(resume, keeper, stopper, recipe):
+    if resume is None or not _resume_finished(resume, module, keeper, stopper, recipe):
         with quiet_lightning():
             trainer = pl.Trainer(
                 max_epochs=recipe.epochs,
                 callbacks=[keeper, stopper, TrainingProgress(title, progress)],
+                plugins=[SealedCheckpoints()],
                 logger=False,
                 enable_checkpointing=True,
                 enable_model_summary=False,
@@ -191,7 +194,26 @@ def fit(
         )
     net.to(home).load_state_dict(keeper.best["weights"])
     net.eval()
-    return FitResult(keeper.history, int(keeper.best["epoch"]), stopper.wait_count >= stopper.patience)
+    notice = _learned_nothing(keeper, net)
+    if notice:
+        progress.line(f"{title}: WARNING: {notice}")
+    return FitResult(keeper.history, int(keeper.best["epoch"]), stopper.wait_count >= stopper.patience, notice)
+
+
+def _learned_nothing(keeper: RunCheckpoint, net: MultiExitNet) -> str:
+    """What to say of a training that ended no better than a constant answer; "" of any other.
+
+    Where all classes get the same probability the joint loss is sum(a_e) ln K, whatever the weights of the classes.
+    """
+    assert keeper.best is not None
+    chance, loss, top1 = 1 / net.num_classes, keeper.history[-1]["train/loss"], keeper.best["top1"]
+    constant = -float(net.loss_weights.sum()) * math.log(chance)
+    if net.num_classes == 1 or (loss < constant and top1 > chance):
+        return ""
+    found = f"the training loss ended at {loss:.3g}, where guessing has {constant:.3g}"
+    if loss < constant:
+        found = f"validation top-1 is {100 * top1:.1f} %, where guessing has {100 * chance:.1f} %"
+    return f"the network learned nothing or diverged: {found}; try a smaller learning rate, or train longer"
 
 
 def _loaders(train: Any, val: Any) -> dict[str, Any]:
@@ -224,13 +246,29 @@ def _fit_or_interrupt(
         raise KeyboardInterrupt from error
 
 
-def _resume_finished(checkpoint: Path, keeper: RunCheckpoint, stopper: JointEarlyStopping, recipe: Recipe) -> bool:
+def _resume_finished(
+    checkpoint: Path,
+    module: JointLightningModule,
+    keeper: RunCheckpoint,
+    stopper: JointEarlyStopping,
+    recipe: Recipe,
+) -> bool:
     """Whether the checkpoint is that of a training which was over; its history and best weights are then in ``keeper``.
 
     Lightning would train one epoch more after an early stop.
     """
-    states = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
-    kept = states[keeper.state_key]
+    state, own = SealedCheckpoints().load_checkpoint(checkpoint), module.state_dict()
+    try:
+        states, kept = state["callbacks"], state["callbacks"][keeper.state_key]
+        fits = {name: tensor.shape for name, tensor in state["state_dict"].items()} == {
+            n: t.shape for n, t in own.items()
+        }
+    except (KeyError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"{checkpoint} is of another training: delete it to train from the beginning, or restore the file"
+        )
     waited = states.get(stopper.state_key, {}).get("wait_count", 0)
     over = len(kept["history"]) >= recipe.epochs or waited >= stopper.patience
     if over:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import glob
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aep_ext._config import RunConfig
-from aep_ext._io import read_arrays, read_json, write_json
-from aep_ext._utils import UserError
+from aep_ext._io import check_files, read_arrays, read_json, read_record, sync_folder, umask, write_record
+from aep_ext._utils import FileError, UserError
+from aep_ext.export import load
 from aep_ext.report import read_results
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: there is no lock
+    fcntl = None  # type: ignore[assignment]
 
 VERSION = 2
 """Of what a run folder holds."""
@@ -22,6 +33,10 @@ BASELINE = "baseline"
 STATIC = "static/"
 """Begins the name of a trained static network."""
 MODEL_FILES = ("model.safetensors", "model.json")
+_ENTRIES = (
+    *("config.json", "results.json", "report.html", "figures", "examples.npz", *MODEL_FILES),
+    *("full", "pruned", BASELINE, "checkpoints"),
+)
 
 
 class RunFolder:
@@ -33,7 +48,8 @@ class RunFolder:
         results.json, report.html, figures/   the outcome; examples.npz: images that the report shows
         model.safetensors, model.json     the network that is delivered; full/, pruned/ and baseline/ beside it
         checkpoints/seed-0/mixed.ckpt     Lightning's state, replaced after every epoch
-        seed-0/mixed/part.json            a trained model; there as soon as, and only when, it is finished
+        seed-0/mixed/part.json            a trained model; there as soon as, and only when, it is finished; with the
+                                          SHA-256 of its files and its own, as gated.json
         seed-0/mixed/predictions.npz      its exit logits on the validation, calibration and test images
         seed-0/mixed/gated.json           its calibration
         seed-0/mixed/{full,pruned,gated}/ its networks
@@ -79,6 +95,56 @@ class RunFolder:
         arrays = read_arrays(self.file(seed, name, "predictions.npz"))
         return {key: torch.from_numpy(array) for key, array in arrays.items()}
 
+    def network(self, path: str) -> nn.Module:
+        """A network that was saved under ``path``, in eval mode.
+
+        Raises:
+            UserError: it is not there or damaged.
+        """
+        try:
+            return load(self.path / path)
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(str(error)) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder is this process's alone inside the block; what a killed one left half written is removed.
+
+        Raises:
+            UserError: another process has it.
+        """
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise FileError(f"cannot open {self.path}: {error.strerror}") from error
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UserError(
+                        f"{self.path} is in use by another aep: wait until it is done, or choose another --output"
+                    ) from error
+                except OSError:  # a file system without locks
+                    pass
+            for left in self.path.rglob(".*.part"):
+                left.unlink(missing_ok=True)
+            yield
+        finally:
+            if fcntl is not None:  # now, even if a worker process still holds a copy of the descriptor
+                with suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    def check_delivered(self, results: Mapping[str, Any]) -> None:
+        """An error unless what was delivered is as it was written.
+
+        Raises:
+            UserError: a file was changed or is not there.
+        """
+        remedy = f"delete {self.results} and deliver it again (aep run --output {self.path} --resume)"
+        check_files(self.path, results["delivered"].get("files", {}), remedy)
+
     def finished(self) -> dict[str, Any]:
         """The results of the run that this folder holds.
 
@@ -94,21 +160,30 @@ class RunFolder:
         return read_results(self.results)
 
     def stored(self) -> RunConfig:
-        """The run that this folder holds."""
+        """The run that this folder holds, resolved.
+
+        Raises:
+            UserError: its ``config.json`` is damaged or of another version.
+        """
         values = read_json(self.config)
         if not isinstance(values, dict):
             raise UserError(f"{self.config} is not a run's configuration")
-        version = values.pop("version", 1)
+        version = values.get("version", 1)
         if version != VERSION:
             raise UserError(
                 f"{self.path} holds a run of version {version}, whose files have other names; this aep_ext reads "
                 f"version {VERSION}: run it again into another --output"
             )
+        values = read_record(self.config, "run it again with --overwrite")
+        values = {name: value for name, value in values.items() if name not in ("version", "files")}
         values.setdefault("resize", "squash")  # as runs that name none did
-        return replace(RunConfig.from_dict(values), output=str(self.path))
+        try:
+            return replace(RunConfig.from_dict(values), output=str(self.path)).resolved()
+        except UserError as error:
+            raise UserError(f"{self.config}: {error}") from error
 
 
-def open_run(given: Mapping[str, Any], *, resume: bool = False) -> tuple[RunConfig, RunFolder]:
+def open_run(given: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> tuple[RunConfig, RunFolder]:
     """Begin a run in its folder, or go on with the one that is there.
 
     Args:
@@ -116,21 +191,32 @@ def open_run(given: Mapping[str, Any], *, resume: bool = False) -> tuple[RunConf
             ``runs/`` is taken, or, to resume, the one there that was begun last.
         resume: go on if the folder holds a run. What is not given is then as that run has it; what is given must be the
             same.
+        overwrite: a run that the folder holds is to be replaced.
 
     Returns:
-        The resolved configuration and its folder, in which ``config.json`` is written.
+        The resolved configuration and its folder.
 
     Raises:
-        UserError: the folder holds another run, or something else, or (without ``resume``) this run already.
+        UserError: the folder holds another run, or something else, or (without ``resume``) this run already; to
+            overwrite: something beside a run.
     """
     wanted = RunConfig.from_dict(given)
+    if resume and overwrite:
+        raise UserError("a run is resumed or overwritten, not both")
     if wanted.output is None:
         folder = RunFolder(_latest() if resume else _unused(wanted))
     else:
         folder = RunFolder(wanted.output)
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"{folder.path} is not a folder")
-    if folder.config.is_file():
+    if overwrite and folder.config.is_file():
+        names = sorted(path.name for path in folder.path.iterdir())
+        strange = [name for name in names if name not in _ENTRIES and not name.startswith(("seed-", "."))]
+        if b'"network"' not in folder.config.read_bytes():
+            strange = ["config.json"]
+        if strange:
+            raise UserError(f"{folder.path} holds more than a run ({strange[0]}): it is not overwritten")
+    elif folder.config.is_file():
         stored = folder.stored()
         asked = (
             replace(stored, **{**given, "output": str(folder.path)})
@@ -142,24 +228,70 @@ def open_run(given: Mapping[str, Any], *, resume: bool = False) -> tuple[RunConf
         if differing:
             raise UserError(
                 f"{folder.path} holds another run ({'; '.join(differing[:3])}{'; ...' if len(differing) > 3 else ''}); "
-                "choose another --output"
+                "choose another --output or --overwrite it"
             )
         if not resume:
             raise UserError(
-                f"{folder.path} holds this run already; go on with it by --resume, or choose another --output"
+                f"{folder.path} holds this run already; go on with it by --resume, --overwrite it, or choose another "
+                "--output"
             )
         return asked, folder
-    if folder.path.is_dir() and any(folder.path.iterdir()):
+    elif folder.path.is_dir() and any(path for path in folder.path.iterdir() if not _temporary(path)):
         raise UserError(f"{folder.path} is not empty and holds no run; choose another --output")
     config = replace(wanted, output=str(folder.path)).resolved()
     return config, folder
 
 
-def begin(config: RunConfig, folder: RunFolder) -> None:
-    """Write ``config.json`` unless it is there: from now on the folder holds this run."""
-    if not folder.config.is_file():
-        values = {name: value for name, value in config.to_dict().items() if name != "output"}
-        write_json(folder.config, {"version": VERSION, **values})
+@contextmanager
+def begin(config: RunConfig, folder: RunFolder, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+    """The folder holds this run, and is this process's alone inside the block.
+
+    A new folder appears with ``config.json`` in it, or not at all; to overwrite, it takes the place of the old one.
+
+    Args:
+        resume: the run is there.
+        overwrite: the folder may hold a run, which is removed.
+
+    Raises:
+        UserError: another process works in the folder, or it cannot be made.
+    """
+    values = {name: value for name, value in config.to_dict().items() if name != "output"} | {"version": VERSION}
+    path, replaced = folder.path, overwrite and folder.config.is_file()
+    if replaced or not path.exists():
+        made = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+                shutil.rmtree(left)
+            made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+            os.chmod(made, 0o777 & ~umask())
+            write_record(made / "config.json", values)
+            if replaced:
+                with folder.locked():
+                    old = path.rename(made.with_name(f"{made.name}.part"))
+                    made.rename(path)
+                shutil.rmtree(old)
+            else:
+                made.rename(path)
+            sync_folder(path.parent)
+        except FileError:
+            raise
+        except OSError as error:
+            raise FileError(f"cannot make {path}: {error.strerror or error}") from error
+        finally:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+        resume = True
+    with folder.locked():
+        if folder.config.is_file() and not resume:
+            raise UserError(f"{path} was taken by another run meanwhile; choose another --output")
+        if not folder.config.is_file():  # an empty folder of the user's
+            write_record(folder.config, values)
+        yield
+
+
+def _temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".part")
 
 
 def _unused(config: RunConfig) -> Path:
@@ -173,7 +305,8 @@ def _unused(config: RunConfig) -> Path:
 
 
 def _latest() -> Path:
-    configs = sorted(DEFAULT_PARENT.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    found = (path for path in DEFAULT_PARENT.glob("*/config.json") if not _temporary(path.parent))
+    configs = sorted(found, key=lambda path: path.stat().st_mtime)
     if not configs:
         raise UserError(f"there is no run to resume under {DEFAULT_PARENT}; name it: --output FOLDER --resume")
     return configs[-1].parent

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from aep_ext._config import RunConfig
-from aep_ext._io import read_json, write_arrays, write_bytes, write_json
+from aep_ext._io import check_files, read_json, read_record, sha256, write_arrays, write_bytes, write_json, write_record
 from aep_ext._progress import Progress
 from aep_ext._utils import UserError, require, using_threads
 from aep_ext.ensemble import ExitWeights
-from aep_ext.export import load, save
+from aep_ext.export import save
 from aep_ext.inference import ExitPolicy, GatedNet, collect_logits
 from aep_ext.ops import ensemble
 from aep_ext.pruning import count_macs, count_parameters, prune, score_subsets, single_exit
@@ -47,30 +47,32 @@ ALL_SUBSETS_TIMED = 31
 SMALL_STEP = 500_000_000  # multiply-adds of one forward pass of a training batch
 
 
-def run(given: Mapping[str, Any], *, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    given: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
     """Do the main job in a run folder, or what is left of it.
 
     Args:
         given: the fields of :class:`~aep_ext.training.RunConfig` that differ from the defaults.
         resume: go on in a folder that holds this run. A kill at any moment costs at most the epoch it fell into.
+        overwrite: remove the run that the folder holds, once this one is found to be possible.
         progress: where it is shown how far the run is; None: nowhere.
 
     Returns:
         The content of ``results.json``; its ``output`` is the folder.
 
     Raises:
-        UserError: no such data or network, fewer classes than labels, a folder that holds another run.
+        UserError: no such data or network, fewer classes than labels, a folder that holds another run or is in use,
+            a file of the run that was damaged or cannot be written.
     """
     for package in ("safetensors.torch", "matplotlib"):  # missed now rather than after hours of training
         require(package, "train", "aep run")
-    config, folder = open_run(given, resume=resume)
-    if resume and folder.results.is_file():
-        results = read_results(folder.results)
-    else:
-        job = Job(config, folder, progress)
-        begin(config, folder)
-        results = job.run()
-    write_report(folder.path)
+    config, folder = open_run(given, resume=resume, overwrite=overwrite)
+    job = None if resume and folder.results.is_file() else Job(config, folder, progress)
+    with begin(config, folder, resume=resume, overwrite=overwrite):
+        results = read_results(folder.results) if job is None else job.run()
+        folder.check_delivered(results)
+        write_report(folder.path)
     return {**results, "output": str(folder.path)}
 
 
@@ -91,7 +93,8 @@ def calibrate_run(
         The content of ``results.json``; its ``output`` is the folder.
 
     Raises:
-        UserError: no run, an unfinished one, one with a single exit, or other images than the run's.
+        UserError: no run, an unfinished or damaged one, one with a single exit, a folder in use, or other images than
+            the run's.
     """
     require("safetensors.torch", "train", "aep calibrate")
     path = RunFolder(folder)
@@ -103,11 +106,16 @@ def calibrate_run(
         given = {"risk": None, **given}
     config = replace(path.stored(), **given).resolved()
     job = Job(config, path, progress, results["data"])
-    known = results["calibration"] and results["calibration"]["fingerprint"] == job.fingerprint()
-    if not known or job.static != [entry["network"] for entry in results["static"]]:
-        job.check_images()
-        results = job.run()
-    write_report(path.path)
+    with path.locked():
+        known = results["calibration"] and results["calibration"]["fingerprint"] == job.fingerprint()
+        try:  # a kill may have come between the new network and its results
+            path.check_delivered(results)
+        except UserError:
+            known = False
+        if not known or job.static != [entry["network"] for entry in results["static"]]:
+            job.check_images()
+            results = job.run()
+        write_report(path.path)
     return {**results, "output": str(path.path)}
 
 
@@ -263,8 +271,11 @@ class Job:
         """A trained model: read if it is finished, else trained."""
         path = self.folder.model(seed, name) / "part.json"
         if not path.is_file():
-            write_json(path, {"seed": seed, "name": name, **self.trained(seed, name), "gated": None})
-        return read_json(path)
+            values = {"seed": seed, "name": name, **self.trained(seed, name), "gated": None}
+            kinds = [kind for kind in ("full", "pruned") if values[kind]]
+            files = [f"{kind}/{file}" for kind in kinds for file in MODEL_FILES]
+            write_record(path, values, ["predictions.npz", *files])
+        return read_record(path, f"delete {path.parent} to train that model again")
 
     def trained(self, seed: int, name: str) -> dict[str, Any]:
         """Train, evaluate and save a model: the baseline ("baseline"), a static network ("static/NAME"), or a
@@ -347,17 +358,27 @@ class Job:
         """
         fingerprint = self.fingerprint()
         files = [self.folder.model(entry["seed"], name) / "gated.json" for entry in seeds for name in entry["methods"]]
-        before = [read_json(path) for path in files if path.is_file()]
+        before = [self.calibrated(path) for path in files if path.is_file()]
         ours = [entry["test_looks"] for entry in before if entry["fingerprint"] == fingerprint]
         looks = max(ours) if ours else 1 + max((entry["test_looks"] for entry in before), default=0)
         for entry in seeds:
             for name, part in entry["methods"].items():
                 path = self.folder.model(entry["seed"], name) / "gated.json"
-                if not path.is_file() or read_json(path)["fingerprint"] != fingerprint:
+                known = self.calibrated(path) if path.is_file() else None
+                if known is None or known["fingerprint"] != fingerprint:
+                    if known:  # its network is about to be replaced: a kill must not leave one record of two networks
+                        write_record(path, {**known, "fingerprint": "", "gated": None})
                     gated = self.gated(entry["seed"], name, part)
-                    write_json(path, {"fingerprint": fingerprint, "test_looks": looks, "gated": gated})
-                part["gated"] = read_json(path)["gated"]
+                    values = {"fingerprint": fingerprint, "test_looks": looks, "gated": gated}
+                    write_record(path, values, [f"gated/{file}" for file in MODEL_FILES] if gated["feasible"] else ())
+                found = self.calibrated(path)
+                part["gated"] = found["gated"]
+                part["files"] |= found["files"]
         return {**calibration_settings(self.config, self.data), "fingerprint": fingerprint}, looks
+
+    def calibrated(self, path: Path) -> dict[str, Any]:
+        """What is stored of a calibration."""
+        return read_record(path, f"delete {path} to calibrate that model again")
 
     def gated(self, seed: int, name: str, part: dict[str, Any]) -> dict[str, Any]:
         """Calibrate a trained model, evaluate its gates on the test images, and save the gated network."""
@@ -368,16 +389,14 @@ class Job:
         result = evaluated(self.config, part, predictions, found, split)
         policy = ExitPolicy.from_dict(result["policy"])
         folder = self.folder.model(seed, name)
-        network = GatedNet.from_policy(cast(MultiExitNet, load(folder / "full")), policy).eval()
+        network = GatedNet.from_policy(cast(MultiExitNet, self.load(seed, name, "full")), policy).eval()
         logits = predictions["test_logits"][list(policy.exits)]
         live = agreement(network, self.batches(seed, name, "test"), logits, policy, self.device)
         result["agreement"] = live
         if found.feasible:
             network.calibration = found
             save(network, folder / "gated", metadata=self.metadata())
-        self.progress.line(
-            f"{title}: {outcome_line(result, read_json(self.folder.model(seed, BASELINE) / 'part.json'))}"
-        )
+        self.progress.line(f"{title}: {outcome_line(result, self.part(seed, BASELINE))}")
         return result
 
     def check_images(self) -> None:
@@ -414,7 +433,7 @@ class Job:
 
     def load(self, seed: int, name: str, kind: str) -> nn.Module:
         """A network of a trained model: "full", "pruned" or "gated"."""
-        return load(self.folder.model(seed, name) / kind).eval()
+        return self.folder.network(f"seed-{seed}/{name}/{kind}")
 
     def latencies(self, seeds: list[dict[str, Any]], summary: dict[str, Any]) -> list[Latencies]:
         """For every seed, the latency at batch 1 of each kind of network on test images, beside its baseline's."""
@@ -439,19 +458,24 @@ class Job:
     def deliver(self, results: dict[str, Any]) -> None:
         """Put the chosen networks where a user looks for them: the delivered one at the top, full, pruned and baseline
         beside it; and the images that the report shows."""
-        chosen = results["delivered"]
-        model, top = self.folder.model(chosen["seed"], chosen["exit_weights"]), self.folder.path
-        for source, target in (
-            (model / "full", top / "full"),
-            (model / "pruned", top / "pruned"),
-            (self.folder.model(chosen["seed"], BASELINE) / "full", top / BASELINE),
-            (model / chosen["kind"], top),
-        ):
-            for name in MODEL_FILES:
-                write_bytes(target / name, (source / name).read_bytes())
+        chosen, top = results["delivered"], self.folder.path
         entry = next(entry for entry in results["seeds"] if entry["seed"] == chosen["seed"])
-        gated = entry["methods"][chosen["exit_weights"]]["gated"]
+        part, files = entry["methods"][chosen["exit_weights"]], {}
+        for model, kind, target in (
+            (part, "full", "full/"),
+            (part, "pruned", "pruned/"),
+            (entry["baseline"], "full", f"{BASELINE}/"),
+            (part, chosen["kind"], ""),
+        ):
+            folder = self.folder.model(entry["seed"], model["name"])
+            sources = {name: digest for name, digest in model["files"].items() if name.startswith(f"{kind}/")}
+            check_files(folder, sources, f"delete {folder} to train that model again")  # again: hours may have passed
+            for name in MODEL_FILES:
+                files[target + name] = sha256(write_bytes(top / target / name, (folder / kind / name).read_bytes()))
+        gated = part["gated"]
         if gated:
             rows = [example["index"] for part in gated["examples"].values() for example in part]
             pixels = self.data.dataset("test").pixels(rows).permute(0, 2, 3, 1)
             write_arrays(top / "examples.npz", images=pixels.contiguous().numpy())
+            files["examples.npz"] = sha256(top / "examples.npz")
+        chosen["files"] = files

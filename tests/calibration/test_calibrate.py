@@ -179,8 +179,14 @@ def test_exits_keep_the_numbers_of_the_network(logits):
 def test_what_cannot_be_kept_is_said_with_the_remedies(logits):
     result = calibrate(logits, costs=MACS, budget=-30.0, num_std_errors=1.0, folds=3)
     assert not result.feasible and result.drop_points > -30
-    assert "no policy keeps within -30 points of the reference (cross-validated drop plus 1 standard" in result.notice
-    assert "allow a larger budget or calibrate on more images" in result.notice and result.notice in str(result)
+    assert "no policy keeps within -30 points of the reference: the nearest, exits " in result.notice
+    total = result.drop_points + result.std_error
+    assert f"with 1 standard errors of {result.std_error:.2f} added, as is asked, {total:.2f}; " in result.notice
+    assert "calibrate on more images, or allow a larger budget (--budget, --margin)" in result.notice
+    assert "num_std_errors=0" not in result.notice and result.notice in str(result)  # it would not help
+    careful = calibrate(logits, costs=MACS, budget=1.0, exits=[0, 2], num_std_errors=50.0, folds=3)
+    assert not careful.feasible and careful.drop_points <= 1.0  # only the standard errors refuse
+    assert careful.notice.endswith("(num_std_errors=0, --num-std-errors 0)")
     cheap = calibrate(logits, costs=MACS, budget=CostBudget(mean=5.0), folds=3)
     assert not cheap.feasible and cheap.policy.exits == (0,)
     assert "no policy keeps a mean cost of 5: the nearest, exits 1, costs 1.01e+06" in cheap.notice

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -174,16 +177,18 @@ def forged(files: Files) -> Files:
     return {**files, "model.json": json.dumps(described).encode()}
 
 
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.marker,))
+
+
 def payload(marker: Path) -> bytes:
-    """A pickle that makes a file when it is loaded."""
-
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (Path.touch, (marker,))
-
-    import pickle
-
-    return pickle.dumps(Bomb())
+    return pickle.dumps(Bomb(marker))
 
 
 def damaged_model(files: Files, other: Files, marker: Path, rng: random.Random) -> Files:
@@ -260,3 +265,95 @@ def test_damaged_models_load_as_they_were_or_are_refused(models: list[Model], tm
         assert contents(folder) == before and not marker.exists(), case
         shutil.rmtree(folder)
     assert refused > len(cases) / 2
+
+
+# Runs -------------------------------------------------------------------------------------------------------------
+
+RUN_CASES = 200
+RUN_SAMPLE = 16
+RUN_FILES = ("config.json", "results.json", "model.json", "model.safetensors", "full/model.json", "examples.npz")
+MODEL = "seed-0/mixed"
+PART_FILES = ("part.json", "gated.json", "predictions.npz", "full/model.json", "pruned/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A small finished run and its results; reports and timings, which are not tested here, are left out."""
+    pytest.importorskip("lightning", reason="the training needs lightning")
+    pytest.importorskip("sklearn", reason="the digits need scikit-learn")
+    from aep_ext.training import evaluate, gates, run
+
+    job = __import__("sys").modules[run.__module__]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(evaluate, "SECONDS_A_NETWORK", 0.001)
+        patched.setattr(gates, "SINGLES", 2)
+        patched.setattr(gates, "calibrate", partial(gates.calibrate, folds=2))
+        patched.setattr(job, "write_report", lambda folder: None)
+        folder = tmp_path_factory.mktemp("finished") / "run"
+        given = {"image_size": 8, "train_samples": 64, "epochs": 1, "batch_size": 32, "device": "cpu", "threads": 1}
+        yield folder, run({**given, "margin": 90.0, "output": str(folder)})
+
+
+def damaged_file(path: Path, marker: Path, rng: random.Random) -> None:
+    """The file after something happened to it."""
+    data, kind = path.read_bytes(), rng.choice(("bytes", "bytes", "format", "gone", "pickle", "folder"))
+    if kind == "gone":
+        path.unlink()
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "pickle":
+        path.write_bytes(payload(marker))
+    elif kind == "format" and path.suffix == ".json":
+        path.write_bytes(damaged_json(data, rng))
+    elif kind == "format" and path.suffix == ".npz":
+        with path.open("wb") as file:
+            np.savez(file, val_logits=np.array([Bomb(marker)], dtype=object))
+    elif kind == "format" and path.suffix == ".ckpt":
+        from aep_ext.training.callbacks import SealedCheckpoints
+
+        SealedCheckpoints().save_checkpoint({"callbacks": Bomb(marker)}, path)
+    else:
+        path.write_bytes(damaged_bytes(data, rng))
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param(range(RUN_SAMPLE), id="sample"),
+        pytest.param(range(RUN_CASES), id="all", marks=pytest.mark.campaign),
+    ],
+)
+def test_damaged_runs_end_as_they_would_or_are_refused(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, cases: range
+) -> None:
+    from aep_ext.training import UserError, run
+
+    origin, results = finished
+    marker, refused = tmp_path / "executed", 0
+    for case in cases:
+        rng = random.Random(case)
+        folder = Path(shutil.copytree(origin, tmp_path / str(case) / "run"))
+        name = rng.choice((*RUN_FILES, *(f"{MODEL}/{file}" for file in PART_FILES), "checkpoints/seed-0/mixed.ckpt"))
+        if name not in RUN_FILES or rng.random() < 0.2:
+            (folder / "results.json").unlink(missing_ok=True)  # an unfinished run
+        if name.endswith(".ckpt"):
+            (folder / MODEL / "part.json").unlink()
+        if (folder / name).is_file():
+            damaged_file(folder / name, marker, rng)
+        before = contents(folder)
+        try:
+            with at_most_a_gigabyte():
+                found = run({"output": str(folder)}, resume=True)
+        except UserError as error:
+            refused += 1
+            one_line_of(error, str(folder))
+            assert contents(folder) == before, (case, name)
+        else:
+            # What could be made again was; results.json, which is there to be read, may say something else now.
+            again = contents(folder)
+            assert again["model.json"] == contents(origin)["model.json"] or name == "results.json", (case, name)
+            assert found["delivered"] == results["delivered"] or name == "results.json", (case, name)
+        assert not marker.exists(), (case, name)
+        shutil.rmtree(folder.parent)
+    assert refused > len(cases) / 3

@@ -84,14 +84,16 @@ def test_a_run_begins_in_a_new_or_empty_folder(tmp_path: Path) -> None:
     for name in ("new", "empty"):
         config, folder = open_run({"output": str(tmp_path / name), "epochs": 3})
         assert not folder.config.exists()
-        begin(config, folder)
+        with begin(config, folder):
+            pass
         stored = json.loads(folder.config.read_text())
         assert stored["epochs"] == 3 and stored["lr"] == RECIPES["quick"].lr and "output" not in stored
 
 
 def test_a_folder_with_a_run(tmp_path: Path) -> None:
     given = {"output": str(tmp_path / "run"), "epochs": 3}
-    begin(*open_run(given))
+    with begin(*open_run(given)):
+        pass
     with pytest.raises(UserError, match="holds this run already; go on with it by --resume"):
         open_run(given)
     with pytest.raises(UserError, match=r"holds another run \(epochs: 3, 4\); choose another --output"):
@@ -131,10 +133,12 @@ def test_folders_that_nobody_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_run({}, resume=True)
     first, folder = open_run({})
     assert folder.path == Path("runs/digits-resnet_small")
-    begin(first, folder)
+    with begin(first, folder):
+        pass
     second, again = open_run({"data": "digits"})
     assert again.path == Path("runs/digits-resnet_small-2")
-    begin(second, again)
+    with begin(second, again):
+        pass
     os.utime(folder.config, (1, 1))
     assert open_run({}, resume=True)[1].path == again.path
     assert open_run({"data": "some/where/birds.npz", "network": "timm/resnet26"})[1].path == Path(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ pytest.importorskip("lightning", reason="the training needs lightning")
 from aep_ext import ExitWeights, MultiExitNet
 from aep_ext._utils import UserError
 from aep_ext.surgery import networks
-from aep_ext.training import RECIPES, ImageDataModule, Progress, fit
-from aep_ext.training.callbacks import RunCheckpoint
+from aep_ext.training import RECIPES, FitResult, ImageDataModule, Progress, fit
+from aep_ext.training.callbacks import RunCheckpoint, SealedCheckpoints
 from aep_ext.training.fit import accelerator_of
 
 RECIPE = replace(RECIPES["quick"], epochs=4, lr=3e-3, schedule="constant")
@@ -146,6 +147,63 @@ def test_checkpoint_holds_tensors_and_plain_values(tmp_path: Path) -> None:
     keeper.load_state_dict(state["callbacks"]["RunCheckpoint"])
     assert keeper.best is not None and keeper.best["epoch"] == 0 and len(keeper.history) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ckpt"]
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    recipe, path, marker = replace(RECIPE, epochs=1), tmp_path / "a.ckpt", tmp_path / "executed"
+    fit(fresh(), module(), recipe=recipe, checkpoint=path, device="cpu")
+    good = path.read_bytes()
+
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (marker,))
+
+    def sealed(value: Any, name: str) -> bytes:
+        SealedCheckpoints().save_checkpoint(value, tmp_path / name)
+        return (tmp_path / name).read_bytes()
+
+    changed = "a.ckpt was changed since it was written: delete it to train that model from its beginning"
+    for data, message in (
+        *((good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :], changed) for place in (100, 90_000, -100, -1)),
+        (good[:-1000], changed),
+        (b"", changed),
+        (sealed({"callbacks": Bomb()}, "bomb"), "a.ckpt is no checkpoint: delete it"),
+        (sealed({"callbacks": {}}, "other"), "a.ckpt is of another training: delete it"),
+        (sealed({**torch.load(path), "state_dict": {}}, "smaller"), "a.ckpt is of another training: delete it"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            fit(fresh(), module(), recipe=recipe, checkpoint=path, device="cpu")
+        assert path.read_bytes() == data and not marker.exists()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="cannot (read|write) .*a.ckpt: Is a directory"):
+        fit(fresh(), module(), recipe=recipe, checkpoint=path, device="cpu")
+
+
+def test_checkpoints_do_not_pass_through_the_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))  # as TMPDIR, which Python checks only once
+    fit(fresh(), module(), recipe=replace(RECIPE, epochs=1), checkpoint=tmp_path / "a.ckpt", device="cpu")
+    assert (tmp_path / "a.ckpt").is_file()
+
+
+def test_a_training_that_learns_nothing_says_so(tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    def trained(lr: float) -> FitResult:
+        recipe = replace(RECIPE, lr=lr, epochs=2)
+        checkpoint = tmp_path / f"{lr}.ckpt"
+        return fit(
+            fresh(), module(), recipe=recipe, checkpoint=checkpoint, device="cpu", progress=Progress(lines.append)
+        )
+
+    assert trained(RECIPE.lr).notice == "" and not any("WARNING" in line for line in lines)
+    wild = trained(1e6)  # finite losses: an ordinary training by its looks
+    assert "learned nothing or diverged: the training loss ended at" in wild.notice
+    assert lines[-1] == f"training: WARNING: {wild.notice}" and wild.to_dict()["notice"] == wild.notice
+    assert "learned nothing" in trained(1e-12).notice
 
 
 def test_interrupt(tmp_path: Path) -> None:
