@@ -270,7 +270,7 @@ def test_damaged_models_load_as_they_were_or_are_refused(models: list[Model], tm
 # Runs -------------------------------------------------------------------------------------------------------------
 
 RUN_CASES = 200
-RUN_SAMPLE = 16
+RUN_SAMPLE = 10
 RUN_FILES = ("config.json", "results.json", "model.json", "model.safetensors", "full/model.json", "examples.npz")
 MODEL = "seed-0/mixed"
 PART_FILES = ("part.json", "gated.json", "predictions.npz", "full/model.json", "pruned/model.safetensors")
