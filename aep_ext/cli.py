@@ -23,7 +23,7 @@ from aep_ext._version import __version__
 EPILOG = """examples:
   aep run                                             the handwritten digits: minutes on a CPU
   aep run --data CIFAR10 --network resnet50 --recipe paper
-  aep run --data photos/ --network torchvision/resnet18 --weights DEFAULT --image-size 224 --output runs/photos
+  aep run --data photos/ --network torchvision/resnet18 --weights DEFAULT --output runs/photos
   aep run --seeds 0,1,2 --exit-weights mixed,descending
   aep run --output runs/photos --resume               after a kill
   aep run --no-terminate                              without gates: the published method alone

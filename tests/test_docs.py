@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from aep_ext.cli import _parser
+from aep_ext.cli import _parser, main
 from aep_ext.surgery import networks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +108,30 @@ def test_commands_parse(path: Path) -> None:
                 assert script is None or (ROOT / script).is_file(), words
                 if words[1:2] == ["-m"] and words[2].startswith("benchmarks"):
                     assert (ROOT / (words[2].replace(".", "/") + ".py")).is_file(), words
+
+
+@pytest.mark.slow
+def test_the_commands_for_photographs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block of that section, word for word, on a few images."""
+    for package in ("lightning", "PIL", "safetensors", "matplotlib"):
+        pytest.importorskip(package, reason="aep run needs the extra [train]")
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 10)):
+        for level, name in ((60, "night"), (180, "day")):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(level, level + 60, (14, 18, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{number}.jpg")
+    page = (ROOT / "docs" / "own_model.md").read_text(encoding="utf-8")
+    page = page[page.index("## Your own photographs") :]
+    (tmp_path / "page.md").write_text(page, encoding="utf-8")
+    block = blocks(tmp_path / "page.md", "sh")[0]
+    for line in block.splitlines():
+        assert main(shlex.split(line)[1:]) == 0, line
+    assert (tmp_path / "runs" / "photos" / "report.html").is_file()
 
 
 @named(DOCUMENTS)

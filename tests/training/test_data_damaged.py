@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 import zipfile
 from pathlib import Path
@@ -302,3 +303,50 @@ def test_sizes_and_resizing_of_a_run(tmp_path: Path, tree: Any, monkeypatch: pyt
     with pytest.raises(UserError, match=r"no such resize: 'stretch' \(there are: crop, squash\)"):
         RunConfig(resize="stretch").resolved()
     assert torch.equal(data.dataset("test").labels, ImageDataModule(root).dataset("test").labels)
+
+
+def test_runs_that_name_no_resizing_squashed(tmp_path: Path) -> None:
+    from aep_ext.training.folder import RunFolder
+
+    for entry, expected in (({}, "squash"), ({"resize": None}, None), ({"resize": "crop"}, "crop")):
+        (tmp_path / "config.json").write_text(json.dumps({"version": 2, "image_size": 16, **entry}))
+        assert RunFolder(tmp_path).stored().resize == expected
+
+
+def test_a_run_says_its_size_its_warnings_and_what_it_skipped(tmp_path: Path, tree: Any) -> None:
+    from aep_ext.training import Progress, calibrate_run, run
+
+    root = tree(tmp_path / "images", {"train": 20, "test": 6})
+    (root / "train" / "cat" / "3.png").write_bytes(b"")
+    twin = (root / "train" / "dog" / "1.png").read_bytes()
+    (root / "test" / "dog" / "1.png").write_bytes(twin)
+    lines: list[str] = []
+    given = {"data": str(root), "epochs": 1, "batch_size": 16, "device": "cpu", "threads": 1, "skip_bad_images": True}
+    results = run({**given, "output": str(tmp_path / "run")}, progress=Progress(lines.append))
+    assert "images: 5 x 5 pixels (shorter side resized, then cut square; --image-size says another size)" in lines
+    notices = [
+        "1 images that cannot be read were left out: images/train/cat/3.png",
+        "1 of 12 test images are also train images, pixel for pixel",
+    ]
+    assert [f"warning: {line}" for line in notices] == [line for line in lines if line.startswith("warning")]
+    assert results["data"]["skipped"] == ["images/train/cat/3.png"] and results["notices"][:2] == notices
+    assert results["data"]["splits"]["train"]["samples"] + results["data"]["splits"]["val"]["samples"] == 39
+    assert results["recipe"]["image_size"] == results["data"]["preprocessing"]["image_size"] == 5
+    again = calibrate_run(tmp_path / "run", {"budget": 50.0})
+    assert again["data"] == results["data"] and again["notices"][:2] == notices
+
+
+def test_sizes_of_networks() -> None:
+    from aep_ext.surgery import networks
+
+    assert networks.image_size("resnet_small") is None and networks.image_size("resnet_small", "DEFAULT") is None
+    pytest.importorskip("torchvision", reason="asks torchvision's weights")
+    assert networks.image_size("torchvision/resnet18") is None and networks.image_size("resnet50", "DEFAULT") == 224
+    assert networks.image_size("torchvision/efficientnet_b5", "DEFAULT") == 456
+    assert networks.image_size("torchvision/nonsense", "DEFAULT") is None
+    pytest.importorskip("timm", reason="asks timm's weights")
+    assert (
+        networks.image_size("timm/resnet18") is None and networks.image_size("timm/swin_tiny_patch4_window7_224") == 224
+    )
+    assert networks.image_size("timm/resnet18", "a1_in1k") == networks.image_size("timm/resnet18", "DEFAULT") == 224
+    assert networks.image_size("timm/nonsense", "DEFAULT") is None

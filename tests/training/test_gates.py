@@ -133,7 +133,7 @@ def test_delivered_network_loads_and_answers_as_simulated(finished: Finished) ->
     stored = logits["test_logits"][chosen["exits"]]
     near = near_threshold(stored, policy, 1e-5)
     assert bool(((answer.exit == simulate(stored, policy).exit) | near).all())
-    assert describe(folder)["metadata"]["image_size"] == 8
+    assert describe(folder)["metadata"]["preprocessing"]["image_size"] == 8
 
 
 def test_examples_are_the_images_of_their_numbers(finished: Finished) -> None:

@@ -198,7 +198,10 @@ def test_jpeg_archive_as_data(archive: Path, tmp_path: Path) -> None:
         ({"network": "torchvision/resnet9000"}, "no such network|needs torchvision|torchvision"),
         ({"weights": "DEFAULT"}, "^resnet_small: has no pretrained weights"),
         ({"data": "nowhere/at-all"}, "no such data: nowhere/at-all"),
-        ({"network": "vgg16", "image_size": 8}, "vgg16 cannot take images of 8 pixels|needs torchvision|torchvision"),
+        (
+            {"network": "vgg16", "image_size": 8},
+            "vgg16 cannot take images of 8 pixels, try another --image-size|needs torchvision|torchvision",
+        ),
         ({"classes": 4}, "fewer classes than labels: 4 classes asked for"),
     ],
 )
