@@ -101,9 +101,9 @@ def load_splits(spec: str, data_root: str | Path = "data") -> Splits:
             return _from_splits(path.name, found, None)
         if kind == "folder" and rest or path.is_dir():
             found = sources.image_folder(path)
-            name = path.resolve().name.lower()
+            name = path.absolute().name.lower()
             tiny = PUBLISHED["tiny_imagenet"] if "tiny" in name and "imagenet" in name else None
-            return _from_splits(f"images in {path.resolve().name}", found, tiny)
+            return _from_splits(f"images in {path.absolute().name}", found, tiny)
     except OSError as error:
         raise UserError(f"no such data: {error.filename or path}: {error.strerror or error}") from error
     if "/" in spec or "\\" in spec:

@@ -313,6 +313,7 @@ def test_runs_that_name_no_resizing_squashed(tmp_path: Path) -> None:
         assert RunFolder(tmp_path).stored().resize == expected
 
 
+@pytest.mark.slow
 def test_a_run_says_its_size_its_warnings_and_what_it_skipped(tmp_path: Path, tree: Any) -> None:
     from aep_ext.training import Progress, calibrate_run, run
 
@@ -322,7 +323,7 @@ def test_a_run_says_its_size_its_warnings_and_what_it_skipped(tmp_path: Path, tr
     (root / "test" / "dog" / "1.png").write_bytes(twin)
     lines: list[str] = []
     given = {"data": str(root), "epochs": 1, "batch_size": 16, "device": "cpu", "threads": 1, "skip_bad_images": True}
-    results = run({**given, "output": str(tmp_path / "run")}, progress=Progress(lines.append))
+    results = run({**given, "terminate": False, "output": str(tmp_path / "run")}, progress=Progress(lines.append))
     assert "images: 5 x 5 pixels (shorter side resized, then cut square; --image-size says another size)" in lines
     notices = [
         "1 images that cannot be read were left out: images/train/cat/3.png",
