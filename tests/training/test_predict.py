@@ -109,6 +109,7 @@ def test_a_folder_that_save_wrote(
     [
         ({"folder": "nowhere"}, "aep: load: model.json must be in the folder, got none in 'nowhere'"),
         ({"image": "nowhere.png"}, "aep: no such image: nowhere.png"),
+        ({"more": ["--output", f"{__file__}/answers.csv"]}, f"aep: cannot write {__file__}/answers.csv: "),
         ({"more": ["--batch-size", "0"]}, "aep: predict: batch_size must be at least 1, got 0"),
         ({"preprocessing": None}, "aep: predict: net.preprocessing must say how images become inputs, got None"),
     ],
