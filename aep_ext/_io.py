@@ -145,9 +145,9 @@ def read_record(path: str | Path, remedy: str) -> dict[str, Any]:
         UserError: it is not, or cannot be read.
     """
     path, record = Path(path), read_json(path)
-    if isinstance(record, dict) and "sha256" not in record:  # written by a version that did not know of it
-        return {"files": {}, **record}
-    if not isinstance(record, dict) or record.pop("sha256") != _digest(record):
+    if isinstance(record, dict) and record and not {"sha256", "files"} & record.keys():
+        return {"files": {}, **record}  # written by a version that knew neither
+    if not isinstance(record, dict) or record.pop("sha256", None) != _digest(record):
         raise UserError(f"{path} was changed since it was written: {remedy}, or restore the file")
     check_files(path.parent, record["files"], remedy)
     return record

@@ -57,3 +57,18 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UserError, match="is not a JSON file"):
         _io.read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("lost", [("sha256",), ("sha256", "files", "seed"), ("files",)])
+def test_a_record_that_lost_entries_is_damaged(tmp_path: Path, lost: tuple[str, ...]) -> None:
+    path = _io.write_record(tmp_path / "part.json", {"seed": 0})
+    assert _io.read_record(path, "delete it") == {"seed": 0, "files": {}}
+    left = {name: value for name, value in _io.read_json(path).items() if name not in lost}
+    _io.write_json(path, left)
+    with pytest.raises(UserError, match="part.json was changed since it was written: delete it"):
+        _io.read_record(path, "delete it")
+
+
+def test_a_record_of_an_earlier_version_has_no_digests(tmp_path: Path) -> None:
+    path = _io.write_json(tmp_path / "part.json", {"seed": 0})
+    assert _io.read_record(path, "delete it") == {"seed": 0, "files": {}}

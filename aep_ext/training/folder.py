@@ -212,8 +212,11 @@ def open_run(given: Mapping[str, Any], *, resume: bool = False, overwrite: bool 
     if overwrite and folder.config.is_file():
         names = sorted(path.name for path in folder.path.iterdir())
         strange = [name for name in names if name not in _ENTRIES and not name.startswith(("seed-", "."))]
-        if b'"network"' not in folder.config.read_bytes():
-            strange = ["config.json"]
+        try:
+            if b'"network"' not in folder.config.read_bytes():
+                strange = ["config.json"]
+        except OSError as error:
+            raise FileError(f"cannot read {folder.config}: {error.strerror}") from error
         if strange:
             raise UserError(f"{folder.path} holds more than a run ({strange[0]}): it is not overwritten")
     elif folder.config.is_file():
