@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,6 +108,9 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
         UserError: it is damaged.
     """
     try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise ValueError("it is no archive")  # numpy would speak of pickles
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except OSError as error:

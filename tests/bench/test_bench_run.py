@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aep_ext._io import read_json, write_json
+from aep_ext._io import read_json, sha256, write_json
 from aep_ext._utils import UserError
 from aep_ext.export import load, save
 from aep_ext.inference import ExitPolicy, GatedNet
@@ -20,6 +20,7 @@ pytest.importorskip("sklearn", reason="the digits need scikit-learn")
 
 from aep_ext.training import Progress
 from aep_ext.training.bench import bench_run, share_of_predicted
+from aep_ext.training.folder import MODEL_FILES
 
 QUICK = {"batches": (1, 8), "samples": 24, "seconds": 0.05}
 
@@ -30,6 +31,7 @@ def gate(folder: Path, exits: tuple[int, ...], **numbers: object) -> None:
     save(GatedNet.from_policy(load(folder / "full"), policy), folder)
     results = read_json(folder / "results.json")
     results["delivered"] |= {"kind": "gated", "exits": list(exits), "notice": ""}
+    results["delivered"]["files"] |= {name: sha256(folder / name) for name in MODEL_FILES}
     write_json(folder / "results.json", results)
 
 

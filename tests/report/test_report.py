@@ -161,7 +161,7 @@ def test_example_images_must_fit(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"images must be uint8 of shape \(5, H, W, 1 or 3\).*got uint8 of shape"):
         write_report(tmp_path)
     (tmp_path / "examples.npz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="examples.npz is not an archive"):
+    with pytest.raises(UserError, match="examples.npz is damaged: it is no archive"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 
