@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 from torch.utils.weak import WeakIdKeyDictionary
 
 from aep_ext._utils import eval_mode
@@ -32,6 +33,16 @@ __all__ = [
 ]
 
 
+class _NoModules(ModuleTracker):
+    """Counts per module are not asked for, and its hooks refuse a parameter that is a module's input."""
+
+    def __enter__(self) -> _NoModules:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
+
+
 class MacCounter(FlopCounterMode):
     """Counts the multiply-adds of convolutions and matrix products that run in its block: half of torch's operations.
 
@@ -40,6 +51,7 @@ class MacCounter(FlopCounterMode):
 
     def __init__(self) -> None:
         super().__init__(display=False)
+        self.mod_tracker = _NoModules()
 
     @property
     def macs(self) -> int:

@@ -993,3 +993,24 @@ def test_an_example_that_the_model_does_not_take() -> None:
     for example in ((1, 32, 32), torch.zeros(1, 1, 32, 32)):
         with pytest.raises(ValueError, match=r"Sequential does not take images of shape \[1, 32, 32\] \(.*\); give"):
             anticipate(model, example=example)
+
+
+class LearnedInput(nn.Module):
+    """A parameter is a module's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, 2), nn.Conv2d(4, 8, 3, 2)
+        self.gain, self.gate, self.last = nn.Parameter(torch.randn(1, 4, 1, 1)), nn.Sigmoid(), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x) * self.gate(self.gain.expand(x.shape[0], -1, -1, -1)))
+        return self.last(x.mean((2, 3)))
+
+
+def test_a_parameter_may_be_a_modules_input() -> None:
+    model, x = LearnedInput().eval(), torch.randn(2, 3, 32, 32)
+    net = anticipate(model, example=(3, 32, 32)).eval()
+    assert net.num_exits == 2
+    torch.testing.assert_close(net.exit_logits(x)[-1], model(x))
+    assert count_macs(net, (3, 32, 32)) == 4 * 27 * 15**2 + 8 * 36 * 7**2 + 4 * 5 + 8 * 5
