@@ -103,8 +103,10 @@ def channel_axis(shapes: Sequence[torch.Size], larger: Sequence[torch.Size] | No
     else:
         axes = [[axis for axis in (1, 3) if shape[axis] != shape[2] == shape[4 - axis]] for shape in shapes]
         axes = [fixed for fixed in axes if fixed]
-    assert axes and all(fixed == axes[0] and len(fixed) == 1 for fixed in axes), f"no channel axis in maps {shapes}"
-    return axes[0][0]
+    # A map of a fixed size (before VGG's classifier) tells nothing.
+    common = set(range(1, 4)).intersection(*axes)
+    assert axes and len(common) == 1, f"no channel axis in maps {shapes}"
+    return common.pop()
 
 
 def check_head(head: nn.Module, shape: torch.Size, axis: int) -> None:
