@@ -142,16 +142,20 @@ def _kind(batch: Any) -> str:
     return type(batch).__name__ + (f" of {', '.join(inside)}" if 0 < len(inside) < 5 else "")
 
 
-def text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Plain text: the title, then columns that are aligned to the right."""
-    lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    cells = ("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join([title, *(line.rstrip() for line in cells)])
+def aligned(lines: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Lines of plain text with their cells in columns, the first ``left`` of them aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The same for a notebook, escaped."""
+    """A table for a notebook, escaped."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

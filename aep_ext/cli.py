@@ -413,10 +413,10 @@ def _answers(rows: list[dict[str, Any]], form: str) -> str:
         writer.writeheader()
         writer.writerows(rows)
         return text.getvalue()
+    from aep_ext._utils import aligned
+
     cells = [head, *([f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-    return "".join(line.rstrip() + "\n" for line in lines)
+    return "\n".join(aligned(cells, left=len(head))) + "\n"
 
 
 def _bench(options: argparse.Namespace) -> None:

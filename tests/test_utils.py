@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aep_ext._utils import html_table, per_exit, text_table
+from aep_ext._utils import aligned, html_table, per_exit
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,8 @@ def test_what_is_refused(values, positive, error, message):
 
 def test_tables():
     head, rows = ["exit", "a<b"], [["1", "x & y"], ["2", ""]]
-    assert text_table("title", head, rows) == "title\nexit    a<b\n   1  x & y\n   2"
+    assert aligned([head, *rows]) == ["exit    a<b", "   1  x & y", "   2"]
+    assert aligned([head, *rows], left=1) == ["exit    a<b", "1     x & y", "2"]
     found = html_table("<title>", head, rows)
     assert "<b>&lt;title&gt;</b>" in found and "<th>a&lt;b</th>" in found and "<td>x &amp; y</td>" in found
     assert found.count("<tr>") == found.count("</tr>") == 3

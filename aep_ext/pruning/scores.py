@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aep_ext._utils import html_table, text_table
+from aep_ext._utils import aligned, html_table
 from aep_ext.pruning.cost import Latency
 from aep_ext.pruning.subsets import exits_of_mask, mask_of_exits
 
@@ -224,7 +224,8 @@ class SubsetScores:
         return [score for _, score in front]
 
     def __str__(self) -> str:
-        return text_table(*self._table())
+        title, head, rows = self._table()
+        return "\n".join([title, *aligned([head, *rows])])
 
     def _repr_html_(self) -> str:
         return html_table(*self._table())

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from aep_ext._utils import aligned
 from aep_ext.report.numbers import (
     amount,
     decimal,
@@ -31,15 +32,7 @@ class Table:
 
     def text(self) -> str:
         """For a terminal."""
-        lines = [self.head, *self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.head))]
-        written = [
-            "  ".join(
-                cell.ljust(width) if column < self.left else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
+        written = aligned([self.head, *self.rows], self.left)
         return "\n".join([written[0], "-" * max(map(len, written)), *written[1:]])
 
     def markdown(self) -> str:
