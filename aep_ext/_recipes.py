@@ -1,13 +1,16 @@
-"""Recipes: everything about a training that is neither the data nor the network."""
+"""Recipes: everything about a training that is neither the data nor the network. Methods: how the exits learn."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from aep_ext._utils import UserError
+from aep_ext.surgery.exit_weights import SHORT_NAMES
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
 SCHEDULES = ("constant", "cosine")
+LEARNED_WEIGHTS = ("no", "uncertainty", "softmax")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Recipe:
         patience: stop after so many epochs without a better joint validation loss; None: never.
         image_size: side in pixels to which images are resized; None: as the network or the data has it.
         seed: where the user names none.
+        method: name of the :class:`Method` that multi-exit networks are trained with.
     """
 
     name: str
@@ -38,6 +42,88 @@ class Recipe:
     patience: int | None = None
     image_size: int | None = None
     seed: int = 0
+    method: str = "mixed"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the exits of a network learn. A single-exit network knows none of it.
+
+    The loss is :class:`aep_ext.ensemble.JointCrossEntropy`'s. docs/ensemble.md has the formulas and their sources.
+
+    Attributes:
+        name, description: for the command line and the report.
+        exit_weights: family of the loss and output weights: ``uniform``, ``ascending``, ``descending``, ``mixed``;
+            None: the weights that the network has.
+        head: form of the early heads in ``aep run``, see :func:`aep_ext.anticipate`; "copy": the network's own.
+        prefix_weight: share, within 0..1, of the loss that goes to the prefix ensembles R_e; the rest to the exits.
+        detach_prefix: the prefix loss of an exit does not train the exits before it.
+        distillation: weight of the Kullback-Leibler divergence from the ensemble of all exits to each; 0: none.
+        temperature: of the distillation.
+        gradient_equilibrium: scale gradients so that every exit has the same say in the backbone.
+        learned_weights: the loss weights are learned with the network, in the form "uncertainty" or "softmax"; or "no".
+        backbone_epochs: share, within 0..1, of the epochs at the start that train the backbone with the last exit alone.
+    """
+
+    name: str
+    description: str = ""
+    exit_weights: str | None = None
+    head: str = "copy"
+    prefix_weight: float = 0.0
+    detach_prefix: bool = False
+    distillation: float = 0.0
+    temperature: float = 3.0
+    gradient_equilibrium: bool = False
+    learned_weights: str = "no"
+    backbone_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("prefix_weight", "backbone_epochs"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name.replace('_', '-')} must be a share within 0..1, got {getattr(self, name)}")
+        for name, value, valid in (
+            ("distillation", self.distillation, self.distillation >= 0),
+            ("temperature", self.temperature, self.temperature > 0),
+        ):
+            if not (valid and math.isfinite(value)):
+                raise UserError(f"{name} must be finite and {'> 0' if name == 'temperature' else '>= 0'}, got {value}")
+        if self.learned_weights not in LEARNED_WEIGHTS:
+            raise UserError(
+                f"no such learned-weights: {self.learned_weights!r} (there are: {', '.join(LEARNED_WEIGHTS)})"
+            )
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("uniform", "The paper's UNIF: equal weights in loss and output.", "uniform"),
+        Method("ascending", "The paper's ASC: later exits weigh more.", "ascending"),
+        Method("descending", "The paper's DESC: earlier exits weigh more.", "descending"),
+        Method("mixed", "The paper's MIX: descending in the loss, ascending in the output.", "mixed"),
+        Method(
+            "best",
+            "Every technique that pays: convolutional early heads, prefix loss, distillation, gradient equilibrium.",
+            "uniform",
+            head="auto",
+            prefix_weight=0.5,
+            distillation=0.2,
+            gradient_equilibrium=True,
+        ),
+    )
+}
+
+
+def method_named(name: str) -> Method:
+    """The method of that name, in any spelling of a family of exit weights: ``MIX`` is ``mixed``.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = name.lower()
+    known = SHORT_NAMES.get(known, known)
+    if known not in METHODS:
+        raise UserError(f"no such method: {name!r} (there are: {', '.join(METHODS)})")
+    return METHODS[known]
 
 
 RECIPES: dict[str, Recipe] = {
@@ -63,6 +149,7 @@ RECIPES: dict[str, Recipe] = {
             schedule="cosine",
             batch_size=64,
             epochs=30,
+            method="best",
         ),
         Recipe(
             "cifar-small",
@@ -72,6 +159,7 @@ RECIPES: dict[str, Recipe] = {
             schedule="cosine",
             batch_size=64,
             epochs=12,
+            method="best",
         ),
     )
 }

@@ -11,7 +11,13 @@ from torch import Tensor
 from aep_ext._utils import per_exit
 
 _FAMILIES = ("uniform", "ascending", "descending", "mixed")
-_SHORT = {"unif": "uniform", "asc": "ascending", "desc": "descending", "mix": "mixed", "hybrid": "mixed"}  # the paper's
+SHORT_NAMES = {
+    "unif": "uniform",
+    "asc": "ascending",
+    "desc": "descending",
+    "mix": "mixed",
+    "hybrid": "mixed",
+}  # the paper's
 
 
 def _checked_exits(num_exits: int, name: str) -> int:
@@ -89,7 +95,7 @@ class ExitWeights:
             ValueError: no family has that name.
         """
         family = str(name).lower()
-        family = _SHORT.get(family, family)
+        family = SHORT_NAMES.get(family, family)
         if family not in _FAMILIES:
             raise ValueError(
                 f"ExitWeights.named: name must be one of {', '.join(_FAMILIES)} (or UNIF, ASC, DESC, MIX), got {name!r}"
