@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from aep_ext.ops import _checks, _native, label_checks, reference
 from aep_ext.ops._dispatch import use_native
-from aep_ext.ops.types import JointLoss
+from aep_ext.ops.types import JointLoss, MultiExitLoss
 
 MEMORY_MODES = ("recompute", "in_forward", "in_place")
 
@@ -96,6 +97,94 @@ def joint_cross_entropy(
     _check_options(op, target, (rows, classes), exit_logits.device, class_weight, label_smoothing, ignore_index)
     loss, exit_losses = reference.joint_cross_entropy(*arguments)
     return JointLoss(loss, exit_losses if memory == "recompute" else exit_losses.detach())
+
+
+def multi_exit_loss(
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    prefix_weights: Tensor | None = None,
+    output_weights: Tensor | None = None,
+    *,
+    distillation: float = 0.0,
+    temperature: float = 3.0,
+    detach_prefix: bool = False,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    memory: str = "recompute",
+) -> MultiExitLoss:
+    """Cross entropies of every exit and of every prefix ensemble, and distillation from the whole ensemble.
+
+    With O_e the logits of exit e, R_e = sum_{j<=e} b_j O_j / sum_{j<=e} b_j the ensemble up to it, and y the target::
+
+        loss = sum_e a_e CE(O_e, y) + sum_e c_e CE(R_e, y)
+               + d T^2 sum_e KL(softmax(R_last / T) || softmax(O_e / T))
+
+    No gradient flows through the first argument of KL.
+
+    Args:
+        exit_logits: (E, N, K), E and K at least 1, float32, float64, bfloat16 or float16, any strides.
+        target: (N,) int64, class indices 0..K-1 or ``ignore_index``; or (N, K) floating point, probabilities of the
+            classes (mixup, soft labels), without gradient, which ``ignore_index`` does not apply to.
+        exit_weights: (E,), floating point: a, the weights of the exits' cross entropies.
+        prefix_weights: (E,), floating point: c, those of the prefix ensembles'; None for none.
+        output_weights: (E,), floating point, positive, without gradient: b, the weights of the ensemble; None for ones.
+        distillation: d, at least 0.
+        temperature: T, greater than 0.
+        detach_prefix: no gradient flows through the terms j < e of R_e: exit e alone learns from CE(R_e).
+        class_weight: (K,), floating point, without gradient; None for ones. For both cross entropies, not for KL.
+        label_smoothing: within 0..1, for both cross entropies.
+        ignore_index: rows with this label count nowhere and get a zero gradient.
+        reduction: "mean", "sum" or "none". "mean" divides the cross entropies as ``F.cross_entropy`` does (by the class
+            weights of the rows that count, by N for probabilities), and KL by the number of rows that count.
+        memory: as in :func:`joint_cross_entropy`.
+
+    Returns:
+        :class:`MultiExitLoss` in float32 (float64 for float64 logits): ``loss``, and without their weights (d and T^2
+        too) ``exit_losses``, ``prefix_losses`` and ``distillation_losses``.
+
+    Differentiable, once, in ``exit_logits``, ``exit_weights`` and ``prefix_weights``, through all results. Under
+    autocast the arithmetic is float32, without a copy of the logits in float32.
+
+    Raises:
+        TypeError: a dtype breaks the rules above.
+        ValueError: a shape, a device or an option does.
+        IndexError, RuntimeError: as :func:`joint_cross_entropy`, which is this loss without prefixes and distillation.
+
+    Source: joint loss: arXiv 2301.12168, section 3.2. Prefix ensembles trained for what they answer: the idea of
+    BoostNet (arXiv 2211.16726). Distillation: KL with T^2 as in arXiv 1503.02531, from the ensemble of exits.
+    """
+    op = "multi_exit_loss"
+    _, rows, classes = _checks.weighted_exits(op, exit_logits, "exit_weights", exit_weights)
+    for name, weights in (("prefix_weights", prefix_weights), ("output_weights", output_weights)):
+        if weights is not None:
+            _checks.weighted_exits(op, exit_logits, name, weights)
+    _without_gradient(op, "output_weights", output_weights)
+    _checks.number(op, "temperature", temperature, exit_logits.device, positive=True)
+    if not 0.0 <= distillation < math.inf:
+        raise ValueError(f"aep::{op}: distillation must be finite and at least 0, got {distillation:g}")
+    _checks.choice(op, "memory", memory, MEMORY_MODES)
+    _checks.choice(op, "reduction", reduction, ("none", "mean", "sum"))
+    if memory != "recompute" and reduction == "none":
+        raise ValueError(f"aep::{op}: memory='{memory}' needs reduction 'mean' or 'sum', got 'none'")
+    _check_options(op, target, (rows, classes), exit_logits.device, class_weight, label_smoothing, ignore_index)
+    result = reference.multi_exit_loss(
+        exit_logits,
+        target,
+        exit_weights,
+        prefix_weights,
+        output_weights,
+        distillation=distillation,
+        temperature=temperature,
+        detach_prefix=detach_prefix,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return result if memory == "recompute" else MultiExitLoss(result.loss, *(t.detach() for t in result[1:]))
 
 
 def linear_joint_cross_entropy(
@@ -190,12 +279,22 @@ def _check_options(
 ) -> None:
     """What the losses of logits (..., N, K) have in common, the labels themselves last."""
     rows, classes = shape
-    _checks.tensor(op, "target", target, (rows,), _checks.INT64, device)
+    probabilities = op == "multi_exit_loss" and isinstance(target, Tensor) and target.dim() == 2
+    if probabilities:
+        _checks.tensor(op, "target", target, (rows, classes), device=device)
+        _without_gradient(op, "target", target)
+    else:
+        _checks.tensor(op, "target", target, (rows,), _checks.INT64, device)
     if class_weight is not None:
         _checks.tensor(op, "class_weight", class_weight, (classes,), device=device)
-        if torch.is_grad_enabled() and class_weight.requires_grad:
-            raise ValueError(f"aep::{op}: class_weight must not require a gradient, got requires_grad=True")
+        _without_gradient(op, "class_weight", class_weight)
     _checks.number(op, "label_smoothing", label_smoothing, device)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"aep::{op}: label_smoothing must be within 0..1, got {label_smoothing:g}")
-    label_checks.labels(op, target, classes, ignore_index)
+    if not probabilities:
+        label_checks.labels(op, target, classes, ignore_index)
+
+
+def _without_gradient(op: str, name: str, tensor: Tensor | None) -> None:
+    if tensor is not None and torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(f"aep::{op}: {name} must not require a gradient, got requires_grad=True")

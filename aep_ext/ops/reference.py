@@ -11,6 +11,7 @@ They run on any device and are differentiated by torch. Three rules hold through
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from aep_ext.ops._checks import accumulate_dtype
-from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss
+from aep_ext.ops.types import EnsembleStats, GateResult, JointLoss, MultiExitLoss
 
 # Subset scores are tabulated for at most this many numbers at a time: 4 MiB of float32, which a cache still holds.
 _SUBSET_TABLE = 1 << 20
@@ -99,6 +100,104 @@ def ensemble_stats(
         return EnsembleStats(logits, stats.float(), logits.argmax(-1))
 
 
+def multi_exit_loss(
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    prefix_weights: Tensor | None = None,
+    output_weights: Tensor | None = None,
+    *,
+    distillation: float = 0.0,
+    temperature: float = 3.0,
+    detach_prefix: bool = False,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> MultiExitLoss:
+    """Cross entropies of exits and prefix ensembles, distillation, and their weighted sum. A label out of range gives
+    a NaN loss and no gradient."""
+    dtype, (exits, rows, classes) = accumulate_dtype(exit_logits.dtype), exit_logits.shape
+    if target.is_floating_point():  # probabilities: every row counts
+        used = known = torch.ones(rows, dtype=torch.bool, device=target.device)
+    else:
+        used, known = target != ignore_index, (target >= 0) & (target < classes)
+    # Rows that give no gradient are cleared first: NaN * 0 in the softmax's backward would be NaN.
+    scores = exit_logits.to(dtype).masked_fill(~(used & known)[:, None], 0.0)
+
+    def counted(losses: Tensor) -> Tensor:
+        return losses.masked_fill(used & ~known, float("nan")).masked_fill(~used, 0.0)
+
+    def cross_entropies(scores: Tensor) -> Tensor:
+        losses, total = _cross_entropies(scores, target, used, known, class_weight, label_smoothing)
+        losses = counted(losses)
+        if reduction != "none":
+            losses = losses.sum(-1)
+        return losses / total if reduction == "mean" else losses
+
+    exit_losses = cross_entropies(scores)
+    prefix_losses = distillation_losses = exit_losses.new_zeros(exit_losses.shape)
+    if prefix_weights is not None or distillation > 0:
+        shares = (torch.ones(exits, device=scores.device) if output_weights is None else output_weights).to(dtype)
+        sums: list[Tensor] = []
+        for product in scores * shares[:, None, None]:
+            sums.append(product if not sums else (sums[-1].detach() if detach_prefix else sums[-1]) + product)
+        prefixes = torch.stack(sums) / shares.cumsum(0)[:, None, None]
+    if prefix_weights is not None:
+        prefix_losses = cross_entropies(prefixes)
+    if distillation > 0:
+        teacher = torch.log_softmax(prefixes[-1].detach() / temperature, -1)
+        # A class without any probability counts nothing, also where an exit gives it none (-inf - -inf).
+        ratio = (teacher - torch.log_softmax(scores / temperature, -1)).masked_fill(teacher == -math.inf, 0.0)
+        distillation_losses = counted((teacher.exp() * ratio).sum(-1))
+        if reduction != "none":
+            distillation_losses = distillation_losses.sum(-1)
+        if reduction == "mean":
+            distillation_losses = distillation_losses / used.sum()
+    loss = _sum_of_products(exit_losses, exit_weights)
+    if prefix_weights is not None:
+        loss = loss + _sum_of_products(prefix_losses, prefix_weights)
+    if distillation > 0:
+        loss = loss + distillation * temperature**2 * distillation_losses.sum(0)
+    return MultiExitLoss(loss, exit_losses, prefix_losses, distillation_losses)
+
+
+def _cross_entropies(
+    scores: Tensor,
+    target: Tensor,
+    used: Tensor,
+    known: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Those of ``scores`` (E, N, K), as (E, N), and the 0-d divisor of their mean, NaN where that has none."""
+    dtype, classes = scores.dtype, scores.shape[-1]
+    log_p = torch.log_softmax(scores, -1)
+    if target.is_floating_point():
+        wanted = (1 - label_smoothing) * target.to(dtype) + label_smoothing / classes
+        wanted = wanted if class_weight is None else wanted * class_weight.to(dtype)
+        total = used.sum().to(dtype)
+        return -(wanted * log_p).sum(-1), total.masked_fill(total == 0, float("nan"))
+    label = torch.where(known, target, 0)
+    own_weight = torch.ones_like(label, dtype=dtype) if class_weight is None else class_weight.to(dtype)[label]
+    losses = -log_p.gather(-1, label.expand(log_p.shape[:-1]).unsqueeze(-1)).squeeze(-1) * own_weight
+    if label_smoothing > 0:
+        smooth = -(log_p if class_weight is None else log_p * class_weight.to(dtype)).sum(-1)
+        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * smooth
+    # As F.cross_entropy: NaN without any weight, even where smoothing leaves a loss.
+    total = own_weight.masked_fill(~used, 0.0).sum()
+    return losses, total.masked_fill(total == 0, float("nan"))
+
+
+def _sum_of_products(losses: Tensor, weights: Tensor) -> Tensor:
+    """Rounded products, added in ascending order of the exits."""
+    total: Tensor | None = None
+    for own, weight in zip(losses.unbind(), weights.to(losses.dtype).unbind(), strict=True):
+        total = own * weight if total is None else total + own * weight
+    assert total is not None  # E >= 1
+    return total
+
+
 def joint_cross_entropy(
     exit_logits: Tensor,
     target: Tensor,
@@ -108,29 +207,17 @@ def joint_cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> JointLoss:
-    """Cross entropy of every exit and their weighted sum. A label out of range gives a NaN loss and no gradient."""
-    dtype, classes = accumulate_dtype(exit_logits.dtype), exit_logits.shape[-1]
-    used, known = target != ignore_index, (target >= 0) & (target < classes)
-    label = torch.where(known, target, 0)
-    own_weight = torch.ones_like(label, dtype=dtype) if class_weight is None else class_weight.to(dtype)[label]
-    # Rows that give no gradient are cleared first: NaN * 0 in the softmax's backward would be NaN.
-    log_p = torch.log_softmax(exit_logits.to(dtype).masked_fill(~(used & known)[:, None], 0.0), -1)
-    losses = -log_p.gather(-1, label.expand(log_p.shape[:-1]).unsqueeze(-1)).squeeze(-1) * own_weight
-    if label_smoothing > 0:
-        smooth = -(log_p if class_weight is None else log_p * class_weight.to(dtype)).sum(-1)
-        losses = (1 - label_smoothing) * losses + (label_smoothing / classes) * smooth
-    exit_losses = losses.masked_fill(used & ~known, float("nan")).masked_fill(~used, 0.0)
-    if reduction != "none":
-        exit_losses = exit_losses.sum(-1)
-    if reduction == "mean":
-        # As F.cross_entropy: NaN without any weight, even where smoothing leaves a loss.
-        total = own_weight.masked_fill(~used, 0.0).sum()
-        exit_losses = exit_losses / total.masked_fill(total == 0, float("nan"))
-    loss: Tensor | None = None
-    for own, weight in zip(exit_losses.unbind(), exit_weights.to(dtype).unbind(), strict=True):
-        loss = own * weight if loss is None else loss + own * weight
-    assert loss is not None  # E >= 1
-    return JointLoss(loss, exit_losses)
+    """:func:`multi_exit_loss` without prefixes and distillation."""
+    result = multi_exit_loss(
+        exit_logits,
+        target,
+        exit_weights,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    return JointLoss(result.loss, result.exit_losses)
 
 
 def linear_joint_cross_entropy(

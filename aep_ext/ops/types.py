@@ -27,6 +27,19 @@ class JointLoss(NamedTuple):
     """(E,), or (E, N) with ``reduction="none"``: the cross entropy of every exit, without its exit weight."""
 
 
+class MultiExitLoss(NamedTuple):
+    """Result of :func:`aep_ext.ops.multi_exit_loss`. The last three are (E,), or (E, N) with ``reduction="none"``."""
+
+    loss: Tensor
+    """0-d, or (N,) with ``reduction="none"``: the weighted sum of the following."""
+    exit_losses: Tensor
+    """The cross entropy of every exit's logits."""
+    prefix_losses: Tensor
+    """The cross entropy of every prefix ensemble; zeros without ``prefix_weights``."""
+    distillation_losses: Tensor
+    """The divergence of every exit from the whole ensemble, in nats; zeros without ``distillation``."""
+
+
 class GateResult(NamedTuple):
     """Result of :func:`aep_ext.ops.gate`: rows that stay come first, then rows that leave, each in their old order."""
 
