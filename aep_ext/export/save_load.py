@@ -85,6 +85,7 @@ _OPTIONAL: dict[str, _Rule] = {
     "exits": _CLASSES,
     "num_classes": (lambda value: value is None or _CLASSES[0](value), f"null or {_CLASSES[1]}"),
     "cuts": (_list_of(_text), "a list of names"),
+    "heads": (_list_of(_text), "a list of names"),
     "head_keys": (
         _list_of(lambda value: _list_of(_text)(value) and len(value) == 2),
         "a list of pairs of names",
@@ -318,7 +319,14 @@ def _full_network(description: dict[str, Any], model: nn.Module | None) -> Multi
                 f"model= must be left out for the network {origin['name']!r}, which is "
                 f"rebuilt by name, got {type(model).__name__}"
             )
-        return networks.build(origin["name"], origin["num_classes"], origin["in_channels"], cuts=origin.get("cuts"))
+        return networks.build(
+            origin["name"],
+            origin["num_classes"],
+            origin["in_channels"],
+            cuts=origin.get("cuts"),
+            head=origin.get("heads", "copy"),
+            example=origin.get("example"),
+        )
     if kind == "anticipate":
         if model is None:
             raise ValueError(
@@ -329,7 +337,11 @@ def _full_network(description: dict[str, Any], model: nn.Module | None) -> Multi
         if expected not in (None, _qualified_name(model), type(model).__name__):
             raise ValueError(f"model must be a {expected}, got a {_qualified_name(model)}")
         return anticipate(
-            model, cuts=origin["cuts"], num_classes=origin.get("num_classes"), example=origin.get("example")
+            model,
+            cuts=origin["cuts"],
+            num_classes=origin.get("num_classes"),
+            example=origin.get("example"),
+            head=origin.get("heads", "copy"),
         )
     raise ValueError(
         f"model= must be given, a MultiExitNet of the same architecture, for a network of "

@@ -6,11 +6,14 @@ import copy
 import inspect
 import operator
 from collections.abc import Sequence
+from itertools import accumulate
 
 from torch import Tensor, fx, nn
 
 from aep_ext.surgery.cuts import choose_by_cost, cut_name, named_cuts, to_open_for
 from aep_ext.surgery.exit_weights import ExitWeights
+from aep_ext.surgery.heads import FeatureMap, head_by_name, head_names
+from aep_ext.surgery.measure import map_size
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.surgery.partition import Partition, partition
 from aep_ext.surgery.rescale import copy_head, replace_classes, study_head
@@ -27,14 +30,15 @@ def anticipate(
     exit_weights: ExitWeights | str | None = None,
     num_classes: int | None = None,
     example: Tensor | Sequence[int] | None = None,
+    head: str | Sequence[str] = "copy",
     fused: bool = True,
 ) -> MultiExitNet:
-    """Cuts a CNN classifier into stages and copies its head to the end of every stage.
+    """Cuts a CNN classifier into stages and puts a head at the end of every stage.
 
-    The head is everything behind the last feature map (pooling, classifier). Copies have their widths rescaled in
-    proportion to the channels and new values (each layer's ``reset_parameters``, from torch's global generator); the
-    last exit keeps the model's own head. The backbone keeps every value. ``model`` itself is not changed: the net is
-    made of a copy.
+    The model's head is everything behind the last feature map (pooling, classifier). Copies of it have their widths
+    rescaled in proportion to the channels. All early heads get new values (each layer's ``reset_parameters``, from
+    torch's global generator); the last exit keeps the model's own. The backbone keeps every value. ``model`` itself is
+    not changed: the net is made of a copy.
 
     Args:
         model: maps images (N, C, H, W) to logits (N, K), by feature maps (N, C, H, W) or (N, H, W, C). Its forward must
@@ -52,6 +56,11 @@ def anticipate(
             uniform.
         num_classes: another number of classes than the model's: all last layers are then new.
         example: images (N, C, H, W), or a shape (C, H, W). Default: 224 pixels, then 11 other sizes.
+        head: of the early exits, one name for all or one for each: "copy" (of the model's), "linear" (global average
+            pool, linear), "conv" (3x3 depthwise convolution with stride 2, 1x1 convolution, BatchNorm, ReLU, average
+            and maximum pool, linear; "conv@64" has 64 channels, "conv" twice the feature map's), "pooled4" (average
+            pool to 4 x 4, linear), or "auto": "conv" as wide as 4 % of the multiply-adds up to there allow where the
+            map is at least 8 x 8, else "linear".
         fused: see :class:`MultiExitNet`.
 
     Returns:
@@ -86,9 +95,16 @@ def anticipate(
                 f"{cut_name(found, chosen[-1])!r}); "
                 "name places with cuts= or give a number of exits="
             )
-    *stages, head = sections(found, chosen)
+    nodes = list(found.traced.graph.nodes)
+    cost = dict(zip(nodes, accumulate(found.measured.macs[node] for node in nodes), strict=True))
+    maps = []
+    for cut in chosen[:-1]:
+        shape, axis = found.measured.shapes[cut], found.channel_axes[cut]
+        maps.append(FeatureMap(shape[axis], map_size(shape, axis), cost[cut] // len(found.example), axis))
+    names = head_names("anticipate", head, maps)
+    *stages, own_head = sections(found, chosen)
     classes = num_classes or found.num_classes
-    heads = _heads(found, chosen, stages, head, classes)
+    heads = _heads(found, chosen, stages, own_head, classes, names, maps)
     net = MultiExitNet(
         stages,
         heads,
@@ -99,6 +115,7 @@ def anticipate(
             "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
             "num_classes": classes,
             "example": list(found.example.shape[1:]),
+            **({} if set(names) <= {"copy"} else {"heads": names}),
         },
         fused=fused,
     )
@@ -125,10 +142,15 @@ def _refuse_further_inputs(model: nn.Module, example: object) -> None:
 
 
 def _heads(
-    found: Partition, cuts: Sequence[fx.Node], stages: Sequence[fx.GraphModule], head: fx.GraphModule, classes: int
+    found: Partition,
+    cuts: Sequence[fx.Node],
+    stages: Sequence[fx.GraphModule],
+    head: fx.GraphModule,
+    classes: int,
+    names: Sequence[str],
+    early: Sequence[FeatureMap],
 ) -> list[nn.Module]:
-    """Early heads rescaled to their stage's channels, and the original one; nothing writes into a shared feature
-    map."""
+    """Early heads, and the original one; nothing writes into a shared feature map."""
     clear_inplace(head)
     maps = [found.example.new_zeros(found.measured.shapes[cut]) for cut in cuts]
     for stage, x in zip(stages, [found.example, *maps], strict=False):
@@ -140,12 +162,18 @@ def _heads(
                     f"anticipate: the stage that begins with {name!r} overwrites the feature map it is given"
                 )
     axes = [found.channel_axes[cut] for cut in cuts]
-    # The head of a network for one image size is fitted to that size, as saved networks have it.
-    form = study_head(head, maps[-1], axes[-1], try_larger=found.twice is not None or axes[-1] == 3)
-    early = [copy_head(head, form, feature, axis, classes) for feature, axis in zip(maps[:-1], axes[:-1], strict=True)]
-    if classes != form.num_classes:
+    if classes != found.num_classes or "copy" in names:
+        # The head of a network for one image size is fitted to that size, as saved networks have it.
+        form = study_head(head, maps[-1], axes[-1], try_larger=found.twice is not None or axes[-1] == 3)
+    heads: list[nn.Module] = []
+    for name, given, x in zip(names, early, maps, strict=False):
+        if name == "copy":
+            heads.append(copy_head(head, form, x, given.channel_axis, classes))
+        else:
+            heads.append(head_by_name(name, given, classes).to(x.dtype))
+    if classes != found.num_classes:
         replace_classes(head, form, classes)
-    return [*early, head]
+    return [*heads, head]
 
 
 def _restore_modes(model: nn.Module, net: MultiExitNet) -> None:

@@ -1,4 +1,5 @@
-"""Exit heads: the forms the paper's networks use, and how an exit tells the fused operator what it is.
+"""Exit heads: the forms the paper's networks use, those that early exits can be given by name, and how an exit tells
+the fused operator what it is.
 
 A head turns one feature map ``(N, C, H, W)`` into logits ``(N, K)``. Heads of the form *something, global average pool,
 (dropout,) linear* can be run together by :func:`aep_ext.ops.multi_exit_linear_head`; :func:`fused_plan` finds out which
@@ -7,14 +8,28 @@ can.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-__all__ = ["ConvPooledLinearHead", "ConvPooledMLPHead", "FusedPlan", "PooledLinearHead", "fused_plan"]
+__all__ = [
+    "HEADS",
+    "ConvPooledLinearHead",
+    "ConvPooledMLPHead",
+    "FeatureMap",
+    "FusedPlan",
+    "PooledLinearHead",
+    "fused_plan",
+    "head_by_name",
+    "head_names",
+]
+
+HEADS = ("copy", "linear", "conv", "pooled4", "auto")
+AUTO_SHARE = 0.04
+"""What a convolution head may cost under "auto", of the multiply-adds of the network up to it."""
 
 
 class PooledLinearHead(nn.Module):
@@ -100,6 +115,96 @@ class ConvPooledMLPHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(torch.flatten(self.pool(self.pre(x)), 1))
+
+
+class FeatureMap(NamedTuple):
+    """What an exit is given: (N, C, H, W), or (N, H, W, C) where ``channel_axis`` is 3, and the multiply-adds of one
+    image up to there."""
+
+    channels: int
+    size: tuple[int, int]
+    macs: int
+    channel_axis: int = 1
+
+
+class _AverageAndMaximum(nn.Module):
+    """(N, C, H, W) -> (N, 2 C, 1, 1): the mean and the maximum of every channel.
+
+    The global average pool of :class:`PooledLinearHead` leaves it as it is, so the fused operator can run such heads.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)], 1)
+
+
+class _ChannelsFirst(nn.Module):
+    """(N, H, W, C) -> (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+
+def head_names(function: str, head: str | Sequence[str], maps: Sequence[FeatureMap]) -> list[str]:
+    """The head of each early exit by its full name: "auto" is decided, and "conv" says its width.
+
+    Args:
+        function: who asks, for the message.
+        head: one of :data:`HEADS`, or "conv@64" (64 channels), for all early exits, or one for each.
+        maps: what each of them is given.
+
+    Raises:
+        ValueError: no such head, or another number of heads than of early exits.
+    """
+    names = [head] * len(maps) if isinstance(head, str) else list(head)
+    if len(names) != len(maps):
+        raise ValueError(f"{function}: head must be one name, or {len(maps)} for the early exits, got {len(names)}")
+    for name in names or ([head] if isinstance(head, str) else []):
+        kind, at, width = str(name).partition("@")
+        if kind not in HEADS or (at and (kind != "conv" or not width.isdigit() or not int(width))):
+            raise ValueError(f"{function}: head must be one of {', '.join(HEADS)}, or conv@<channels>, got {name!r}")
+    return [_full_name(name, found) for name, found in zip(names, maps, strict=True)]
+
+
+def _full_name(name: str, found: FeatureMap) -> str:
+    """Early feature maps are large, cheap heads there weak: "auto" gives them a convolution as wide as its share of the
+    cost allows, and later ones a linear layer."""
+    if name == "conv":
+        return f"conv@{2 * found.channels}"
+    if name != "auto":
+        return name
+    pixels = ((found.size[0] + 1) // 2) * ((found.size[1] + 1) // 2)
+    affordable = int(AUTO_SHARE * found.macs / (pixels * found.channels)) - 9  # the depthwise 3x3 has 9 a channel
+    width = min(2 * found.channels, affordable - affordable % 8)
+    return f"conv@{width}" if min(found.size) >= 8 and 2 * width >= found.channels else "linear"
+
+
+def head_by_name(name: str, found: FeatureMap, num_classes: int) -> nn.Module:
+    """A new head, by a full name that :func:`head_names` gave, other than "copy".
+
+    - "linear": global average pool, linear.
+    - "conv@W": depthwise 3x3 with stride 2, 1x1 to W channels, BatchNorm, ReLU; average and maximum pool side by side;
+      linear 2 W -> K.
+    - "pooled4": average pool to 4 x 4, linear 16 C -> K.
+
+    Shapes: the feature map -> (N, K), in the input's dtype.
+    """
+    channels, pre, width = found.channels, list[nn.Module](), found.channels
+    if found.channel_axis == 3:
+        pre.append(_ChannelsFirst())
+    if name == "pooled4":
+        width = 16 * channels
+        pre += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Unflatten(1, (width, 1, 1))]
+    elif name.startswith("conv@"):
+        outgoing = int(name.removeprefix("conv@"))
+        width = 2 * outgoing
+        pre += [
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False),
+            nn.Conv2d(channels, outgoing, 1, bias=False),
+            nn.BatchNorm2d(outgoing),
+            nn.ReLU(),
+            _AverageAndMaximum(),
+        ]
+    return PooledLinearHead(channels, num_classes, pre=nn.Sequential(*pre) if pre else None, linear_features=width)
 
 
 class FusedPlan(NamedTuple):

@@ -17,10 +17,19 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from aep_ext.surgery.anticipation import anticipate
-from aep_ext.surgery.heads import ConvPooledLinearHead, ConvPooledMLPHead, PooledLinearHead
+from aep_ext.surgery.heads import (
+    ConvPooledLinearHead,
+    ConvPooledMLPHead,
+    FeatureMap,
+    PooledLinearHead,
+    head_by_name,
+    head_names,
+)
+from aep_ext.surgery.measure import MacCounter, map_size, shadow
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.surgery.resnet_small import resnet_small
 
@@ -367,6 +376,8 @@ def build(
     weights: str | None = None,
     *,
     cuts: Sequence[str] | None = None,
+    head: str | Sequence[str] = "copy",
+    example: Sequence[int] | None = None,
 ) -> MultiExitNet:
     """Builds a network by name.
 
@@ -378,9 +389,12 @@ def build(
         weights: None, "DEFAULT", or a name of torchvision's weights or timm's pretrained tag. Pretrained values go into
             the backbone; the last layer is new where ``num_classes`` is not the pretrained number.
         cuts: of a network of torchvision or timm: where its exits are, see :func:`aep_ext.anticipate`.
+        head: of the early exits, see :func:`aep_ext.anticipate`; "copy" is the network's own. The last exit's stays.
+        example: (C, H, W) of the images, for "auto" and for networks that take one size alone. Default: 32 pixels for
+            networks made for small images, else as :func:`aep_ext.anticipate` finds out.
 
     Raises:
-        ValueError: no network of that name.
+        ValueError: no network of that name, or no such head.
         ImportError: the library it comes from is missing.
     """
     library, slash, inner = name.partition("/")
@@ -389,14 +403,15 @@ def build(
             if value < 1:
                 raise ValueError(f"build: {argument} must be at least 1, got {value}")
         model = _LIBRARIES[library](inner, num_classes, in_channels, weights)
-        net = anticipate(model, num_classes=num_classes, cuts=cuts)
+        net = anticipate(model, num_classes=num_classes, cuts=cuts, head=head, example=example)
         net.origin = {
             "kind": "network",
             "name": name,
             "num_classes": num_classes,
             "in_channels": in_channels,
             "exits": net.num_exits,
-            "cuts": net.origin["cuts"],
+            **{key: net.origin[key] for key in ("cuts", "heads") if key in net.origin},
+            **({} if example is None else {"example": list(example)}),
         }
         return net
     base, scaled, text = name.partition("@")
@@ -407,10 +422,30 @@ def build(
             width = float(text) if scaled else 1.0
         except ValueError:
             raise ValueError(f"build: the width behind @ must be a number, got {name!r}") from None
-        return resnet_small(num_classes, in_channels, weights, width=width)
+        net = resnet_small(num_classes, in_channels, weights, width=width)
+        return _with_heads(net, head, example or (in_channels, 32, 32))
     if name not in _PLANS:
         raise ValueError(f"build: {unknown(name)}")
-    return _network(name, num_classes, in_channels, weights)
+    return _with_heads(_network(name, num_classes, in_channels, weights), head, example or (in_channels, 224, 224))
+
+
+def _with_heads(net: MultiExitNet, head: str | Sequence[str], example: Sequence[int]) -> MultiExitNet:
+    """One of our networks with other early heads; the last one stays."""
+    if head == "copy":
+        return net
+    x, maps = torch.zeros((1, *example), device="meta"), []
+    with torch.no_grad(), MacCounter() as counter:
+        for stage in list(shadow(net.stages).eval().children())[:-1]:
+            x = stage(x)
+            maps.append(FeatureMap(x.shape[1], map_size(x.shape, 1), counter.macs))
+    names = head_names("build", head, maps)
+    heads = [
+        own if name == "copy" else head_by_name(name, found, net.num_classes)
+        for name, found, own in zip(names, maps, net.exits, strict=False)
+    ]
+    return MultiExitNet(
+        list(net.stages), [*heads, net.exits[-1]], num_classes=net.num_classes, origin={**net.origin, "heads": names}
+    )
 
 
 def _from_torchvision(name: str, num_classes: int, in_channels: int, weights: str | None) -> nn.Module:

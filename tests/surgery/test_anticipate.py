@@ -502,6 +502,16 @@ def test_heads_of_channels_last_maps_read_the_channels() -> None:
         assert not torch.allclose(maps.exits[0](x[..., shuffled]), expected)
 
 
+@pytest.mark.parametrize("head", ["linear", "conv", "pooled4", "auto"])
+def test_heads_by_name_read_the_channels_of_channels_last_maps(head: str) -> None:
+    for make in (ChannelsLast, ChannelsLastOneSize, ChannelsLastFlattened, ChannelsMove):
+        model = make().eval()
+        net = anticipate(model, example=(3, 16, 16), head=head).eval()
+        x = torch.randn(2, 3, 16, 16)
+        assert net.exit_logits(x).shape == (net.num_exits, 2, 5)
+        assert net.exits[0].in_channels == 8 and torch.equal(net.exits[-1](net.features(x)[-1]), model(x))
+
+
 class RowsMixed(nn.Module):
     """One size; linear layers read its rows, its columns and its channels: nothing tells which is which."""
 
