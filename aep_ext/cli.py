@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--network",
         metavar="NAME",
-        help="resnet_small, resnet50, vgg16, densenet169, mobilenet_v3_small, efficientnet_b5, "
+        help="resnet_small, resnet_cifar, resnet50, vgg16, densenet169, mobilenet_v3_small, efficientnet_b5, "
         "their _full variants, torchvision/NAME or timm/NAME",
     )
     what.add_argument(

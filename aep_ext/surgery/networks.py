@@ -1,4 +1,4 @@
-"""Networks by name: the paper's eight, as cut points on torchvision models, and a small one for two CPU cores.
+"""Networks by name: the paper's eight, as cut points on torchvision models, and two for two CPU cores.
 
 Backbones are torchvision's; the heads are those of the published experiment (arXiv 2301.12168), which differ from
 torchvision's: every exit, the last too, has the same form, with widths in proportion to its channels.
@@ -31,7 +31,7 @@ from aep_ext.surgery.heads import (
 )
 from aep_ext.surgery.measure import MacCounter, map_size, shadow
 from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.surgery.resnet_small import resnet_small
+from aep_ext.surgery.small_resnets import resnet_cifar, resnet_small
 
 __all__ = [
     "available",
@@ -43,6 +43,7 @@ __all__ = [
     "mobilenet_v3_small",
     "mobilenet_v3_small_full",
     "resnet50",
+    "resnet_cifar",
     "resnet_small",
     "scalable",
     "vgg16",
@@ -304,7 +305,7 @@ def efficientnet_b5_full(num_classes: int, in_channels: int = 3, weights: str | 
 
 def available() -> list[str]:
     """Names that :func:`build` knows; it also takes "torchvision/<name>" and "timm/<name>"."""
-    return sorted(["resnet_small", *_PLANS])
+    return sorted([*_SMALL, *_PLANS])
 
 
 def known(name: str) -> bool:
@@ -340,7 +341,7 @@ def _names_of(library: str) -> list[str]:
 
 def scalable(name: str) -> bool:
     """Whether there are narrower networks of this kind, ``<name>@<width>``."""
-    return name == "resnet_small"
+    return name in _SMALL
 
 
 def image_size(name: str, weights: str | None = None) -> int | None:
@@ -383,7 +384,8 @@ def build(
 
     Args:
         name: one of :func:`available`, or "torchvision/<name>" or "timm/<name>": any classifier of these libraries,
-            given exits by :func:`aep_ext.anticipate`. "resnet_small@0.5" has half of the channels of "resnet_small".
+            given exits by :func:`aep_ext.anticipate`. "resnet_small@0.5" has half of the channels of "resnet_small",
+            and "resnet_cifar@0.5" likewise.
         num_classes: K.
         in_channels: channels of the images; other than 3 the first convolution is new (timm adapts pretrained ones).
         weights: None, "DEFAULT", or a name of torchvision's weights or timm's pretrained tag. Pretrained values go into
@@ -416,13 +418,13 @@ def build(
         return net
     base, scaled, text = name.partition("@")
     if scaled and base in _PLANS:
-        raise ValueError(f"build: only resnet_small can be scaled by @<width>, got {name!r}")
-    if base == "resnet_small":
+        raise ValueError(f"build: only {' and '.join(_SMALL)} can be scaled by @<width>, got {name!r}")
+    if base in _SMALL:
         try:
             width = float(text) if scaled else 1.0
         except ValueError:
             raise ValueError(f"build: the width behind @ must be a number, got {name!r}") from None
-        net = resnet_small(num_classes, in_channels, weights, width=width)
+        net = _SMALL[base](num_classes, in_channels, weights, width=width)
         return _with_heads(net, head, example or (in_channels, 32, 32))
     if name not in _PLANS:
         raise ValueError(f"build: {unknown(name)}")
@@ -485,4 +487,5 @@ def _from_timm(name: str, num_classes: int, in_channels: int, weights: str | Non
     return timm.create_model(full, pretrained=weights is not None, num_classes=num_classes, in_chans=in_channels)
 
 
+_SMALL = {"resnet_cifar": resnet_cifar, "resnet_small": resnet_small}
 _LIBRARIES = {"torchvision": _from_torchvision, "timm": _from_timm}
