@@ -62,7 +62,7 @@ class Method:
         temperature: of the distillation.
         gradient_equilibrium: scale gradients so that every exit has the same say in the backbone.
         learned_weights: the loss weights are learned with the network, in the form "uncertainty" or "softmax"; or "no".
-        backbone_epochs: share, within 0..1, of the epochs at the start that train the backbone with the last exit alone.
+        backbone_epochs: share, within 0..1, of the epochs: the first ones train backbone and last exit alone.
     """
 
     name: str

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from aep_ext import ops
 from aep_ext._utils import html_table, per_exit
 from aep_ext.surgery.exit_weights import ExitWeights
+from aep_ext.surgery.gradient_equilibrium import split_gradient
 from aep_ext.surgery.heads import FusedPlan, fused_plan
 
 __all__ = ["MultiExitNet"]
@@ -44,6 +45,8 @@ class MultiExitNet(nn.Module):
 
     Attributes:
         output_weights, loss_weights: persistent buffers, (E,) float32; they stay float32 under ``.to(dtype)``.
+        gradient_equilibrium: if True, training scales gradients at the exits as :class:`aep_ext.ensemble.GradientEquilibrium`
+            does. False unless set; not saved.
         classes: names of the K classes, or None.
         preprocessing: the :class:`aep_ext.export.Preprocessing` that makes its inputs of images, or None. Both are set
             by ``aep_ext.load`` or by hand; ``prune``, ``GatedNet`` and ``compile`` hand them on, ``save`` writes them.
@@ -54,6 +57,7 @@ class MultiExitNet(nn.Module):
 
     output_weights: Tensor
     loss_weights: Tensor
+    gradient_equilibrium: bool = False
     classes: tuple[str, ...] | None = None
     preprocessing: Any = None
 
@@ -109,11 +113,13 @@ class MultiExitNet(nn.Module):
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The feature maps at the exits: E tensors, the e-th (N, C_e, H_e, W_e) or (N, H_e, W_e, C_e)."""
+        scaled = self.gradient_equilibrium and self.training and torch.is_grad_enabled()
         maps: list[Tensor] = []
         for index, stage in enumerate(self.stages):
             x = stage(x)
             if index == self.exit_stages[len(maps)]:
-                maps.append(x)
+                to_head, x = split_gradient(x, self.num_exits - len(maps)) if scaled else (x, x)
+                maps.append(to_head)
         return maps
 
     def exit_logits(self, x: Tensor) -> Tensor:

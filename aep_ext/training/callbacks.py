@@ -27,7 +27,7 @@ _DIGEST = 64  # hexadecimal digits
 class JointEarlyStopping(_callbacks.EarlyStopping):
     """Stop after ``patience`` epochs without a strictly smaller joint validation loss (``val/loss``), as published.
 
-    NaN and infinity are never an improvement. One case differs from the published code, which would go on for
+    Epochs that trained the backbone alone do not count. NaN and infinity are never an improvement. One case differs from the published code, which would go on for
     ``patience`` epochs: a first loss of NaN stops at once.
     """
 
@@ -43,6 +43,8 @@ class JointEarlyStopping(_callbacks.EarlyStopping):
         self._first = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if _backbone_only(pl_module):
+            return
         first, self._first = self._first, False
         value = trainer.callback_metrics.get(self.monitor)
         if first and value is not None and bool(torch.isnan(value)):
@@ -55,6 +57,11 @@ class JointEarlyStopping(_callbacks.EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._first = bool(state_dict.get("first", False))
+
+
+def _backbone_only(module: Any) -> bool:
+    """Whether this epoch trained the backbone and the last exit alone; of any module."""
+    return getattr(getattr(module, "train_loss", None), "backbone_only", False)
 
 
 class SealedCheckpoints(_plugins.TorchCheckpointIO):
@@ -95,7 +102,8 @@ class SealedCheckpoints(_plugins.TorchCheckpointIO):
 class RunCheckpoint(_callbacks.Checkpoint):
     """One checkpoint file, replaced after every epoch: the state to resume from, the history, and the best weights.
 
-    Best is the highest top-1 of the full ensemble on the validation set (``val/top1``), the earliest epoch on a tie.
+    Best is the highest top-1 of the full ensemble on the validation set (``val/top1``), the earliest epoch on a tie; of
+    those that trained all exits.
     All of it lies in one file, so that no kill can part the best weights from the state that knows of them. The file
     holds tensors and plain values only: ``torch.load(path, weights_only=True)`` reads it.
 
@@ -125,7 +133,7 @@ class RunCheckpoint(_callbacks.Checkpoint):
         }
         self.history.append(record)
         top1 = record["val/top1"]
-        if self.best is None or top1 > self.best["top1"]:
+        if not _backbone_only(pl_module) and (self.best is None or top1 > self.best["top1"]):
             weights = {name: value.detach().to("cpu", copy=True) for name, value in pl_module.net.state_dict().items()}
             self.best = {"epoch": trainer.current_epoch, "top1": top1, "weights": weights}
         if self.path is not None:

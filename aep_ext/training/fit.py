@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from aep_ext._progress import Progress
-from aep_ext._recipes import Recipe, recipe_named
+from aep_ext._recipes import Method, Recipe, method_named, recipe_named
 from aep_ext._utils import UserError, require
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint, SealedCheckpoints, TrainingProgress
@@ -89,6 +89,7 @@ def fit(
     weight_decay: float | None = None,
     schedule: str | None = None,
     recipe: Recipe | str | None = None,
+    method: Method | str | None = None,
     checkpoint: str | Path | None = None,
     seed: int | None = None,
     class_weight: torch.Tensor | None = None,
@@ -106,8 +107,8 @@ def fit(
     An epoch is the better, the higher the top-1 of the ensemble of all exits on ``val``.
 
     Args:
-        net: with the exit weights it is to be trained with (``net.set_exit_weights``). Afterwards it is in eval mode,
-            on the device where it was.
+        net: the network; without a method it is trained with the exit weights that it has. Afterwards it is in eval
+            mode, on the device where it was.
         train: a loader of (x, y) batches, x (n, C, H, W), y (n,) integers, or of dicts with "pixel_values" or "image",
             and "labels" or "label". Or a Lightning data module that has ``val`` too.
         val: such a loader.
@@ -118,6 +119,9 @@ def fit(
         schedule: constant (the default), or cosine: warm-up over 5 % of the steps, then down to 0.
         recipe: a :class:`Recipe` or the name of one: what is not given above is as it says, and its patience counts:
             so many epochs without a smaller joint validation loss end the training. Its image and batch sizes do not.
+        method: how the exits learn: a :class:`Method` or the name of one; its exit weights are copied into ``net``, its
+            form of heads does not count. None: the recipe's if ``recipe`` is a name, else the exits' cross entropies
+            alone. A network with one exit is trained without any.
         checkpoint: file that is replaced after every epoch; if it is there, the training goes on from it. None: none.
         seed: torch's generator is seeded from it and the epoch at the start of every epoch, for dropout and the like;
             the order of the images is the loader's. None: it is left alone.
@@ -134,14 +138,18 @@ def fit(
         TypeError: ``net`` is no MultiExitNet, or a loader yields something else.
         ValueError: no such optimizer or schedule, or a loader that can be gone through only once.
         RuntimeError: no epoch was finished.
-        UserError: no such recipe, or the training diverged: no epoch had a finite validation loss; or the checkpoint is
+        UserError: no such recipe or method, or the training diverged: no epoch had a finite validation loss; or the checkpoint is
             damaged, of another network, or cannot be written.
         ImportError: Lightning is missing.
     """
     if not isinstance(net, MultiExitNet):
         raise TypeError(f"fit: net must be a MultiExitNet, got {type(net).__name__}")
     data = _loaders(train, val)
-    recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe or Recipe("fit", "")
+    if isinstance(recipe, str):
+        recipe = recipe_named(recipe)
+        method = method or recipe.method
+    recipe = recipe or Recipe("fit", "")
+    method = method_named(method) if isinstance(method, str) else method
     given: dict[str, Any] = {
         "epochs": epochs,
         "lr": lr,
@@ -161,6 +169,7 @@ def fit(
     stopper = JointEarlyStopping(recipe.patience or recipe.epochs + 1)
     module = JointLightningModule(
         net,
+        method=method,
         class_weight=class_weight,
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
@@ -206,7 +215,9 @@ def _learned_nothing(keeper: RunCheckpoint, net: MultiExitNet) -> str:
     Where all classes get the same probability the joint loss is sum(a_e) ln K, whatever the weights of the classes.
     """
     assert keeper.best is not None
-    chance, loss, top1 = 1 / net.num_classes, keeper.history[-1]["train/loss"], keeper.best["top1"]
+    chance, last, top1 = 1 / net.num_classes, keeper.history[-1], keeper.best["top1"]
+    # Not train/loss, which a method may have made of more terms.
+    loss = sum(weight * last[f"train/exit{e}_loss"] for e, weight in enumerate(net.loss_weights.tolist()))
     constant = -float(net.loss_weights.sum()) * math.log(chance)
     if net.num_classes == 1 or (loss < constant and top1 > chance):
         return ""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aep_ext._recipes import OPTIMIZERS, SCHEDULES
+from aep_ext._recipes import OPTIMIZERS, SCHEDULES, Method
 from aep_ext._utils import inputs_and_labels, inputs_of, require
-from aep_ext.ensemble import ExitWeights, JointCrossEntropy
+from aep_ext.ensemble import ExitWeights, JointCrossEntropy, LearnedLossWeights
 from aep_ext.ops import ensemble
 from aep_ext.surgery.multi_exit import MultiExitNet
 
@@ -26,7 +26,8 @@ class JointLightningModule(pl.LightningModule):
 
     Args:
         net: the network. With one exit this is the ordinary training of a classifier.
-        exit_weights: copied into the network's buffers; None: the weights that the network has.
+        exit_weights: copied into the network's buffers; None: the method's, else those that the network has.
+        method: how the exits learn; None, or one exit: by their cross entropies alone.
         class_weight: K weights of the classes for the training loss; the validation loss never uses them.
         lr, weight_decay, optimizer, schedule: see :class:`~aep_ext.training.Recipe`.
         seed: seed torch's global generator from (seed, epoch) at the start of every epoch; None: leave it alone.
@@ -46,6 +47,7 @@ class JointLightningModule(pl.LightningModule):
         net: MultiExitNet,
         exit_weights: ExitWeights | None = None,
         *,
+        method: Method | None = None,
         class_weight: Tensor | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
@@ -60,12 +62,14 @@ class JointLightningModule(pl.LightningModule):
             )
         if schedule not in SCHEDULES:
             raise ValueError(f"JointLightningModule: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        if exit_weights is not None:
-            net.set_exit_weights(exit_weights)
+        self.method = Method("none") if method is None or net.num_exits == 1 else method
+        weights = exit_weights or self.method.exit_weights
+        if weights is not None:
+            net.set_exit_weights(weights)
         self.net = net
         self.lr, self.weight_decay, self.optimizer_name, self.schedule = lr, weight_decay, optimizer, schedule
         self.seed = seed
-        self.train_loss = JointCrossEntropy(net.loss_weights, class_weight=class_weight)
+        self.train_loss = joint_loss(net, self.method, class_weight=class_weight)
         self.val_loss = JointCrossEntropy(net.loss_weights)
         self.record: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
@@ -104,11 +108,21 @@ class JointLightningModule(pl.LightningModule):
         for name, value in found.items():
             self.log(name, value, prog_bar=name in ("train/loss", "val/loss", "val/top1"))
 
+    def on_fit_start(self) -> None:
+        self._equilibrium = self.net.gradient_equilibrium
+
+    def on_fit_end(self) -> None:
+        self.net.gradient_equilibrium = self._equilibrium
+
     def on_train_epoch_start(self) -> None:
         """Begin an epoch; with a seed, dropout and the like then depend on (seed, epoch) alone, however often a run was
         resumed."""
         self.record = {}
         self._sums.clear()
+        epochs = self.trainer.max_epochs or 0
+        alone = self.current_epoch < min(round(self.method.backbone_epochs * epochs), epochs - 1)
+        self.train_loss.backbone_only = alone
+        self.net.gradient_equilibrium = not alone and (self.method.gradient_equilibrium or self._equilibrium)
         if self.seed is not None:
             torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
 
@@ -119,7 +133,7 @@ class JointLightningModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """The joint loss of a batch, with class weights if there are any."""
         exit_logits, target = self._exit_logits(batch)
-        loss, exit_losses = self.train_loss.losses(exit_logits, target)
+        loss, exit_losses, *_ = self.train_loss.losses(exit_logits, target)
         self._score("train", exit_logits, target, loss, exit_losses)
         return loss
 
@@ -128,7 +142,7 @@ class JointLightningModule(pl.LightningModule):
 
     def _evaluate(self, stage: str, batch: Any) -> None:
         exit_logits, target = self._exit_logits(batch)
-        self._score(stage, exit_logits, target, *self.val_loss.losses(exit_logits, target))
+        self._score(stage, exit_logits, target, *self.val_loss.losses(exit_logits, target)[:2])
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         """Score a batch of the validation images."""
@@ -150,7 +164,7 @@ class JointLightningModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """All parameters in one optimizer; the cosine schedule moves with every step."""
-        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        parameters = [p for p in (*self.net.parameters(), *self.train_loss.parameters()) if p.requires_grad]
         common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer_name == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
@@ -164,6 +178,20 @@ class JointLightningModule(pl.LightningModule):
             raise ValueError("fit: schedule must be constant for a loader without a length, got cosine")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(int(steps)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def joint_loss(net: MultiExitNet, method: Method, **options: Any) -> JointCrossEntropy:
+    """The loss that a method trains ``net`` with; ``options`` as :class:`~aep_ext.JointCrossEntropy` takes them."""
+    learned = method.learned_weights != "no"
+    return JointCrossEntropy(
+        LearnedLossWeights(net.num_exits, method.learned_weights) if learned else net.loss_weights,
+        prefix_weight=method.prefix_weight,
+        output_weights=net.output_weights,
+        detach_prefix=method.detach_prefix,
+        distillation=method.distillation,
+        temperature=method.temperature,
+        **options,
+    )
 
 
 def cosine_schedule(steps: int) -> Callable[[int], float]:
