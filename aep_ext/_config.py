@@ -9,9 +9,8 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from aep_ext._recipes import OPTIMIZERS, SCHEDULES, Recipe, recipe_named
+from aep_ext._recipes import OPTIMIZERS, SCHEDULES, Method, Recipe, method_named, recipe_named
 from aep_ext._utils import UserError
-from aep_ext.ensemble import ExitWeights
 from aep_ext.export.preprocessing import RESIZES
 from aep_ext.inference import CRITERIA
 
@@ -35,6 +34,17 @@ CALIBRATION_FIELDS = (
     "delta",
 )
 _OF_RECIPE = ("image_size", "epochs", "batch_size", "lr", "weight_decay", "optimizer", "schedule")
+# Beside the method's exit weights: what a run changes in all of its methods.
+OF_METHOD = (
+    "head",
+    "prefix_weight",
+    "detach_prefix",
+    "distillation",
+    "temperature",
+    "gradient_equilibrium",
+    "learned_weights",
+    "backbone_epochs",
+)
 OBJECTIVES = ("gated", "published")
 REFERENCES = ("best", "baseline", "pruned", "ensemble")
 
@@ -49,7 +59,10 @@ class RunConfig:
         network: a name of ``aep_ext.surgery.networks``, or ``torchvision/<name>`` or ``timm/<name>``.
         weights: pretrained weights, as the network's builder takes them (``DEFAULT``); then images get three channels.
         recipe: name of a recipe.
-        exit_weights: families of exit weights; a multi-exit network is trained for each, the baseline once.
+        methods: names of methods, see :class:`~aep_ext.training.Method`; None: the recipe's. A multi-exit network is
+            trained for each, the baseline once.
+        head, prefix_weight, detach_prefix, distillation, temperature, gradient_equilibrium, learned_weights,
+            backbone_epochs: instead of the methods'.
         seeds: everything is trained once for each; the first kind of result is then a mean and a spread.
         classes: K, if it is to be larger than the data's.
         train_samples: learn from so many images only.
@@ -88,7 +101,15 @@ class RunConfig:
     network: str = "resnet_small"
     weights: str | None = None
     recipe: str = "quick"
-    exit_weights: tuple[str, ...] = ("mixed",)
+    methods: tuple[str, ...] | None = None
+    head: str | None = None
+    prefix_weight: float | None = None
+    detach_prefix: bool | None = None
+    distillation: float | None = None
+    temperature: float | None = None
+    gradient_equilibrium: bool | None = None
+    learned_weights: str | None = None
+    backbone_epochs: float | None = None
     seeds: tuple[int, ...] | None = None
     classes: int | None = None
     train_samples: int | None = None
@@ -134,7 +155,8 @@ class RunConfig:
             filled["patience"] = recipe.patience or 0
         if self.seeds is None:
             filled["seeds"] = (recipe.seed,)
-        filled["exit_weights"] = tuple(_family(name) for name in self.exit_weights)
+        asked = (recipe.method,) if self.methods is None else self.methods
+        filled["methods"] = tuple(method_named(name).name for name in asked)
         result = replace(self, **filled)
         result._check()
         return result
@@ -181,12 +203,14 @@ class RunConfig:
         for name, value in (("risk", self.risk), ("delta", self.delta)):
             if value is not None and not 0 < value < 1:
                 raise UserError(f"{name} must be a fraction within 0..1, got {value}")
-        for name in ("seeds", "exit_weights"):
+        for name in ("seeds", "methods"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise UserError(
                     f"{name.replace('_', '-')} must be different from one another and at least one, got {list(values)}"
                 )
+        for name in self.methods or ():
+            self.method(name)
         if any(not 0 <= seed < 1 << 32 for seed in self.seeds or ()):
             raise UserError(f"seeds must be within 0..{(1 << 32) - 1}, got {list(self.seeds or ())}")
         kind, _, number = self.device.partition(":")
@@ -197,6 +221,15 @@ class RunConfig:
         """The recipe with this run's changes; of a resolved configuration."""
         changes = {name: getattr(self, name) for name in _OF_RECIPE}
         return replace(recipe_named(self.recipe), patience=self.patience or None, **changes)
+
+    def method(self, name: str) -> Method:
+        """The method of that name with this run's changes.
+
+        Raises:
+            UserError: there is none, or a change is out of range.
+        """
+        changes = {field: value for field in OF_METHOD if (value := getattr(self, field)) is not None}
+        return replace(method_named(name), **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for ``config.json``."""
@@ -239,14 +272,3 @@ def _is_a(value: Any, kind: Any) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, {int: Integral, float: Real}.get(kind, kind))
-
-
-def _family(name: str) -> str:
-    """The one spelling of a family of exit weights: ``MIX`` is ``mixed``."""
-    try:
-        wanted = ExitWeights.named(name, 3)
-    except ValueError as error:
-        raise UserError(f"no such exit weights: {name!r} (uniform, ascending, descending, mixed)") from error
-    return next(
-        family for family in ("uniform", "ascending", "descending", "mixed") if ExitWeights.named(family, 3) == wanted
-    )

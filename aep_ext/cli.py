@@ -17,14 +17,14 @@ from functools import partial
 from typing import Any
 
 from aep_ext._config import RunConfig
-from aep_ext._recipes import RECIPES
+from aep_ext._recipes import METHODS, RECIPES
 from aep_ext._version import __version__
 
 EPILOG = """examples:
   aep run                                             the handwritten digits: minutes on a CPU
   aep run --data CIFAR10 --network resnet50 --recipe paper
   aep run --data photos/ --network torchvision/resnet18 --weights DEFAULT --output runs/photos
-  aep run --seeds 0,1,2 --exit-weights mixed,descending
+  aep run --seeds 0,1,2 --methods best,mixed           and the paper's own method beside it
   aep run --output runs/photos --resume               after a kill
   aep run --no-terminate                              without gates: the published method alone
 """
@@ -73,12 +73,49 @@ def _run_defaults() -> dict[str, Any]:
     config = RunConfig()
     found = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "seeds"}
     recipe = RECIPES[config.recipe]
+    found["methods"] = f"{recipe.method} with {recipe.name}"
     for name in ("epochs", "patience", "batch_size", "lr", "weight_decay", "optimizer", "schedule"):
         value = getattr(recipe, name)
         found[name] = (
             f"{value:g} with {recipe.name}" if isinstance(value, float) else f"{value or 0} with {recipe.name}"
         )
     return found
+
+
+def _method_options(group: argparse._ArgumentGroup) -> None:
+    """The methods of a run and what it changes in them."""
+    group.add_argument(
+        "--methods",
+        type=_list_of(str),
+        metavar="NAMES",
+        help=f"{', '.join(METHODS)}, or several with commas: each is compared with the one baseline; the next options "
+        "replace what the method says",
+    )
+    group.add_argument("--head", metavar="NAME", help="early heads: copy (the network's own), linear, conv, pooled4, auto")
+    group.add_argument(
+        "--prefix-weight", type=float, metavar="P", help="share of the loss for the ensembles of the first exits, 0 to 1"
+    )
+    group.add_argument(
+        "--detach-prefix",
+        action=argparse.BooleanOptionalAction,
+        help="the loss of such an ensemble trains its last exit only",
+    )
+    group.add_argument(
+        "--distillation", type=float, metavar="D", help="weight of the distillation from the ensemble to every exit"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="of the distillation")
+    group.add_argument(
+        "--gradient-equilibrium",
+        action=argparse.BooleanOptionalAction,
+        help="scale gradients so that every exit has the same say in the backbone",
+    )
+    group.add_argument("--learned-weights", metavar="FORM", help="learn the loss weights: uncertainty, softmax or no")
+    group.add_argument(
+        "--backbone-epochs",
+        type=float,
+        metavar="P",
+        help="share of the epochs, 0 to 1, that train the backbone with its last exit alone first",
+    )
 
 
 def _gate_options(group: argparse._ArgumentGroup) -> None:
@@ -166,12 +203,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--weights", metavar="NAME", help="pretrained weights, for example DEFAULT (default: none)")
     what.add_argument("--classes", type=int, metavar="K", help="number of classes (default: as many as the data has)")
-    what.add_argument(
-        "--exit-weights",
-        type=_list_of(str),
-        metavar="NAMES",
-        help="mixed, descending, ascending, uniform, or several with commas: each is compared with the one baseline",
-    )
     how = run.add_argument_group("how")
     how.add_argument("--recipe", metavar="NAME", help=f"{', '.join(RECIPES)}; paper is the published protocol")
     how.add_argument(
@@ -211,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     seeds.add_argument(
         "--seeds", type=_list_of(int), metavar="N,N,...", help="several seeds: means and spreads in the report"
     )
+    _method_options(run.add_argument_group("how the exits learn"))
     gate = run.add_argument_group("stopping early")
     gate.add_argument(
         "--no-terminate",

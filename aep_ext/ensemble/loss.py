@@ -255,7 +255,9 @@ class PrefixCrossEntropy(JointCrossEntropy):
     """The cross entropies of the prefix ensembles alone, ``sum_e a_e CE(R_e, y)``: :class:`JointCrossEntropy` with
     ``prefix_weight=1``. Its other arguments are the same."""
 
-    def __init__(self, exit_weights: ExitWeights | Sequence[float] | Tensor | LearnedLossWeights, **options: Any) -> None:
+    def __init__(
+        self, exit_weights: ExitWeights | Sequence[float] | Tensor | LearnedLossWeights, **options: Any
+    ) -> None:
         super().__init__(exit_weights, prefix_weight=1.0, **options)
 
 
@@ -278,9 +280,7 @@ class EnsembleDistillation(nn.Module):
     def __init__(self, output_weights: Sequence[float] | Tensor | None = None, *, temperature: float = 3.0) -> None:
         super().__init__()
         if not 0.0 < temperature < math.inf:
-            raise ValueError(
-                f"EnsembleDistillation: temperature must be finite and greater than 0, got {temperature}"
-            )
+            raise ValueError(f"EnsembleDistillation: temperature must be finite and greater than 0, got {temperature}")
         given = None if output_weights is None else torch.tensor(ExitWeights(output_weights).output)
         self.register_buffer("output_weights", given)
         self.temperature = float(temperature)

@@ -8,9 +8,9 @@ from typing import Any
 NAMES = {"uniform": "UNIF", "ascending": "ASC", "descending": "DESC", "mixed": "MIX"}
 
 
-def method_name(family: str) -> str:
-    """The paper's name of a family of exit weights."""
-    return NAMES.get(family, family)
+def method_name(method: str) -> str:
+    """The paper's name of one of its methods; any other as it is."""
+    return NAMES.get(method, method)
 
 
 def percent(value: float, digits: int = 2) -> str:

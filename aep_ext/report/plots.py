@@ -131,14 +131,14 @@ def tradeoff(results: dict[str, Any]) -> Figure:
         x, y, values = model["macs"]["mean"] / size, 100 * model["top1"]["mean"], model["top1"]["values"]
         axis.scatter(x, y, edgecolor="white", linewidth=0.6, **_LOOK[kind])
         axis.vlines(x, 100 * min(values), 100 * max(values), color=_LOOK[kind]["color"], alpha=0.35, zorder=1)
-        if (method, kind) == (delivered["exit_weights"], delivered["kind"]):
+        if (method, kind) == (delivered["method"], delivered["kind"]):
             axis.scatter(x, y, s=260, facecolor="none", edgecolor=ORANGE, linewidth=1.8, label="delivered", zorder=7)
             change = f"{relative(model['macs']['mean'], rows[0][3]['macs']['mean'])} multiply-adds"
             axis.annotate(change, (x, y), xytext=(-14, 8), textcoords="offset points", ha="right", color=ORANGE)
     axis.axhline(100 * rows[0][3]["top1"]["mean"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.5, zorder=1)
     low = axis.get_ylim()[0]  # points and lines far below what matters are cut off
     for number, seed in enumerate(results["seeds"]):
-        gated = seed["methods"][delivered["exit_weights"]]["gated"]
+        gated = seed["methods"][delivered["method"]]["gated"]
         if gated and gated["curve"]:
             curve = np.array(sorted((row["mean_macs"] / size, 100 * row["test_top1"]) for row in gated["curve"]))
             name = "_" if number else "gated, by threshold"

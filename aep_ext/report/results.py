@@ -21,6 +21,9 @@ def read_results(path: str | Path) -> dict[str, Any]:
             not what it should be; the message names the file and the entry.
     """
     results = read_json(path)
+    delivered = results.get("delivered") if isinstance(results, dict) else None
+    if isinstance(delivered, dict) and "exit_weights" in delivered:  # as methods were called
+        delivered["method"] = delivered.pop("exit_weights")
     check_results(results, str(path))
     return results
 
@@ -59,8 +62,8 @@ def _check_links(results: dict[str, Any], where: str) -> None:
             if part["gated"]:
                 _check_gated(part["gated"], f"{where}: seeds[{index}].methods.{name}.gated")
     known = [(seed["seed"], name) for seed in results["seeds"] for name in methods]
-    if (delivered["seed"], delivered["exit_weights"]) not in known:
-        raise UserError(f"{where}: delivered must name one of the trained models (seed, exit_weights), got {delivered}")
+    if (delivered["seed"], delivered["method"]) not in known:
+        raise UserError(f"{where}: delivered must name one of the trained models (seed, method), got {delivered}")
     if not delivered_part(results)[delivered["kind"]] or not delivered_model(results):
         raise UserError(f"{where}: delivered.kind is {delivered['kind']!r}, but that model has no such entry")
 
@@ -81,9 +84,9 @@ def delivered_part(results: dict[str, Any]) -> dict[str, Any]:
     """The trained model that was delivered: a ``methods`` entry of one seed."""
     delivered = results["delivered"]
     seed = next(seed for seed in results["seeds"] if seed["seed"] == delivered["seed"])
-    return seed["methods"][delivered["exit_weights"]]
+    return seed["methods"][delivered["method"]]
 
 
 def delivered_model(results: dict[str, Any]) -> dict[str, Any]:
     """The summary over all seeds of the kind of model that was delivered."""
-    return results["summary"]["methods"][results["delivered"]["exit_weights"]][results["delivered"]["kind"]]
+    return results["summary"]["methods"][results["delivered"]["method"]][results["delivered"]["kind"]]

@@ -13,7 +13,7 @@ def headline(results: dict[str, Any]) -> str:
     """The delivered kind of network against the single-exit one, over all seeds, in a sentence."""
     delivered, base, model = results["delivered"], results["summary"]["baseline"], delivered_model(results)
     text = (
-        f"Delivered: {method_name(delivered['exit_weights'])}, {delivered['kind']} (seed {delivered['seed']}, exits "
+        f"Delivered: {method_name(delivered['method'])}, {delivered['kind']} (seed {delivered['seed']}, exits "
         f"{exits(delivered['exits'])}): {percent_spread(model['top1'])} top-1 on the test images, the single-exit "
         f"network {percent_spread(base['top1'])}"
     )

@@ -75,7 +75,7 @@ def outcome_table(results: dict[str, Any]) -> Table:
     base, delivered, marked = results["summary"]["baseline"], results["delivered"], set()
     rows: list[tuple[str, ...]] = []
     for name, method, kind, model in models(results):
-        if (method, kind) == (delivered["exit_weights"], delivered["kind"]):
+        if (method, kind) == (delivered["method"], delivered["kind"]):
             marked.add(len(rows))
         subsets = list(dict.fromkeys(map(tuple, model.get("exits", ()))))
         rows.append(

@@ -27,7 +27,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def split_gradient(x: Tensor, exits_left: int) -> tuple[Tensor, Tensor]:
-    """``x`` for an exit's head and ``x`` for the next stage, where ``exits_left`` exits, that one included, are ahead."""
+    """``x`` for an exit's head and ``x`` for the next stage, where so many exits, that one included, are left."""
     if exits_left == 1:
         return x, x
     return _ScaleGradient.apply(x, 1 / exits_left), _ScaleGradient.apply(x, (exits_left - 1) / exits_left)

@@ -45,8 +45,8 @@ class MultiExitNet(nn.Module):
 
     Attributes:
         output_weights, loss_weights: persistent buffers, (E,) float32; they stay float32 under ``.to(dtype)``.
-        gradient_equilibrium: if True, training scales gradients at the exits as :class:`aep_ext.ensemble.GradientEquilibrium`
-            does. False unless set; not saved.
+        gradient_equilibrium: if True, training scales gradients at the exits, as
+            :class:`aep_ext.ensemble.GradientEquilibrium` does. False unless set; not saved.
         classes: names of the K classes, or None.
         preprocessing: the :class:`aep_ext.export.Preprocessing` that makes its inputs of images, or None. Both are set
             by ``aep_ext.load`` or by hand; ``prune``, ``GatedNet`` and ``compile`` hand them on, ``save`` writes them.

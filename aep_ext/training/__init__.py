@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from aep_ext._config import RunConfig
 from aep_ext._progress import Progress
-from aep_ext._recipes import RECIPES, Recipe
+from aep_ext._recipes import METHODS, RECIPES, Method, Recipe
 from aep_ext._utils import UserError
 from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint
 from aep_ext.training.data import ImageDataModule
@@ -20,6 +20,8 @@ __all__ = [
     "ImageDataModule",
     "JointEarlyStopping",
     "JointLightningModule",
+    "METHODS",
+    "Method",
     "Progress",
     "RECIPES",
     "Recipe",

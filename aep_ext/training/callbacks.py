@@ -27,7 +27,8 @@ _DIGEST = 64  # hexadecimal digits
 class JointEarlyStopping(_callbacks.EarlyStopping):
     """Stop after ``patience`` epochs without a strictly smaller joint validation loss (``val/loss``), as published.
 
-    Epochs that trained the backbone alone do not count. NaN and infinity are never an improvement. One case differs from the published code, which would go on for
+    Epochs that trained the backbone alone do not count.
+    NaN and infinity are never an improvement. One case differs from the published code, which would go on for
     ``patience`` epochs: a first loss of NaN stops at once.
     """
 

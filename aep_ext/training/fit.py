@@ -138,8 +138,8 @@ def fit(
         TypeError: ``net`` is no MultiExitNet, or a loader yields something else.
         ValueError: no such optimizer or schedule, or a loader that can be gone through only once.
         RuntimeError: no epoch was finished.
-        UserError: no such recipe or method, or the training diverged: no epoch had a finite validation loss; or the checkpoint is
-            damaged, of another network, or cannot be written.
+        UserError: no such recipe or method, or the training diverged: no epoch had a finite validation loss; or the
+            checkpoint is damaged, of another network, or cannot be written.
         ImportError: Lightning is missing.
     """
     if not isinstance(net, MultiExitNet):

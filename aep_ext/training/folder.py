@@ -177,6 +177,8 @@ class RunFolder:
         values = read_record(self.config, "run it again with --overwrite")
         values = {name: value for name, value in values.items() if name not in ("version", "files")}
         values.setdefault("resize", "squash")  # as runs that name none did
+        if "exit_weights" in values:  # as methods were called
+            values["methods"] = values.pop("exit_weights")
         try:
             return replace(RunConfig.from_dict(values), output=str(self.path)).resolved()
         except UserError as error:

@@ -16,7 +16,6 @@ from aep_ext._config import RunConfig
 from aep_ext._io import check_files, read_json, read_record, sha256, write_arrays, write_bytes, write_json, write_record
 from aep_ext._progress import Progress
 from aep_ext._utils import UserError, require, using_threads
-from aep_ext.ensemble import ExitWeights
 from aep_ext.export import save
 from aep_ext.inference import ExitPolicy, GatedNet, collect_logits
 from aep_ext.ops import ensemble
@@ -119,14 +118,16 @@ def calibrate_run(
     return {**results, "output": str(path.path)}
 
 
-def build_network(name: str, num_classes: int, channels: int, weights: str | None = None) -> MultiExitNet:
-    """A network by its name.
+def build_network(
+    name: str, num_classes: int, channels: int, weights: str | None = None, head: str = "copy"
+) -> MultiExitNet:
+    """A network by its name, with early heads of that form.
 
     Raises:
         UserError: there is none of that name, or it cannot be built like this.
     """
     try:
-        return networks.build(name, num_classes, channels, weights=weights)
+        return networks.build(name, num_classes, channels, weights=weights, head=head)
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split()).removeprefix("build: ")) from error
     except OSError as error:  # no connection, and nothing in the cache
@@ -179,7 +180,13 @@ class Job:
         size = self.data.preprocessing.image_size
         self.recipe = replace(self.recipe, image_size=size)
         self.shape = (self.data.channels, size, size)
-        self.structure = build_network(config.network, self.data.num_classes, self.data.channels, config.weights)
+        assert config.methods is not None
+        self.methods = {name: config.method(name) for name in config.methods}
+        heads = [method.head for method in self.methods.values()]
+        self.structure = [
+            build_network(config.network, self.data.num_classes, self.data.channels, config.weights, head)
+            for head in dict.fromkeys(heads)
+        ][0]
         self.threads = config.threads or self._threads()
         weighted = self.data.unbalanced if config.class_weights is None else config.class_weights
         self.class_weight = self.data.class_weights() if weighted else None
@@ -213,7 +220,7 @@ class Job:
             seeds = []
             for seed in self.seeds:
                 baseline = self.part(seed, BASELINE)
-                methods = {name: self.part(seed, name) for name in self.config.exit_weights}
+                methods = {name: self.part(seed, name) for name in self.methods}
                 seeds.append({"seed": seed, "baseline": baseline, "methods": methods})
             gated = self.config.terminate and self.structure.num_exits > 1
             calibration, looks = self.calibrate(seeds) if gated else (None, 0)
@@ -279,19 +286,20 @@ class Job:
 
     def trained(self, seed: int, name: str) -> dict[str, Any]:
         """Train, evaluate and save a model: the baseline ("baseline"), a static network ("static/NAME"), or a
-        multi-exit network, whose name is that of its exit weights."""
+        multi-exit network, whose name is that of its method."""
         torch.manual_seed(seed)  # the network before training is then the same for every model of a seed
         single = name == BASELINE or name.startswith(STATIC)
         network = name.removeprefix(STATIC) if name.startswith(STATIC) else self.config.network
         pretrained = None if "@" in network else self.config.weights
-        net = build_network(network, self.data.num_classes, self.data.channels, pretrained)
-        weights = ExitWeights.uniform(1) if single else ExitWeights.named(name, net.num_exits)
+        method = None if single else self.methods[name]
+        head = method.head if method else "copy"
+        net = build_network(network, self.data.num_classes, self.data.channels, pretrained, head)
         net = single_exit(net) if single else net
-        net.set_exit_weights(weights)
         training = fit(
             net,
             self.data,
             recipe=self.recipe,
+            method=method,
             checkpoint=self.folder.checkpoint(seed, name),
             seed=seed,
             class_weight=self.class_weight,
@@ -305,13 +313,14 @@ class Job:
             logits, labels = collect_logits(net, self.batches(seed, name, split), device=self.device)
             found |= {f"{split}_logits": logits, f"{split}_labels": labels}
         part: dict[str, Any] = {"training": training.to_dict(), "exit_weights": None, "scores": None, "pruned": None}
+        part["method"] = method and asdict(method)
         nets = {"full": net}
         if not single:
             latency = {"repeats": 20} if 1 << net.num_exits <= ALL_SUBSETS_TIMED + 1 else False
             loader = self.batches(seed, name, "val")
             scores = score_subsets(net, loader, device=self.device, latency=latency, example=self.shape)
             nets["pruned"] = prune(net, scores)
-            part["exit_weights"] = {"loss": list(weights.loss), "output": list(weights.output)}
+            part["exit_weights"] = {"loss": net.loss_weights.tolist(), "output": net.output_weights.tolist()}
             part["scores"] = scores.to_dict()
         for kind, small in nets.items():
             rows = [net.exit_ids.index(e) for e in small.exit_ids]
@@ -346,7 +355,7 @@ class Job:
         """SHA-256 of what is asked of the calibration and of the logits that it is asked of."""
         digest = hashlib.sha256(json.dumps(calibration_settings(self.config, self.data), sort_keys=True).encode())
         for seed in self.seeds:
-            for name in (BASELINE, *self.config.exit_weights):
+            for name in (BASELINE, *self.methods):
                 digest.update(self.folder.file(seed, name, "predictions.npz").read_bytes())
         return digest.hexdigest()
 
@@ -460,7 +469,7 @@ class Job:
         beside it; and the images that the report shows."""
         chosen, top = results["delivered"], self.folder.path
         entry = next(entry for entry in results["seeds"] if entry["seed"] == chosen["seed"])
-        part, files = entry["methods"][chosen["exit_weights"]], {}
+        part, files = entry["methods"][chosen["method"]], {}
         for model, kind, target in (
             (part, "full", "full/"),
             (part, "pruned", "pruned/"),

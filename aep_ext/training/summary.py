@@ -171,7 +171,7 @@ def add_latencies(summary: dict[str, Any], timed: Sequence[Latencies]) -> None:
 
 
 def delivered(config: RunConfig, seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Which network is delivered: of the exit weights whose gates keep the budget for most seeds, and then at the least
+    """Which network is delivered: of the methods whose gates keep the budget for most seeds, and then at the least
     mean cost, the seed with the highest top-1 on the calibration images. With the published objective, and where no
     gates keep the budget, the pruned network with the highest validation top-1. The first of several."""
     models = [(entry["seed"], name, part) for entry in seeds for name, part in entry["methods"].items()]
@@ -189,7 +189,7 @@ def delivered(config: RunConfig, seeds: list[dict[str, Any]]) -> dict[str, Any]:
         kind, exits, notice = "pruned", part["pruned"]["exits"], ""
         if config.objective == "gated" and part["gated"]:
             notice = "no gates keep the budget, so the published choice is delivered"  # why is among the notices
-    return {"seed": seed, "exit_weights": name, "kind": kind, "exits": exits, "notice": notice}
+    return {"seed": seed, "method": name, "kind": kind, "exits": exits, "notice": notice}
 
 
 def calibration_settings(config: RunConfig, data: ImageDataModule) -> dict[str, Any]:

@@ -106,7 +106,7 @@ GATED = "seeds.0.methods.mixed.gated"
         ("summary.baseline.macs", KeyError, "summary.baseline: 'macs' is a required property"),
         ("summary.methods.mixed.gated.saving.mean", None, "saving.mean: None is not of type 'number'"),
         ("delivered.kind", "full", "delivered.kind: 'full' is not one of"),
-        ("delivered.seed", 9, r"delivered must name one of the trained models \(seed, exit_weights\)"),
+        ("delivered.seed", 9, r"delivered must name one of the trained models \(seed, method\)"),
         ("seeds.1.methods", {"uniform": 1}, "seeds"),
         (f"{GATED}.test.top1", 93.5, "gated.test.top1: 93.5 is greater than the maximum of 1"),
         (f"{GATED}.policy.thresholds", [0.5], r"gated.policy.thresholds must have 2 entries for 3 exits, got 1"),

@@ -71,7 +71,7 @@ def make_results(
     return {
         "format": "aep_ext.run",
         "version": 2,
-        "config": {"data": "made", "margin": 0.5, "exit_weights": list(methods), "seeds": list(seeds)},
+        "config": {"data": "made", "margin": 0.5, "methods": list(methods), "seeds": list(seeds)},
         "recipe": {"name": "quick", "lr": 0.003},
         "environment": {"torch": "2", "device": "cpu", "threads": 1},
         "data": {
@@ -103,7 +103,7 @@ def make_results(
         "summary": summary,
         "delivered": {
             "seed": seeds[0],
-            "exit_weights": methods[0],
+            "method": methods[0],
             "kind": kind,
             "exits": first["gated"]["policy"]["exits"] if gates else first["pruned"]["exits"],
             "notice": "",
@@ -247,6 +247,6 @@ def make_bench() -> dict[str, Any]:
 
 def make_images(results: dict[str, Any], channels: int = 3) -> np.ndarray:
     """Images for the delivered model's examples: uint8 (n, 8, 8, channels)."""
-    examples = results["seeds"][0]["methods"][results["delivered"]["exit_weights"]]["gated"]["examples"]
+    examples = results["seeds"][0]["methods"][results["delivered"]["method"]]["gated"]["examples"]
     count = len(examples["early"]) + len(examples["late"])
     return np.random.default_rng(0).integers(0, 256, (count, 8, 8, channels), dtype=np.uint8)

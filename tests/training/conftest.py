@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     lines: list[str] = []
-    asked = {"seeds": (0, 1), "exit_weights": ("mixed", "ASC"), "margin": 8.0}
+    asked = {"seeds": (0, 1), "methods": ("mixed", "ASC"), "margin": 8.0}
     results = run({**TINY, **asked, "output": str(folder)}, progress=Progress(lines.append))
     yield folder, results, lines
 

@@ -212,7 +212,7 @@ def test_damage_while_the_run_goes_on_is_found_before_it_is_finished(
 
     def latencies(job: Any, *rest: Any) -> Any:
         found = real(job, *rest)
-        flip(copy / f"seed-{chosen['seed']}" / chosen["exit_weights"] / "full" / "model.json")
+        flip(copy / f"seed-{chosen['seed']}" / chosen["method"] / "full" / "model.json")
         return found
 
     monkeypatch.setattr(job_module.Job, "latencies", latencies)

@@ -52,7 +52,7 @@ def predictions(folder: Path, seed: int, name: str) -> dict[str, torch.Tensor]:
 
 def delivered_part(results: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     chosen = results["delivered"]
-    part = next(g for s, n, g in gated_parts(results) if (s, n) == (chosen["seed"], chosen["exit_weights"]))
+    part = next(g for s, n, g in gated_parts(results) if (s, n) == (chosen["seed"], chosen["method"]))
     return chosen, part
 
 
@@ -120,7 +120,7 @@ def test_delivered_network_loads_and_answers_as_simulated(finished: Finished) ->
     folder, results, _ = finished
     chosen, part = delivered_part(results)
     assert chosen["kind"] == "gated" and chosen["exits"] == part["policy"]["exits"]
-    place = folder / f"seed-{chosen['seed']}" / chosen["exit_weights"]
+    place = folder / f"seed-{chosen['seed']}" / chosen["method"]
     sources = (("full", "full"), ("pruned", "pruned"), ("gated", "."), ("../baseline/full", "baseline"))
     for source, target in sources:
         for file in ("model.safetensors", "model.json"):
@@ -128,7 +128,7 @@ def test_delivered_network_loads_and_answers_as_simulated(finished: Finished) ->
     net = load(folder)
     assert isinstance(net, GatedNet) and list(net.net.exit_ids) == chosen["exits"]
     data = ImageDataModule("digits", image_size=8, train_samples=300).dataset("test")
-    answer, logits = net(data.__getitems__(range(540))[0]), predictions(folder, chosen["seed"], chosen["exit_weights"])
+    answer, logits = net(data.__getitems__(range(540))[0]), predictions(folder, chosen["seed"], chosen["method"])
     policy = ExitPolicy.from_dict(part["policy"])
     stored = logits["test_logits"][chosen["exits"]]
     near = near_threshold(stored, policy, 1e-5)
