@@ -91,9 +91,14 @@ def _method_options(group: argparse._ArgumentGroup) -> None:
         help=f"{', '.join(METHODS)}, or several with commas: each is compared with the one baseline; the next options "
         "replace what the method says",
     )
-    group.add_argument("--head", metavar="NAME", help="early heads: copy (the network's own), linear, conv, pooled4, auto")
     group.add_argument(
-        "--prefix-weight", type=float, metavar="P", help="share of the loss for the ensembles of the first exits, 0 to 1"
+        "--head", metavar="NAME", help="early heads: copy (the network's own), linear, conv, pooled4, auto"
+    )
+    group.add_argument(
+        "--prefix-weight",
+        type=float,
+        metavar="P",
+        help="share of the loss for the ensembles of the first exits, 0 to 1",
     )
     group.add_argument(
         "--detach-prefix",

@@ -119,15 +119,15 @@ def calibrate_run(
 
 
 def build_network(
-    name: str, num_classes: int, channels: int, weights: str | None = None, head: str = "copy"
+    name: str, num_classes: int, shape: tuple[int, int, int], weights: str | None = None, head: str = "copy"
 ) -> MultiExitNet:
-    """A network by its name, with early heads of that form.
+    """A network by its name for images (C, H, W), with early heads of that form.
 
     Raises:
         UserError: there is none of that name, or it cannot be built like this.
     """
     try:
-        return networks.build(name, num_classes, channels, weights=weights, head=head)
+        return networks.build(name, num_classes, shape[0], weights=weights, head=head, example=shape)
     except (ValueError, ImportError) as error:
         raise UserError(" ".join(str(error).split()).removeprefix("build: ")) from error
     except OSError as error:  # no connection, and nothing in the cache
@@ -182,10 +182,9 @@ class Job:
         self.shape = (self.data.channels, size, size)
         assert config.methods is not None
         self.methods = {name: config.method(name) for name in config.methods}
-        heads = [method.head for method in self.methods.values()]
-        self.structure = [
-            build_network(config.network, self.data.num_classes, self.data.channels, config.weights, head)
-            for head in dict.fromkeys(heads)
+        self.structure = [  # one for each form of heads: an unknown one is told now
+            build_network(config.network, self.data.num_classes, self.shape, config.weights, head)
+            for head in {method.head: None for method in self.methods.values()}
         ][0]
         self.threads = config.threads or self._threads()
         weighted = self.data.unbalanced if config.class_weights is None else config.class_weights
@@ -293,7 +292,7 @@ class Job:
         pretrained = None if "@" in network else self.config.weights
         method = None if single else self.methods[name]
         head = method.head if method else "copy"
-        net = build_network(network, self.data.num_classes, self.data.channels, pretrained, head)
+        net = build_network(network, self.data.num_classes, self.shape, pretrained, head)
         net = single_exit(net) if single else net
         training = fit(
             net,

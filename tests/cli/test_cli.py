@@ -79,7 +79,7 @@ def test_help_shows_the_defaults_of_a_run(capsys: pytest.CaptureFixture[str]) ->
         field = name.removeprefix("--").replace("-", "_")
         assert options[field] == getattr(config, field), (name, value)
     assert {"--data", "--network", "--lr", "--epochs", "--patience", "--schedule", "--margin", "--delta"} <= set(found)
-    assert found["--margin"] == "0.5" and found["--exit-weights"] == "mixed" and found["--lr"] == "0.003"
+    assert found["--margin"] == "0.5" and found["--methods"] == "best with quick" and found["--lr"] == "0.003"
     assert "batch sizes (default: 1,4,16,64,256)" in help_of("bench", capsys)
 
 
@@ -119,7 +119,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--network", "resnet9000"], "no such network: 'resnet9000'"),
         (["--classes", "5"], "fewer classes than labels: 5 classes"),
         (["--recipe", "soup"], "no such recipe: 'soup'"),
-        (["--exit-weights", "mixed,heavy"], "no such exit weights: 'heavy'"),
+        (["--methods", "mixed,heavy"], "no such method: 'heavy'"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--resume"], "there is no run to resume under runs"),
     ],
@@ -256,11 +256,11 @@ def test_options_become_fields_of_the_configuration(monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setattr(report, "text_table", lambda results: "table")
     assert (
-        cli.main(["run", "--seed", "7", "--exit-weights", "MIX, DESC", "--lr", "0.1", "--no-class-weights", "--quiet"])
+        cli.main(["run", "--seed", "7", "--methods", "MIX, DESC", "--lr", "0.1", "--no-class-weights", "--quiet"])
         == 0
     )
     given, options = seen.pop()
-    assert given == {"seeds": (7,), "exit_weights": ("MIX", "DESC"), "lr": 0.1, "class_weights": False}
+    assert given == {"seeds": (7,), "methods": ("MIX", "DESC"), "lr": 0.1, "class_weights": False}
     assert options["resume"] is False and options["progress"].write is None
     gates = ["--no-terminate", "--static", "0.5,vgg16", "--calibration-samples", "100", "--num-std-errors", "1"]
     assert cli.main(["run", "--seeds", "0,1,2", "--resume", "--output", "x", *gates]) == 0

@@ -32,17 +32,17 @@ def test_the_paper_s_protocol() -> None:
     assert all(recipe.description and recipe.name == name for name, recipe in RECIPES.items())
 
 
-def test_exit_weights_have_one_spelling() -> None:
-    assert RunConfig(exit_weights=("MIX", "DESC", "unif")).resolved().exit_weights == ("mixed", "descending", "uniform")
+def test_methods_have_one_spelling() -> None:
+    assert RunConfig(methods=("MIX", "DESC", "unif")).resolved().methods == ("mixed", "descending", "uniform")
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"recipe": "soup"}, "no such recipe: 'soup' .*paper"),
-        ({"exit_weights": ("heavy",)}, "no such exit weights: 'heavy'"),
-        ({"exit_weights": ("mix", "mixed")}, "exit-weights must be different from one another"),
-        ({"exit_weights": ()}, "exit-weights must be .* at least one"),
+        ({"methods": ("heavy",)}, "no such method: 'heavy'"),
+        ({"methods": ("mix", "mixed")}, "methods must be different from one another"),
+        ({"methods": ()}, "methods must be .* at least one"),
         ({"seeds": (1, 1)}, "seeds must be different"),
         ({"seeds": (-1,)}, "seeds must be within 0"),
         ({"optimizer": "lion"}, "no such optimizer: 'lion'"),
@@ -91,7 +91,7 @@ def test_a_run_begins_in_a_new_or_empty_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_run(tmp_path: Path) -> None:
-    given = {"output": str(tmp_path / "run"), "epochs": 3}
+    given = {"output": str(tmp_path / "run"), "epochs": 3, "methods": ("mixed",)}
     with begin(*open_run(given)):
         pass
     with pytest.raises(UserError, match="holds this run already; go on with it by --resume"):
@@ -102,7 +102,7 @@ def test_a_folder_with_a_run(tmp_path: Path) -> None:
         open_run({**given, "lr": 0.5}, resume=True)
     config, _ = open_run({"output": given["output"], "threads": 1, "data_root": "moved"}, resume=True)
     assert (config.epochs, config.threads, config.data_root) == (3, 1, "moved")
-    assert open_run({**given, "exit_weights": ("MIX",)}, resume=True)[0].exit_weights == ("mixed",)
+    assert open_run({**given, "methods": ("MIX",)}, resume=True)[0].methods == ("mixed",)
 
 
 def test_a_folder_with_something_else(tmp_path: Path) -> None:
