@@ -79,7 +79,7 @@ def test_help_shows_the_defaults_of_a_run(capsys: pytest.CaptureFixture[str]) ->
         field = name.removeprefix("--").replace("-", "_")
         assert options[field] == getattr(config, field), (name, value)
     assert {"--data", "--network", "--lr", "--epochs", "--patience", "--schedule", "--margin", "--delta"} <= set(found)
-    assert found["--margin"] == "0.5" and found["--methods"] == "best with quick" and found["--lr"] == "0.003"
+    assert found["--margin"] == "0.5" and found["--methods"] == "best" and found["--lr"] == "0.003"
     assert "batch sizes (default: 1,4,16,64,256)" in help_of("bench", capsys)
 
 
@@ -93,8 +93,8 @@ def test_run_and_report(tmp_path: Path) -> None:
     done = aep("run", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("baseline: epoch 1/1, validation loss ") and lines[1].startswith("mixed: epoch 1/1")
-    assert "MIX, pruned" in done.stdout and "MIX, gated" in done.stdout
+    assert lines[0].startswith("baseline: epoch 1/1, validation loss ") and lines[1].startswith("best: epoch 1/1")
+    assert "best, pruned" in done.stdout and "best, gated" in done.stdout
     assert lines[-1].startswith(f"report: {Path('runs/digits-resnet_small/report.html')} (")
     noise = [line for line in done.stderr.splitlines() if "aep_ext" not in line and "use_native" not in line]
     assert noise == []  # of Lightning: no greetings, no advice
@@ -165,7 +165,7 @@ def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.chdir(tmp_path)
     assert cli.main(["run", *QUICK, "--quiet", "--output", "r", "--margin", "20"]) == 0
     out = capsys.readouterr().out
-    assert "MIX, gated" in out and "report: r/report.html" in out and "epoch" not in out
+    assert "best, gated" in out and "report: r/report.html" in out and "epoch" not in out
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert results["calibration"]["budget"] == {"kind": "accuracy", "points": 20.0} and results["static"] == []
     # Finished: nothing is done again.
@@ -256,8 +256,7 @@ def test_options_become_fields_of_the_configuration(monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setattr(report, "text_table", lambda results: "table")
     assert (
-        cli.main(["run", "--seed", "7", "--methods", "MIX, DESC", "--lr", "0.1", "--no-class-weights", "--quiet"])
-        == 0
+        cli.main(["run", "--seed", "7", "--methods", "MIX, DESC", "--lr", "0.1", "--no-class-weights", "--quiet"]) == 0
     )
     given, options = seen.pop()
     assert given == {"seeds": (7,), "methods": ("MIX", "DESC"), "lr": 0.1, "class_weights": False}

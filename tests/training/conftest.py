@@ -13,7 +13,15 @@ import pytest
 import torch
 
 # One thread: threads that wait for one another on a busy machine make tiny networks slow.
-TINY = {"image_size": 8, "train_samples": 300, "epochs": 2, "batch_size": 32, "device": "cpu", "threads": 1}
+TINY = {
+    "image_size": 8,
+    "train_samples": 300,
+    "epochs": 2,
+    "batch_size": 32,
+    "device": "cpu",
+    "threads": 1,
+    "methods": ("mixed",),
+}
 
 
 @pytest.fixture(scope="session", autouse=True)

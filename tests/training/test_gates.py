@@ -24,7 +24,15 @@ from aep_ext.training import run as run_function
 
 Finished = tuple[Path, dict[str, Any], list[str]]
 job_module = __import__("sys").modules[run_function.__module__]
-TINY = {"image_size": 8, "train_samples": 96, "epochs": 1, "batch_size": 32, "device": "cpu", "threads": 1}
+TINY = {
+    "image_size": 8,
+    "train_samples": 96,
+    "epochs": 1,
+    "batch_size": 32,
+    "device": "cpu",
+    "threads": 1,
+    "methods": ("mixed",),
+}
 
 
 @pytest.fixture
