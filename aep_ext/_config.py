@@ -82,8 +82,7 @@ class RunConfig:
             subset of the published rule.
         budget: points of top-1 that a gated network may lose against ``reference``; None: the margin.
         reference: the right answers that the budget is held against: of the "baseline", the "pruned" network, the
-            "ensemble" of all exits, or the "best" of baseline and ensemble on the calibration images: where these are
-            few, a lead of the network over the baseline there is no licence to lose it again.
+            "ensemble" of all exits, or the "best" of baseline and ensemble on the calibration images.
         criterion, criterion_on: see :class:`~aep_ext.inference.ExitPolicy`.
         num_std_errors: so many standard errors are added to the cross-validated drop before it is held against the
             budget. 0: the plain estimate, which few images make too hopeful; 1: the one-standard-error rule.
@@ -129,10 +128,10 @@ class RunConfig:
     terminate: bool = True
     objective: str = "gated"
     budget: float | None = None
-    reference: str = "best"
+    reference: str = "baseline"
     criterion: str = "confidence"
     criterion_on: str = "ensemble"
-    num_std_errors: float = 0.5
+    num_std_errors: float = 0.0
     output_weights: str = "fitted"
     risk: float | None = None
     delta: float = 0.1

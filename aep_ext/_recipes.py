@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from aep_ext._utils import UserError
-from aep_ext.surgery.exit_weights import SHORT_NAMES
+from aep_ext.surgery.exit_weights import FAMILIES, SHORT_NAMES
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
 SCHEDULES = ("constant", "cosine")
@@ -87,10 +87,12 @@ class Method:
         ):
             if not (valid and math.isfinite(value)):
                 raise UserError(f"{name} must be finite and {'> 0' if name == 'temperature' else '>= 0'}, got {value}")
-        if self.learned_weights not in LEARNED_WEIGHTS:
-            raise UserError(
-                f"no such learned-weights: {self.learned_weights!r} (there are: {', '.join(LEARNED_WEIGHTS)})"
-            )
+        for name, value, known in (
+            ("exit-weights", self.exit_weights, (None, *FAMILIES)),
+            ("learned-weights", self.learned_weights, LEARNED_WEIGHTS),
+        ):
+            if value not in known:
+                raise UserError(f"no such {name}: {value!r} (there are: {', '.join(filter(None, known))})")
 
 
 METHODS: dict[str, Method] = {

@@ -157,7 +157,7 @@ def calibrate(
     criterion: str = "confidence",
     criterion_on: str = "ensemble",
     exits: str | Sequence[int] = "auto",
-    num_std_errors: float = 0.5,
+    num_std_errors: float = 0.0,
     folds: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -168,9 +168,9 @@ def calibrate(
     tightened budgets, and evaluated on the fold left out; chosen is the cheapest whose cross-validated drop plus
     ``num_std_errors`` standard errors is within the budget (of those within 2 % of its cost, the one with the
     smallest drop), which is then fitted on all samples. The estimate is noisy where images are few, and the best of
-    many is optimistic: half a standard error is added by default; 1 is the one-standard-error rule (L. Breiman et al.,
-    "Classification and regression trees", 1984). With 0 more than every other choice loses more than its budget on
-    new images. The interval is in the result.
+    many is optimistic: with 0, the default, more than every other choice loses more than its budget on new images; 1
+    is the one-standard-error rule (L. Breiman et al., "Classification and regression trees", 1984). The interval is in
+    the result.
 
     For a :class:`RiskBudget` one half of the samples does all this; the other half tests the policies of the curve from
     careful to bold, and the cheapest that passes is taken.

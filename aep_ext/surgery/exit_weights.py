@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aep_ext._utils import per_exit
 
-_FAMILIES = ("uniform", "ascending", "descending", "mixed")
+FAMILIES = ("uniform", "ascending", "descending", "mixed")
 SHORT_NAMES = {
     "unif": "uniform",
     "asc": "ascending",
@@ -96,9 +96,9 @@ class ExitWeights:
         """
         family = str(name).lower()
         family = SHORT_NAMES.get(family, family)
-        if family not in _FAMILIES:
+        if family not in FAMILIES:
             raise ValueError(
-                f"ExitWeights.named: name must be one of {', '.join(_FAMILIES)} (or UNIF, ASC, DESC, MIX), got {name!r}"
+                f"ExitWeights.named: name must be one of {', '.join(FAMILIES)} (or UNIF, ASC, DESC, MIX), got {name!r}"
             )
         return getattr(cls, family)(num_exits)
 

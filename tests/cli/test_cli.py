@@ -167,6 +167,8 @@ def test_calibrate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     out = capsys.readouterr().out
     assert "best, gated" in out and "report: r/report.html" in out and "epoch" not in out
     results = json.loads((tmp_path / "r" / "results.json").read_text())
+    trained = results["seeds"][0]
+    assert trained["methods"]["best"]["method"]["distillation"] == 0.2 and trained["baseline"]["method"] is None
     assert results["calibration"]["budget"] == {"kind": "accuracy", "points": 20.0} and results["static"] == []
     # Finished: nothing is done again.
     assert cli.main(["run", "--output", "r", "--resume"]) == 0

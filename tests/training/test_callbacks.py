@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,9 +44,16 @@ class _Scripted(pl.LightningModule):
     val_dataloader = train_dataloader
 
 
-def stop_epoch(losses: list[float], patience: int = 12) -> int | None:
+class _BackboneFirst(_Scripted):
+    """Its first three epochs train the backbone alone."""
+
+    def on_train_epoch_start(self) -> None:
+        self.train_loss = SimpleNamespace(backbone_only=self.current_epoch < 3)
+
+
+def stop_epoch(losses: list[float], patience: int = 12, kind: type[_Scripted] = _Scripted) -> int | None:
     """The number of the epoch, from 1, after which training stopped; None where it ran to the end."""
-    module = _Scripted(losses)
+    module = kind(losses)
     with quiet_lightning():
         trainer = pl.Trainer(
             max_epochs=len(losses),
@@ -69,6 +77,12 @@ def test_published_stop_epochs(name: str) -> None:
 
 def test_a_first_loss_of_nan_stops_at_once() -> None:
     assert stop_epoch([math.nan, 1.0, 0.5]) == 1
+
+
+def test_epochs_of_the_backbone_alone_do_not_count() -> None:
+    losses = [1.0, 2.0, 3.0, 9.0, 8.0, 8.5, 1.0]
+    assert stop_epoch(losses, patience=1) == 2
+    assert stop_epoch(losses, patience=1, kind=_BackboneFirst) == 6
 
 
 def test_state_survives() -> None:

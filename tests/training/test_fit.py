@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import tempfile
 from dataclasses import replace
@@ -15,10 +16,13 @@ pytest.importorskip("lightning", reason="the training needs lightning")
 
 from aep_ext import ExitWeights, MultiExitNet
 from aep_ext._utils import UserError
+from aep_ext.pruning import single_exit
 from aep_ext.surgery import networks
-from aep_ext.training import RECIPES, FitResult, ImageDataModule, Progress, fit
+from aep_ext.training import METHODS, RECIPES, FitResult, ImageDataModule, JointLightningModule, Method, Progress, fit
 from aep_ext.training.callbacks import RunCheckpoint, SealedCheckpoints
 from aep_ext.training.fit import accelerator_of
+
+fit_module = importlib.import_module("aep_ext.training.fit")  # the package's `fit` is the function
 
 RECIPE = replace(RECIPES["quick"], epochs=4, lr=3e-3, schedule="constant")
 
@@ -204,6 +208,101 @@ def test_a_training_that_learns_nothing_says_so(tmp_path: Path) -> None:
     assert "learned nothing or diverged: the training loss ended at" in wild.notice
     assert lines[-1] == f"training: WARNING: {wild.notice}" and wild.to_dict()["notice"] == wild.notice
     assert "learned nothing" in trained(1e-12).notice
+
+
+EVERYTHING = Method(
+    "everything",
+    exit_weights="descending",
+    prefix_weight=0.5,
+    distillation=0.2,
+    gradient_equilibrium=True,
+    learned_weights="softmax",
+    backbone_epochs=0.5,
+)
+
+
+def test_all_techniques_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, bool, bool, int]] = []
+    step = JointLightningModule.training_step
+
+    def watched(self: JointLightningModule, batch: Any, index: int) -> torch.Tensor:
+        learned = int((self.train_loss.learned.raw != 0).any())
+        seen.append((self.current_epoch, self.train_loss.backbone_only, self.net.gradient_equilibrium, learned))
+        return step(self, batch, index)
+
+    monkeypatch.setattr(JointLightningModule, "training_step", watched)
+    net = fresh()
+    result = fit(net, module(), epochs=4, method=EVERYTHING, device="cpu", progress=False)
+    assert sorted(set(seen)) == [
+        (0, True, False, 0),
+        (1, True, False, 0),
+        *((2, False, True, k) for k in (0, 1)),
+        (3, False, True, 1),
+    ]
+    assert result.best_epoch >= 2 and not net.gradient_equilibrium
+    torch.testing.assert_close(net.loss_weights, torch.tensor(ExitWeights.descending(4).loss))
+    # Guessing has ln 10 at every exit; the last alone has learned in the first half.
+    assert result.history[1]["train/exit3_loss"] < 2.2 < result.history[1]["train/exit0_loss"]
+    assert result.history[3]["train/exit0_loss"] < 2.2
+
+
+def test_the_loss_of_a_method() -> None:
+    loss = JointLightningModule(fresh(), method=replace(EVERYTHING, temperature=2.0, detach_prefix=True)).train_loss
+    assert (loss.prefix_weight, loss.detach_prefix, loss.distillation, loss.temperature) == (0.5, True, 0.2, 2.0)
+    assert loss.learned.form == "softmax"
+    torch.testing.assert_close(loss.output_weights, torch.tensor(ExitWeights.descending(4).output))
+    plain = JointLightningModule(fresh()).train_loss
+    assert (plain.prefix_weight, plain.distillation, plain.learned) == (0.0, 0.0, None)
+    torch.testing.assert_close(plain.exit_weights, torch.tensor(ExitWeights.mixed(4).loss))
+
+
+def test_a_single_exit_knows_no_method(equal_weights: Any) -> None:
+    nets = []
+    for method in (None, EVERYTHING):
+        net = single_exit(fresh())
+        fit(net, module(), epochs=1, seed=0, method=method, device="cpu", progress=False)
+        nets.append(net)
+    equal_weights(*(net.state_dict() for net in nets))
+
+
+def test_a_recipe_by_name_brings_its_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        built.append(options["method"])
+        raise _Killed
+
+    monkeypatch.setattr(fit_module, "JointLightningModule", watched)
+    asked: list[dict[str, Any]] = [
+        {},
+        {"recipe": RECIPES["quick"]},
+        {"recipe": "quick"},
+        {"recipe": "quick", "method": "MIX"},
+    ]
+    for options in asked:
+        with pytest.raises(_Killed):
+            fit(fresh(), module(), **options)
+    assert built == [None, None, METHODS[RECIPES["quick"].method], METHODS["mixed"]]
+    with pytest.raises(
+        UserError, match=r"no such method: 'soup' \(there are: uniform, ascending, descending, mixed, best\)"
+    ):
+        fit(fresh(), module(), method="soup")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("prefix_weight", 1.5, "prefix-weight must be a share within 0..1, got 1.5"),
+        ("backbone_epochs", -0.1, "backbone-epochs must be a share within 0..1, got -0.1"),
+        ("distillation", -1.0, "distillation must be finite and >= 0, got -1.0"),
+        ("temperature", 0.0, "temperature must be finite and > 0, got 0.0"),
+        ("learned_weights", "luck", "no such learned-weights: 'luck' .*uncertainty, softmax"),
+        ("exit_weights", "luck", "no such exit-weights: 'luck' .*uniform, ascending, descending, mixed"),
+    ],
+)
+def test_methods_are_checked(field: str, value: Any, rule: str) -> None:
+    with pytest.raises(UserError, match=rule):
+        Method("mine", **{field: value})
 
 
 def test_interrupt(tmp_path: Path) -> None:

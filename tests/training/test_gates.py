@@ -73,7 +73,7 @@ def test_the_gates_keep_the_margin_at_less_cost(finished: Finished) -> None:
         assert gated["calibration"]["drop_points"] <= 8.0 and gated["test"]["mean_macs"] < macs
     assert results["summary"]["methods"]["mixed"]["gated"]["feasible"] == sum(n == "mixed" for _, n, _ in feasible)
     asked = results["calibration"]
-    assert asked["budget"] == {"kind": "accuracy", "points": 8.0} and asked["reference"] == "best"
+    assert asked["budget"] == {"kind": "accuracy", "points": 8.0} and asked["reference"] == "baseline"
     assert (asked["images"], asked["samples"]) == ("calibration", 597) and results["test_looks"] == 1
 
 
@@ -221,7 +221,7 @@ def test_what_the_budget_is_held_against(finished: Finished) -> None:
         found = gates._reference(RunConfig(reference=reference), part, stored, baseline, "test")
         right = baseline["test_correct_full"] if kind == "baseline" else stored[f"test_correct_{kind}"]
         assert torch.equal(found, right)
-    best = gates._reference(RunConfig(), part, stored, baseline, "test")
+    best = gates._reference(RunConfig(reference="best"), part, stored, baseline, "test")
     assert best.sum() == max(baseline["test_correct_full"].sum(), stored["test_correct_full"].sum())
 
 

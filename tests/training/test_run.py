@@ -157,6 +157,7 @@ def test_a_run_that_lost_its_last_parts_does_only_those(finished: Finished, tmp_
 
 def test_the_published_method_alone(tmp_path: Path) -> None:
     given = {"image_size": 8, "train_samples": 64, "epochs": 1, "batch_size": 32, "device": "cpu", "threads": 1}
+    given["methods"] = ("mixed",)
     asked = {"margin": 99.0, "class_weights": True, "terminate": False, "static": ("0.5",)}
     results = run({**given, **asked, "output": str(tmp_path / "run")})
     method = results["summary"]["methods"]["mixed"]
