@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from aep_ext.report.numbers import exits, method_name, percent_spread, points, relative
-from aep_ext.report.results import delivered_model
+from aep_ext.report.results import delivered_model, delivered_part
+
+
+_REFERENCES = {
+    "baseline": "the single-exit network",
+    "pruned": "the pruned network",
+    "ensemble": "the full ensemble",
+    "best": "the better of the single-exit network and the full ensemble",
+}
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -25,9 +33,7 @@ def headline(results: dict[str, Any]) -> str:
 
 def budget_words(budget: dict[str, Any], reference: str) -> str:
     """A budget in words; one of an unknown kind by its name and numbers."""
-    names = {"baseline": "the single-exit network", "pruned": "the pruned network", "ensemble": "the full ensemble"}
-    names["best"] = "the better of the single-exit network and the full ensemble"
-    below = names.get(reference, reference)
+    below = _REFERENCES.get(reference, reference)
     if budget["kind"] == "accuracy" and budget.get("points") is not None:
         return f"at most {budget['points']:g} points of top-1 below {below}"
     if budget["kind"] == "risk" and budget.get("epsilon") is not None:
@@ -81,6 +87,7 @@ def caveats(results: dict[str, Any]) -> list[str]:
             f"The test images were looked at {looks} times: choices made after a look make figures optimistic."
         )
     lines += _of_margin(results)
+    lines += _of_calibration(results)
     for method in results["summary"]["methods"]:
         for seed in results["seeds"]:
             where = f"{method_name(method)}, seed {seed['seed']}"
@@ -96,6 +103,19 @@ def _of_margin(results: dict[str, Any]) -> Iterator[str]:
     yield (
         f"On the test images the delivered network {verb} the margin of {100 * found['margin']:g} points: "
         f"{points(found)}."
+    )
+
+
+def _of_calibration(results: dict[str, Any]) -> Iterator[str]:
+    """What the calibration expected of the delivered gates."""
+    gated, asked = delivered_part(results)["gated"], results["calibration"]
+    said = (gated or {}).get("calibration") or {}
+    if results["delivered"]["kind"] != "gated" or said.get("drop_points") is None or not said.get("interval"):
+        return
+    high, low = (-bound + 0.0 for bound in said["interval"])
+    yield (
+        f"Cross-validation on {said['n']:,} images expected {-said['drop_points'] + 0.0:+.2f} points against "
+        f"{_REFERENCES.get(asked['reference'], asked['reference'])} (95 % interval {low:+.2f} to {high:+.2f})."
     )
 
 

@@ -243,13 +243,17 @@ def notices(calibration: dict[str, Any] | None, seeds: list[dict[str, Any]], loo
 
 
 def outcome_line(gated: dict[str, Any], baseline: dict[str, Any]) -> str:
-    """A calibration in a line: exits, test top-1 and mean multiply-adds beside the single-exit network's."""
+    """A calibration in a line: exits, what it expects, test top-1 and mean multiply-adds beside the single-exit
+    network's."""
     if not gated["feasible"]:
         return "no gates keep the budget"  # the outcome says why
     exits = "+".join(str(e + 1) for e in gated["policy"]["exits"])
     gain = 100 * (gated["test"]["top1"] - baseline["full"]["test"]["top1"])
     share = 100 * gated["test"]["mean_macs"] / baseline["full"]["macs"]
-    return f"exits {exits} gated, {gain:+.2f} points, {share:.0f} % of the baseline's multiply-adds"
+    found = gated["calibration"]
+    high, low = (-bound + 0.0 for bound in found["interval"])
+    expected = f"{-found['drop_points'] + 0.0:+.2f} [{low:+.2f}, {high:+.2f}] expected"
+    return f"exits {exits} gated, {gain:+.2f} points ({expected}), {share:.0f} % of the baseline's multiply-adds"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

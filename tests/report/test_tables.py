@@ -134,6 +134,12 @@ def test_headline() -> None:
     assert summary.headline(make_results(gates=False)).startswith("Delivered: MIX, pruned (seed 0, exits 4): ")
 
 
+def test_the_interval_of_the_calibration_is_said() -> None:
+    line = "Cross-validation on 500 images expected -0.20 points against the single-exit network "
+    assert line + "(95 % interval -0.80 to +0.40)." in summary.caveats(make_results())
+    assert not any("expected" in line for line in summary.caveats(make_results(gates=False)))
+
+
 def weaken(place: str, value: Any) -> dict[str, Any]:
     results = make_results()
     gated = results["summary"]["methods"]["mixed"]["gated"]
