@@ -8,7 +8,6 @@ from typing import Any
 from aep_ext.report.numbers import exits, method_name, percent_spread, points, relative
 from aep_ext.report.results import delivered_model, delivered_part
 
-
 _REFERENCES = {
     "baseline": "the single-exit network",
     "pruned": "the pruned network",
