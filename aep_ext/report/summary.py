@@ -57,6 +57,19 @@ def policy_words(results: dict[str, Any]) -> str:
     )
 
 
+def expected_words(results: dict[str, Any]) -> Iterator[str]:
+    """What the calibration expected of the delivered gates."""
+    gated, asked = delivered_part(results)["gated"], results["calibration"]
+    said = (gated or {}).get("calibration") or {}
+    if results["delivered"]["kind"] != "gated" or said.get("drop_points") is None or not said.get("interval"):
+        return
+    high, low = (-bound + 0.0 for bound in said["interval"])
+    yield (
+        f"Cross-validation on {said['n']:,} images expected {-said['drop_points'] + 0.0:+.2f} points against "
+        f"{_REFERENCES.get(asked['reference'], asked['reference'])} (95 % interval {low:+.2f} to {high:+.2f})."
+    )
+
+
 def agreement_words(results: dict[str, Any], method: str) -> Iterator[str]:
     """Simulator against live network, all seeds together; nothing where that was not compared."""
     found = [seed["methods"][method]["gated"] for seed in results["seeds"]]
@@ -86,7 +99,6 @@ def caveats(results: dict[str, Any]) -> list[str]:
             f"The test images were looked at {looks} times: choices made after a look make figures optimistic."
         )
     lines += _of_margin(results)
-    lines += _of_calibration(results)
     for method in results["summary"]["methods"]:
         for seed in results["seeds"]:
             where = f"{method_name(method)}, seed {seed['seed']}"
@@ -102,19 +114,6 @@ def _of_margin(results: dict[str, Any]) -> Iterator[str]:
     yield (
         f"On the test images the delivered network {verb} the margin of {100 * found['margin']:g} points: "
         f"{points(found)}."
-    )
-
-
-def _of_calibration(results: dict[str, Any]) -> Iterator[str]:
-    """What the calibration expected of the delivered gates."""
-    gated, asked = delivered_part(results)["gated"], results["calibration"]
-    said = (gated or {}).get("calibration") or {}
-    if results["delivered"]["kind"] != "gated" or said.get("drop_points") is None or not said.get("interval"):
-        return
-    high, low = (-bound + 0.0 for bound in said["interval"])
-    yield (
-        f"Cross-validation on {said['n']:,} images expected {-said['drop_points'] + 0.0:+.2f} points against "
-        f"{_REFERENCES.get(asked['reference'], asked['reference'])} (95 % interval {low:+.2f} to {high:+.2f})."
     )
 
 

@@ -18,7 +18,7 @@ from aep_ext.report.numbers import (
     points,
     relative,
 )
-from aep_ext.report.summary import agreement_words, caveats, headline, policy_words
+from aep_ext.report.summary import agreement_words, caveats, expected_words, headline, policy_words
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def bench_words(results: dict[str, Any]) -> list[str]:
 
 def text_table(results: dict[str, Any]) -> str:
     """The outcome of a run for a terminal: the table of models, what was delivered, and what limits it."""
-    lines = [headline(results), *(f"- {line}" for line in caveats(results))]
+    lines = [headline(results), *expected_words(results), *(f"- {line}" for line in caveats(results))]
     return f"{outcome_table(results).text()}\n\n" + "\n".join(lines)
 
 
