@@ -81,18 +81,15 @@ class Method:
         for name in ("prefix_weight", "backbone_epochs"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name.replace('_', '-')} must be a share within 0..1, got {getattr(self, name)}")
-        for name, value, valid in (
-            ("distillation", self.distillation, self.distillation >= 0),
-            ("temperature", self.temperature, self.temperature > 0),
-        ):
-            if not (valid and math.isfinite(value)):
-                raise UserError(f"{name} must be finite and {'> 0' if name == 'temperature' else '>= 0'}, got {value}")
-        for name, value, known in (
-            ("exit-weights", self.exit_weights, (None, *FAMILIES)),
-            ("learned-weights", self.learned_weights, LEARNED_WEIGHTS),
-        ):
+        if not 0 <= self.distillation < math.inf:
+            raise UserError(f"distillation must be finite and >= 0, got {self.distillation}")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature must be finite and > 0, got {self.temperature}")
+        for name, known in (("exit_weights", (None, *FAMILIES)), ("learned_weights", LEARNED_WEIGHTS)):
+            value = getattr(self, name)
             if value not in known:
-                raise UserError(f"no such {name}: {value!r} (there are: {', '.join(filter(None, known))})")
+                names = ", ".join(filter(None, known))
+                raise UserError(f"no such {name.replace('_', '-')}: {value!r} (there are: {names})")
 
 
 METHODS: dict[str, Method] = {
