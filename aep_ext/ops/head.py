@@ -74,5 +74,6 @@ def multi_exit_linear_head(
         biases = [None] * len(features)
     if len(features) > 0 and use_native(*features, *weights, *[bias for bias in biases if bias is not None]):
         return _native.multi_exit_linear_head(features, weights, biases)[0]
+    features, weights, biases = reference.autocast(features, weights, biases)
     _checks.linears(op, "features", features, "NCHW", weights, biases)
     return reference.multi_exit_linear_head(features, weights, biases)

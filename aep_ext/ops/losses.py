@@ -258,6 +258,7 @@ def linear_joint_cross_entropy(
         return JointLoss(
             *_native.linear_joint_cross_entropy(pooled, weights, biases, target, exit_weights, *options, chunk)
         )
+    pooled, weights, biases = reference.autocast(pooled, weights, biases)
     shape = _checks.linears(op, "pooled", pooled, "NC", weights, biases)
     device = pooled[0].device
     _checks.tensor(op, "exit_weights", exit_weights, (len(pooled),), device=device)

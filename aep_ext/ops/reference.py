@@ -30,13 +30,21 @@ _SUBSET_TABLE = 1 << 20
 _AUTOCASTING = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 
-def _autocast(tensors: list[Tensor | None]) -> list[Any]:
-    """Casts to the autocast dtype where autocast is on, as torch does for ``linear``; float64 stays."""
-    kind = next(t.device.type for t in tensors if t is not None)
+def autocast(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Casts to the autocast dtype where autocast is on, as torch does for ``linear``; float64 stays. Biases are filled
+    up with None."""
+    given = (list(inputs), list(weights), [None] * len(inputs) if biases is None else list(biases))
+    kind = next((x.device.type for x in inputs if isinstance(x, Tensor)), "")
     if kind not in _AUTOCASTING or not torch.is_autocast_enabled(kind):
-        return tensors
+        return given
     dtype = torch.get_autocast_dtype(kind)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+
+    return [cast(x) for x in given[0]], [cast(x) for x in given[1]], [cast(x) for x in given[2]]
 
 
 def global_avg_pool(features: Tensor) -> Tensor:
@@ -48,9 +56,8 @@ def multi_exit_linear_head(
     features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None
 ) -> Tensor:
     """Global average pool and linear layer of every exit, stacked: (E, N, K)."""
-    exits = len(features)
-    cast = _autocast([*features, *weights, *([None] * exits if biases is None else biases)])
-    layers = zip(cast[:exits], cast[exits : 2 * exits], cast[2 * exits :], strict=True)
+    features, weights, biases = autocast(features, weights, biases)
+    layers = zip(features, weights, biases, strict=True)
     return torch.stack([F.linear(x.mean((2, 3)), weight, bias) for x, weight, bias in layers])
 
 
@@ -232,9 +239,7 @@ def linear_joint_cross_entropy(
     reduction: str = "mean",
 ) -> JointLoss:
     """The joint loss of linear exits. The specification: it forms all logits at once."""
-    exits = len(pooled)
-    cast = _autocast([*pooled, *weights, *([None] * exits if biases is None else biases)])
-    layers = zip(cast[:exits], cast[exits : 2 * exits], cast[2 * exits :], strict=True)
+    layers = zip(*autocast(pooled, weights, biases), strict=True)
     logits = torch.stack([F.linear(x, weight, bias) for x, weight, bias in layers])
     result = joint_cross_entropy(logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
     return JointLoss(result.loss, result.exit_losses.detach())

@@ -148,6 +148,10 @@ def test_autocast_casts_as_linear_does(device, on_reference, close):
         expected = on_reference(ops.multi_exit_linear_head, features, weights, biases)
     assert result.dtype == expected.dtype == torch.bfloat16
     close(result, expected)
+    narrow = [x.bfloat16() for x in features]  # as a convolution under autocast leaves them
+    with torch.autocast(device, dtype=torch.bfloat16):
+        close(ops.multi_exit_linear_head(narrow, weights, biases), expected)
+        close(on_reference(ops.multi_exit_linear_head, narrow, weights, biases), expected)
     with torch.autocast(device, dtype=torch.bfloat16, enabled=False):
         assert ops.multi_exit_linear_head(features, weights, biases).dtype == torch.float32
 
