@@ -9,13 +9,10 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from aep_ext._recipes import OPTIMIZERS, SCHEDULES, Method, Recipe, method_named, recipe_named
+from aep_ext._recipes import OPTIMIZERS, PRECISIONS, SCHEDULES, Method, Recipe, method_named, precision_on, recipe_named
 from aep_ext._utils import UserError
 from aep_ext.export.preprocessing import RESIZES
 from aep_ext.inference import CRITERIA
-
-# In all of them the weights stay float32, as everything behind the training expects.
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 # They change how fast a run is and where it lies, not what it is: a run may be resumed with others.
 RUNTIME_FIELDS = ("output", "data_root", "workers", "device", "threads")
@@ -33,7 +30,22 @@ CALIBRATION_FIELDS = (
     "risk",
     "delta",
 )
-_OF_RECIPE = ("image_size", "epochs", "batch_size", "lr", "weight_decay", "optimizer", "schedule")
+OF_RECIPE = (
+    "image_size",
+    "epochs",
+    "batch_size",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "optimizer",
+    "schedule",
+    "warmup",
+    "augment",
+    "label_smoothing",
+    "ema",
+    "channels_last",
+    "precision",
+)
 # Beside the method's exit weights: what a run changes in all of its methods.
 OF_METHOD = (
     "head",
@@ -71,8 +83,9 @@ class RunConfig:
         resize: how images get it, see :class:`~aep_ext.export.Preprocessing`; None: "crop", for the published
             experiment's data sets "squash", as there.
         skip_bad_images: leave out images that cannot be read, and list them, instead of stopping at the first.
-        epochs, patience, batch_size, lr, weight_decay, optimizer, schedule: instead of the recipe's.
-            ``patience`` 0: never stop early.
+        epochs, patience, batch_size, lr, momentum, weight_decay, optimizer, schedule, warmup, augment, label_smoothing,
+            ema, channels_last, precision: instead of the recipe's, see :class:`~aep_ext.training.Recipe`. ``patience``
+            0: never stop early.
         class_weights: weight the classes in the training loss; None: where the data is unbalanced.
         calibration_samples: hold out so many training images: output weights, temperatures and thresholds are fitted on
             them, and on what ``train_samples`` leaves, instead of on the validation images.
@@ -90,7 +103,6 @@ class RunConfig:
         risk, delta: instead of the budget a guarantee: at most this fraction of the answers is lost, with probability
             ``1 - delta``.
         static: smaller networks to train beside: widths ("0.5") of the run's network, or names of networks.
-        precision: as Lightning names it: 32-true, 16-mixed or bf16-mixed.
         output: the run folder.
         workers, device, threads: processes that load images, where to train, CPU threads.
     """
@@ -120,9 +132,16 @@ class RunConfig:
     patience: int | None = None
     batch_size: int | None = None
     lr: float | None = None
+    momentum: float | None = None
     weight_decay: float | None = None
     optimizer: str | None = None
     schedule: str | None = None
+    warmup: float | None = None
+    augment: tuple[str, ...] | None = None
+    label_smoothing: float | None = None
+    ema: float | None = None
+    channels_last: bool | None = None
+    precision: str | None = None
     class_weights: bool | None = None
     margin: float = 0.5
     terminate: bool = True
@@ -136,7 +155,6 @@ class RunConfig:
     risk: float | None = None
     delta: float = 0.1
     static: tuple[str, ...] = ()
-    precision: str = "32-true"
     output: str | None = None
     workers: int = 0
     device: str = "auto"
@@ -149,7 +167,7 @@ class RunConfig:
             UserError: a value is out of range, or a name unknown.
         """
         recipe = recipe_named(self.recipe)
-        filled = {name: getattr(recipe, name) for name in _OF_RECIPE if getattr(self, name) is None}
+        filled = {name: getattr(recipe, name) for name in OF_RECIPE if getattr(self, name) is None}
         if self.patience is None:
             filled["patience"] = recipe.patience or 0
         if self.seeds is None:
@@ -158,7 +176,8 @@ class RunConfig:
         filled["methods"] = tuple(method_named(name).name for name in asked)
         result = replace(self, **filled)
         result._check()
-        return result
+        assert result.precision is not None
+        return replace(result, precision=precision_on(result.precision, result.device))
 
     def _check(self) -> None:
         smallest = {
@@ -215,10 +234,14 @@ class RunConfig:
         kind, _, number = self.device.partition(":")
         if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
             raise UserError(f"no such device: {self.device!r} (auto, cpu, cuda or cuda:1)")
+        try:
+            self.training()
+        except ValueError as error:
+            raise UserError(str(error).removeprefix("Recipe: ").replace("_", "-")) from error
 
     def training(self) -> Recipe:
         """The recipe with this run's changes; of a resolved configuration."""
-        changes = {name: getattr(self, name) for name in _OF_RECIPE}
+        changes = {name: getattr(self, name) for name in OF_RECIPE}
         return replace(recipe_named(self.recipe), patience=self.patience or None, **changes)
 
     def method(self, name: str) -> Method:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from aep_ext._utils import UserError
 from aep_ext.surgery.exit_weights import FAMILIES, SHORT_NAMES
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "linear", "onecycle")
 LEARNED_WEIGHTS = ("no", "uncertainty", "softmax")
+AUGMENTATIONS = ("flip", "translate", "crop", "cutout")
+# In all of them the weights stay float32, as everything behind the training expects.
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "auto")
 
 
 @dataclass(frozen=True)
@@ -19,30 +24,71 @@ class Recipe:
 
     Attributes:
         name, description: for the command line and the report.
-        optimizer: one of ``adam``, ``adamw``, ``sgd`` (Nesterov momentum 0.9), ``rmsprop``.
-        lr: learning rate (its peak, with the cosine schedule).
-        weight_decay: as the optimizer takes it.
-        schedule: ``constant``, or ``cosine``: linear warm-up over 5 % of the steps, then a half cosine down to 0.
+        optimizer: one of ``adam``, ``adamw``, ``sgd`` (Nesterov, where ``momentum`` is not 0), ``rmsprop``.
+        lr: learning rate (its peak, where the schedule moves it).
+        momentum: of ``sgd``.
+        weight_decay: as the optimizer takes it; biases and the weights of norms do not decay.
+        schedule: ``constant``; ``linear`` or ``cosine``: linear warm-up, then a line or half a cosine down to 0; or
+            ``onecycle``: ``torch.optim.lr_scheduler.OneCycleLR``. All move with every step.
+        warmup: the warm-up's share of the steps, within 0..1.
         batch_size: of the training; scoring uses larger batches, which change no decision.
         epochs: at most so many.
         patience: stop after so many epochs without a better joint validation loss; None: never.
+        augment: names of what is done to the training images, in this order: ``flip`` (left and right), ``translate``
+            (by up to a 16th of the side, the border mirrored), ``crop`` (by up to an 8th, the border 0), ``cutout`` (a
+            square of half the side set to 0).
+        label_smoothing: of the training loss, within 0..1.
+        ema: decay per step of the exponential moving average of the weights, which is then what is validated and kept;
+            0: none. In the first steps it is smaller, ``(1 + step) / (10 + step)``.
+        channels_last: train in the channels-last memory format.
+        precision: as Lightning names it, 32-true, 16-mixed or bf16-mixed; or auto: bf16-mixed where the hardware
+            multiplies bfloat16, else 32-true.
         image_size: side in pixels to which images are resized; None: as the network or the data has it.
         seed: where the user names none.
         method: name of the :class:`Method` that multi-exit networks are trained with.
+
+    Raises:
+        ValueError: a value is out of range, or a name unknown.
     """
 
     name: str
     description: str
     optimizer: str = "adam"
     lr: float = 1e-3
+    momentum: float = 0.9
     weight_decay: float = 0.0
     schedule: str = "constant"
+    warmup: float = 0.05
     batch_size: int = 64
     epochs: int = 20
     patience: int | None = None
+    augment: tuple[str, ...] = ()
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    channels_last: bool = False
+    precision: str = "32-true"
     image_size: int | None = None
     seed: int = 0
     method: str = "mixed"
+
+    def __post_init__(self) -> None:
+        for field, known in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("augment", AUGMENTATIONS),
+            ("precision", PRECISIONS),
+        ):
+            value = getattr(self, field)
+            for name in value if isinstance(value, tuple) else (value,):
+                if name not in known:
+                    raise ValueError(f"Recipe: {field} must be one of {', '.join(known)}, got {name!r}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"Recipe: lr must be finite and greater than 0, got {self.lr}")
+        for field in ("momentum", "warmup", "label_smoothing", "ema"):
+            value = getattr(self, field)
+            if not 0 <= value <= 1 or (value == 1 and field in ("momentum", "ema")):
+                least = "at least 0 and less than 1" if field in ("momentum", "ema") else "within 0..1"
+                raise ValueError(f"Recipe: {field} must be {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -151,13 +197,20 @@ RECIPES: dict[str, Recipe] = {
             method="best",
         ),
         Recipe(
-            "cifar-small",
-            "CIFAR on a CPU: Adam at 2e-3 with a cosine schedule, batches of 64, 12 epochs, no augmentation.",
-            optimizer="adam",
-            lr=2e-3,
-            schedule="cosine",
-            batch_size=64,
-            epochs=12,
+            "cifar",
+            "Small photographs: Nesterov SGD with a one-cycle schedule, flips and translations, a moving average of "
+            "the weights, bfloat16 where the hardware has it.",
+            optimizer="sgd",
+            lr=0.1,
+            weight_decay=5e-4,
+            schedule="onecycle",
+            warmup=0.2,
+            batch_size=128,
+            epochs=30,
+            augment=("flip", "translate"),
+            ema=0.999,
+            channels_last=True,
+            precision="auto",
             method="best",
         ),
     )
@@ -173,3 +226,12 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"no such recipe: {name!r} (there are: {', '.join(RECIPES)})")
     return RECIPES[name]
+
+
+def precision_on(precision: str, device: str) -> str:
+    """``auto`` as what it is on a device (``auto``, ``cpu``, ``cuda`` or ``cuda:1``); any other precision as it is."""
+    if precision != "auto":
+        return precision
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+    return "bf16-mixed" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "32-true"

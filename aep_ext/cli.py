@@ -16,8 +16,8 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from aep_ext._config import RunConfig
-from aep_ext._recipes import METHODS, RECIPES
+from aep_ext._config import OF_RECIPE, RunConfig
+from aep_ext._recipes import AUGMENTATIONS, METHODS, OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES
 from aep_ext._version import __version__
 
 EPILOG = """examples:
@@ -50,6 +50,10 @@ def _list_of(kind: type) -> Callable[[str], tuple]:
     return parse
 
 
+def _or(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of examples as they are."""
 
@@ -74,11 +78,12 @@ def _run_defaults() -> dict[str, Any]:
     found = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "seeds"}
     recipe = RECIPES[config.recipe]
     found["methods"] = f"{recipe.method} with {recipe.name}"
-    for name in ("epochs", "patience", "batch_size", "lr", "weight_decay", "optimizer", "schedule"):
+    for name in ("patience", *OF_RECIPE):
         value = getattr(recipe, name)
-        found[name] = (
-            f"{value:g} with {recipe.name}" if isinstance(value, float) else f"{value or 0} with {recipe.name}"
-        )
+        text = f"{value:g}" if isinstance(value, float) else str(value or 0)
+        if isinstance(value, (tuple, bool)):
+            text = (",".join(value) or "none") if isinstance(value, tuple) else "yes" if value else "no"
+        found[name] = None if value is None and name != "patience" else f"{text} with {recipe.name}"
     return found
 
 
@@ -223,9 +228,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--batch-size", type=int, metavar="N", help="images in a batch of the training")
     how.add_argument("--lr", type=float, metavar="RATE", help="learning rate")
-    how.add_argument("--weight-decay", type=float, metavar="RATE", help="as the optimizer takes it")
-    how.add_argument("--optimizer", metavar="NAME", help="adam, adamw, sgd or rmsprop")
-    how.add_argument("--schedule", metavar="NAME", help="constant or cosine")
+    how.add_argument("--momentum", type=float, metavar="M", help="of sgd, Nesterov's")
+    how.add_argument("--weight-decay", type=float, metavar="RATE", help="of weights, not of biases and norms")
+    how.add_argument("--optimizer", metavar="NAME", help=_or(OPTIMIZERS))
+    how.add_argument("--schedule", metavar="NAME", help=f"of the learning rate: {_or(SCHEDULES)}")
+    how.add_argument(
+        "--warmup", type=float, metavar="SHARE", help="share of the steps in which the learning rate grows"
+    )
+    how.add_argument(
+        "--augment",
+        type=lambda text: () if text == "none" else _list_of(str)(text),
+        metavar="NAMES",
+        help=f"what is done to training images: {_or(AUGMENTATIONS)}, or several with commas; or none",
+    )
+    how.add_argument("--label-smoothing", type=float, metavar="E", help="of the training loss, from 0 to 1")
+    how.add_argument(
+        "--ema", type=float, metavar="DECAY", help="keep a moving average of the weights, for example 0.999; 0: do not"
+    )
+    how.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        help="train in the channels-last memory format",
+    )
     how.add_argument("--train-samples", type=int, metavar="N", help="learn from so many images only (default: all)")
     how.add_argument(
         "--calibration-samples", type=int, metavar="N", help="hold out so many training images for the calibration"
@@ -235,7 +259,9 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="weight the classes in the training loss (default: where the data is unbalanced)",
     )
-    how.add_argument("--precision", metavar="NAME", help="32-true, 16-mixed or bf16-mixed")
+    how.add_argument(
+        "--precision", metavar="NAME", help=f"{_or(PRECISIONS)}: bf16-mixed where the hardware multiplies bfloat16"
+    )
     how.add_argument(
         "--margin",
         type=float,

@@ -135,7 +135,8 @@ class RunCheckpoint(_callbacks.Checkpoint):
         self.history.append(record)
         top1 = record["val/top1"]
         if not _backbone_only(pl_module) and (self.best is None or top1 > self.best["top1"]):
-            weights = {name: value.detach().to("cpu", copy=True) for name, value in pl_module.net.state_dict().items()}
+            state = pl_module.evaluated.state_dict()
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
             self.best = {"epoch": trainer.current_epoch, "top1": top1, "weights": weights}
         if self.path is not None:
             trainer.save_checkpoint(self.path)

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from aep_ext._progress import Progress
-from aep_ext._recipes import Method, Recipe, method_named, recipe_named
+from aep_ext._recipes import Method, Recipe, method_named, precision_on, recipe_named
 from aep_ext._utils import UserError, require
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint, SealedCheckpoints, TrainingProgress
@@ -94,7 +94,7 @@ def fit(
     seed: int | None = None,
     class_weight: torch.Tensor | None = None,
     device: str = "auto",
-    precision: str = "32-true",
+    precision: str | None = None,
     title: str = "training",
     progress: Progress | bool = True,
 ) -> FitResult:
@@ -156,6 +156,7 @@ def fit(
         "optimizer": optimizer,
         "weight_decay": weight_decay,
         "schedule": schedule,
+        "precision": precision,
     }
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     if recipe.epochs < 1:
@@ -169,12 +170,9 @@ def fit(
     stopper = JointEarlyStopping(recipe.patience or recipe.epochs + 1)
     module = JointLightningModule(
         net,
+        recipe=recipe,
         method=method,
         class_weight=class_weight,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        optimizer=recipe.optimizer,
-        schedule=recipe.schedule,
         seed=seed,
     )
     resume = checkpoint if checkpoint is not None and checkpoint.is_file() else None
@@ -189,7 +187,7 @@ def fit(
                 enable_model_summary=False,
                 enable_progress_bar=False,
                 num_sanity_val_steps=0,
-                precision=precision,
+                precision=precision_on(recipe.precision, device),
                 default_root_dir=None if checkpoint is None else str(checkpoint.parent),
                 **accelerator_of(device),
             )
@@ -202,6 +200,8 @@ def fit(
             f"than {recipe.lr:g}"
         )
     net.to(home).load_state_dict(keeper.best["weights"])
+    if recipe.channels_last:
+        net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     net.eval()
     notice = _learned_nothing(keeper, net)
     if notice:

@@ -39,6 +39,18 @@ _ENTRIES = (
 )
 
 
+# What runs did whose configuration does not say it yet.
+_BEFORE = {
+    "resize": "squash",
+    "momentum": 0.9,
+    "warmup": 0.05,
+    "augment": [],
+    "label_smoothing": 0.0,
+    "ema": 0.0,
+    "channels_last": False,
+}
+
+
 class RunFolder:
     """Paths inside a run folder.
 
@@ -176,9 +188,10 @@ class RunFolder:
             )
         values = read_record(self.config, "run it again with --overwrite")
         values = {name: value for name, value in values.items() if name not in ("version", "files")}
-        values.setdefault("resize", "squash")  # as runs that name none did
         if "exit_weights" in values:  # as methods were called
             values["methods"] = values.pop("exit_weights")
+        for name, value in _BEFORE.items():
+            values.setdefault(name, value)
         try:
             return replace(RunConfig.from_dict(values), output=str(self.path)).resolved()
         except UserError as error:

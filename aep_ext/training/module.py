@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from aep_ext._recipes import OPTIMIZERS, SCHEDULES, Method
+from aep_ext._recipes import Method, Recipe
 from aep_ext._utils import inputs_and_labels, inputs_of, require
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy, LearnedLossWeights
 from aep_ext.ops import ensemble
 from aep_ext.surgery.multi_exit import MultiExitNet
+from aep_ext.training.augment import augmented
 
 pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
-
-WARMUP_SHARE = 0.05
 
 
 class JointLightningModule(pl.LightningModule):
@@ -27,19 +28,23 @@ class JointLightningModule(pl.LightningModule):
     Args:
         net: the network. With one exit this is the ordinary training of a classifier.
         exit_weights: copied into the network's buffers; None: the method's, else those that the network has.
+        recipe: how it is optimised; None: that of ``Recipe``'s defaults.
         method: how the exits learn; None, or one exit: by their cross entropies alone.
         class_weight: K weights of the classes for the training loss; the validation loss never uses them.
-        lr, weight_decay, optimizer, schedule: see :class:`~aep_ext.training.Recipe`.
         seed: seed torch's global generator from (seed, epoch) at the start of every epoch; None: leave it alone.
+        changes: fields of the :class:`~aep_ext.training.Recipe` to be otherwise, ``lr=0.1`` for example. Of them the
+            module heeds ``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``schedule``, ``warmup``, ``augment``,
+            ``label_smoothing``, ``ema`` and ``channels_last``; the others are the Trainer's and the loader's.
 
     Batches are (images (n, C, H, W), labels (n,) integers), or dicts of them as "pixel_values" or "image", and "labels"
-    or "label". Logged at the end of every epoch, for ``train`` and ``val``
-    (``test`` likewise): ``val/loss`` (the joint loss), ``val/top1`` (of the full ensemble), ``val/exit0_loss``,
-    ``val/exit0_top1`` and so on; losses are means over the samples, accuracies fractions of 1. The training's figures
-    are those of the network as it was at each batch. The epoch's values as a plain dict are left in ``record``.
+    or "label". Logged at the end of every epoch, for ``train`` and ``val`` (``test`` likewise): ``val/loss`` (the joint
+    loss), ``val/top1`` (of the full ensemble), ``val/exit0_loss``, ``val/exit0_top1`` and so on; losses are means over
+    the samples, accuracies fractions of 1. The training's figures are those of the network as it was at each batch;
+    ``val`` and ``test`` score ``evaluated``, with ``ema`` the average of the weights. The epoch's values are left in
+    ``record``, a plain dict.
 
     Raises:
-        ValueError: no such optimizer or schedule.
+        ValueError: a value of the recipe is out of range, or a name unknown.
     """
 
     def __init__(
@@ -47,32 +52,35 @@ class JointLightningModule(pl.LightningModule):
         net: MultiExitNet,
         exit_weights: ExitWeights | None = None,
         *,
+        recipe: Recipe | None = None,
         method: Method | None = None,
         class_weight: Tensor | None = None,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        optimizer: str = "adam",
-        schedule: str = "constant",
         seed: int | None = None,
+        **changes: Any,
     ) -> None:
         super().__init__()
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(
-                f"JointLightningModule: optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}"
-            )
-        if schedule not in SCHEDULES:
-            raise ValueError(f"JointLightningModule: schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        self.recipe = replace(recipe or Recipe("fit", ""), **changes)
         self.method = Method("none") if method is None or net.num_exits == 1 else method
         weights = exit_weights or self.method.exit_weights
         if weights is not None:
             net.set_exit_weights(weights)
-        self.net = net
-        self.lr, self.weight_decay, self.optimizer_name, self.schedule = lr, weight_decay, optimizer, schedule
+        self.net = net.to(memory_format=torch.channels_last) if self.recipe.channels_last else net  # type: ignore[call-overload]
+        self.ema: AveragedModel | None = None
+        if self.recipe.ema:
+            self.ema = AveragedModel(net, multi_avg_fn=_ema(self.recipe.ema), use_buffers=True).requires_grad_(False)
         self.seed = seed
-        self.train_loss = joint_loss(net, self.method, class_weight=class_weight)
+        self._generator: torch.Generator | None = None
+        self.train_loss = joint_loss(
+            net, self.method, class_weight=class_weight, label_smoothing=self.recipe.label_smoothing
+        )
         self.val_loss = JointCrossEntropy(net.loss_weights)
         self.record: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
+
+    @property
+    def evaluated(self) -> MultiExitNet:
+        """The network that is validated and kept: the average of the weights, where there is one."""
+        return self.net if self.ema is None else cast(MultiExitNet, self.ema.module)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the network gives: exit logits (E, N, K) in training mode, the ensemble's logits (N, K) in eval mode."""
@@ -115,8 +123,8 @@ class JointLightningModule(pl.LightningModule):
         self.net.gradient_equilibrium = self._equilibrium
 
     def on_train_epoch_start(self) -> None:
-        """Begin an epoch; with a seed, dropout and the like then depend on (seed, epoch) alone, however often a run was
-        resumed."""
+        """Begin an epoch; with a seed, augmentation, dropout and the like then depend on (seed, epoch) alone, however
+        often a run was resumed."""
         self.record = {}
         self._sums.clear()
         epochs = self.trainer.max_epochs or 0
@@ -125,23 +133,37 @@ class JointLightningModule(pl.LightningModule):
         self.net.gradient_equilibrium = not alone and (self.method.gradient_equilibrium or self._equilibrium)
         if self.seed is not None:
             torch.manual_seed(self.seed * 1_000_003 + self.current_epoch)
+        # Its own, so that the images of an epoch are the same for every network.
+        seed = int(torch.randint(1 << 62, ())) if self.seed is None else torch.initial_seed()
+        self._generator = torch.Generator().manual_seed(seed)
 
-    def _exit_logits(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def _inputs(self, batch: Any) -> tuple[Tensor, Tensor]:
         images, target = inputs_and_labels("fit", batch)
-        return self.net.exit_logits(images), target.to(self.net.output_weights.device, torch.int64)
+        if self.recipe.channels_last and images.dim() == 4:
+            images = images.to(memory_format=torch.channels_last)
+        return images, target.to(self.net.output_weights.device, torch.int64)
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """The joint loss of a batch, with class weights if there are any."""
-        exit_logits, target = self._exit_logits(batch)
+        images, target = self._inputs(batch)
+        images = augmented(images, self.recipe.augment, self._generator)
+        exit_logits = self.net.exit_logits(images)
         loss, exit_losses, *_ = self.train_loss.losses(exit_logits, target)
         self._score("train", exit_logits, target, loss, exit_losses)
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """A step of the optimizer, and of the average of the weights."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update_parameters(self.net)
 
     def on_train_epoch_end(self) -> None:
         self._finish("train")
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        exit_logits, target = self._exit_logits(batch)
+        images, target = self._inputs(batch)
+        exit_logits = self.evaluated.exit_logits(images)
         self._score(stage, exit_logits, target, *self.val_loss.losses(exit_logits, target)[:2])
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
@@ -160,23 +182,39 @@ class JointLightningModule(pl.LightningModule):
 
     def predict_step(self, batch: Any, batch_index: int) -> Tensor:
         """The ensemble's logits (n, K) of a batch: images, images with anything behind them, or a dict of them."""
-        return self.net(inputs_of("JointLightningModule", batch))
+        return self.evaluated(inputs_of("JointLightningModule", batch))
 
     def configure_optimizers(self) -> Any:
-        """All parameters in one optimizer; the cosine schedule moves with every step."""
+        """All parameters in one optimizer; where weights decay, biases and norms in a group that does not. Schedules
+        move with every step."""
+        recipe = self.recipe
         parameters = [p for p in (*self.net.parameters(), *self.train_loss.parameters()) if p.requires_grad]
-        common: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
-        if self.optimizer_name == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **common)
+        groups: list[dict[str, Any]] = [{"params": parameters}]
+        if recipe.weight_decay:
+            groups = [
+                {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
+                {"params": [p for p in parameters if p.dim() <= 1]},
+            ]
+        common: dict[str, Any] = {"lr": recipe.lr, "weight_decay": 0.0}
+        if recipe.optimizer == "sgd":
+            common |= {"momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, **common)
         else:
             kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
-            optimizer = kinds[self.optimizer_name](parameters, **common)
-        if self.schedule == "constant":
+            optimizer = kinds[recipe.optimizer](groups, **common)
+        if recipe.schedule == "constant":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not 0 < steps < math.inf:  # Lightning says -1
-            raise ValueError("fit: schedule must be constant for a loader without a length, got cosine")
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine_schedule(int(steps)))
+            raise ValueError(f"fit: schedule must be constant for a loader without a length, got {recipe.schedule}")
+        scheduler: Any
+        if recipe.schedule == "onecycle":
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, recipe.lr, total_steps=int(steps), pct_start=recipe.warmup, cycle_momentum=False
+            )
+        else:
+            factor = warmup_then(recipe.schedule, int(steps), recipe.warmup)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -194,14 +232,25 @@ def joint_loss(net: MultiExitNet, method: Method, **options: Any) -> JointCrossE
     )
 
 
-def cosine_schedule(steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate at each step: linear warm-up over 5 % of the steps, then half a cosine down to
-    0."""
-    warmup = max(1, round(WARMUP_SHARE * steps))
+def _ema(decay: float) -> Callable[..., None]:
+    """An exponential moving average whose decay grows to its value, so that the first weights are soon forgotten."""
+
+    def average(averaged: Any, current: Any, count: Tensor) -> None:
+        steps = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, count)
+
+    return average
+
+
+def warmup_then(schedule: str, steps: int, warmup: float) -> Callable[[int], float]:
+    """The factor on the learning rate at each step: linear warm-up over a share of the steps, then a line ("linear") or
+    half a cosine ("cosine") down to 0."""
+    first = max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+        if step < first:
+            return (step + 1) / first
+        done = min(1.0, (step - first) / max(1, steps - first))
+        return 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     return factor

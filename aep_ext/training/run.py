@@ -303,7 +303,6 @@ class Job:
             seed=seed,
             class_weight=self.class_weight,
             device=self.config.device,
-            precision=self.config.precision,
             title=self.title(seed, name),
             progress=self.progress,
         )

@@ -22,6 +22,8 @@ def test_recipe_fills_in_what_is_not_given() -> None:
     assert (config.image_size, config.seeds, config.epochs, config.schedule) == (64, (420,), 3, "constant")
     assert config.resolved() == config and RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.training() == replace(RECIPES["paper"], epochs=3)
+    assert RunConfig(recipe="cifar", augment=()).resolved().training().augment == ()
+    assert RunConfig(recipe="cifar").resolved().precision in ("32-true", "bf16-mixed")  # no "auto" that a resume reads
     assert RunConfig(recipe="paper", patience=0).resolved().training().patience is None
 
 
@@ -29,6 +31,8 @@ def test_the_paper_s_protocol() -> None:
     paper = RECIPES["paper"]
     assert (paper.optimizer, paper.lr, paper.batch_size, paper.epochs) == ("adam", 1e-4, 64, 100)
     assert (paper.patience, paper.seed, paper.weight_decay, paper.image_size) == (12, 420, 0.0, 64)
+    assert (paper.schedule, paper.augment, paper.label_smoothing, paper.ema) == ("constant", (), 0.0, 0.0)
+    assert (paper.channels_last, paper.precision) == (False, "32-true")
     assert all(recipe.description and recipe.name == name for name, recipe in RECIPES.items())
 
 
@@ -55,7 +59,10 @@ def test_methods_have_one_spelling() -> None:
         ({"lr": 0.0}, "greater than 0"),
         ({"lr": float("nan")}, "lr must be at least 0, got nan"),
         ({"lr": float("inf")}, "lr must be finite, got inf"),
-        ({"precision": "zz"}, "no such precision: 'zz' \\(there are: 32-true, 16-mixed, bf16-mixed\\)"),
+        ({"augment": ("flip", "spin")}, "augment must be one of flip, .*, got 'spin'"),
+        ({"ema": 1.0}, "^ema must be at least 0 and less than 1, got 1.0"),
+        ({"label_smoothing": 2.0}, "^label-smoothing must be within 0..1, got 2.0"),
+        ({"precision": "zz"}, "no such precision: 'zz' \\(there are: 32-true, 16-mixed, bf16-mixed, auto\\)"),
         ({"margin": 0.0}, "greater than 0"),
         ({"criterion": "luck"}, "no such criterion: 'luck' .*patience"),
         ({"criterion_on": "all"}, "no such criterion-on: 'all'"),

@@ -295,7 +295,7 @@ def test_sizes_and_resizing_of_a_run(tmp_path: Path, tree: Any, monkeypatch: pyt
         return ImageDataModule.of_config(RunConfig(**given).resolved()).preprocessing.image_size
 
     assert size() == 16 and size(recipe="paper") == 64 and size(image_size=9, recipe="paper") == 9
-    assert size(data=root) == 5 and size(data=root, recipe="paper") == 64 and size(data=root, recipe="cifar-small") == 5
+    assert size(data=root) == 5 and size(data=root, recipe="paper") == 64 and size(data=root, recipe="cifar") == 5
     monkeypatch.setattr(networks, "image_size", lambda name, weights: 12 if weights else None)
     assert size(data=root, weights="DEFAULT") == 12 and size(data=root, weights="DEFAULT", image_size=7) == 7
     data = ImageDataModule.of_config(RunConfig(data=root, resize="squash").resolved())

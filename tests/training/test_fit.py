@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import signal
 import tempfile
 from dataclasses import replace
@@ -11,14 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 pytest.importorskip("lightning", reason="the training needs lightning")
 
 from aep_ext import ExitWeights, MultiExitNet
+from aep_ext._recipes import precision_on
 from aep_ext._utils import UserError
 from aep_ext.pruning import single_exit
 from aep_ext.surgery import networks
-from aep_ext.training import METHODS, RECIPES, FitResult, ImageDataModule, JointLightningModule, Method, Progress, fit
+from aep_ext.training import (
+    METHODS,
+    RECIPES,
+    FitResult,
+    ImageDataModule,
+    JointLightningModule,
+    Method,
+    Progress,
+    Recipe,
+    fit,
+)
 from aep_ext.training.callbacks import RunCheckpoint, SealedCheckpoints
 from aep_ext.training.fit import accelerator_of
 
@@ -82,9 +95,17 @@ def test_keeps_the_best_epoch(tmp_path: Path, equal_weights: Any) -> None:
     assert result.to_dict()["epochs"] == 4
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, equal_weights: Any, schedule: str) -> None:
-    recipe = replace(RECIPE, schedule=schedule)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        RECIPE,
+        replace(RECIPE, schedule="cosine"),
+        replace(RECIPE, schedule="linear", augment=("crop", "cutout"), label_smoothing=0.1),
+        replace(RECIPES["cifar"], epochs=4, lr=0.03),
+    ],
+    ids=["constant", "cosine", "linear", "cifar"],
+)
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, equal_weights: Any, recipe: Recipe) -> None:
     whole, broken = fresh(), fresh()
     expected = fit(whole, module(), recipe=recipe, checkpoint=tmp_path / "whole.ckpt", seed=1, device="cpu")
     with pytest.raises(_Killed):
@@ -117,6 +138,99 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, equal_weig
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
     assert result.best_epoch == expected.best_epoch
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+class Plain:
+    """The same training by hand: a list of loaders' batches, torch's own optimizer, and formulas."""
+
+    def __init__(self, net: MultiExitNet, recipe: Recipe) -> None:
+        self.net, self.recipe, self.step, self.average = net, recipe, 0, None
+        decaying = [p for p in net.parameters() if p.dim() > 1]
+        others = [p for p in net.parameters() if p.dim() <= 1]
+        groups = [{"params": decaying, "weight_decay": recipe.weight_decay}, {"params": others}]
+        self.optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
+
+    def train(self, batches: list[tuple[torch.Tensor, torch.Tensor]], factor: Any) -> None:
+        for x, y in batches:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.recipe.lr * factor(self.step)
+            losses = [
+                F.cross_entropy(logits, y, label_smoothing=self.recipe.label_smoothing)
+                for logits in self.net.exit_logits(x)
+            ]
+            self.optimizer.zero_grad()
+            sum(a * loss for a, loss in zip(self.net.loss_weights.tolist(), losses, strict=True)).backward()
+            self.optimizer.step()
+            state = {name: value.detach().double() for name, value in self.net.state_dict().items()}
+            decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+            if self.average is None:
+                self.average = {name: value.clone() for name, value in state.items()}
+            else:
+                self.average = {n: decay * v + (1 - decay) * state[n] for n, v in self.average.items()}
+            self.step += 1
+
+
+@pytest.mark.parametrize("schedule", ["linear", "onecycle"])
+def test_a_training_against_plain_torch(tmp_path: Path, schedule: str) -> None:
+    """Nesterov, decay of weights alone, schedule, smoothing and the average of weights and buffers."""
+    recipe = Recipe(
+        "mine",
+        "",
+        optimizer="sgd",
+        lr=0.02,
+        momentum=0.8,
+        weight_decay=0.05,
+        schedule=schedule,
+        warmup=0.25,
+        epochs=2,
+        label_smoothing=0.2,
+        ema=0.5,
+    )
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(8, 1, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)) for _ in range(6)
+    ]
+    factors = {"linear": [1 / 3, 2 / 3, 1, *(1 - n / 9 for n in range(9))], "onecycle": []}
+    for step in range(12):
+        # OneCycleLR: 1/25 up to 1 at step 0.25 * 12 - 1 and down to 1e-4 / 25 at the last, half cosines both.
+        if step <= 2:
+            first, last, done = 1 / 25, 1.0, step / 2
+        else:
+            first, last, done = 1.0, 1e-4 / 25, (step - 2) / 9
+        factors["onecycle"].append(last + (first - last) / 2 * (1 + math.cos(math.pi * done)))
+    net, plain = fresh(), Plain(fresh().train(), recipe)
+    result = fit(net, batches, batches, recipe=recipe, checkpoint=tmp_path / "a.ckpt", device="cpu", progress=False)
+    averages = []
+    for _ in range(2):
+        plain.train(batches, lambda step: factors[schedule][step])
+        averages.append(plain.average)
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    for name, value in plain.net.state_dict().items():
+        assert torch.allclose(state[f"net.{name}"], value, atol=1e-5), name
+    for name, value in averages[result.best_epoch].items():
+        if not name.endswith("num_batches_tracked"):  # an integer
+            assert torch.allclose(net.state_dict()[name].double(), value, atol=1e-5), name
+    whole = torch.cat([x for x, _ in batches])
+    right = (net(whole).argmax(1) == torch.cat([y for _, y in batches])).double().mean()
+    assert float(right) == pytest.approx(result.history[result.best_epoch]["val/top1"])  # the average is what is scored
+
+
+def test_channels_last_is_of_the_training_alone() -> None:
+    seen: list[bool] = []
+    net = fresh()
+    first = next(module for module in net.modules() if isinstance(module, torch.nn.Conv2d))
+    first.register_forward_pre_hook(
+        lambda module, given: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    data = [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,)))]
+    fit(net, data, data, recipe=replace(RECIPE, epochs=1, channels_last=True), device="cpu", progress=False)
+    assert seen and all(seen) and all(p.is_contiguous() for p in net.parameters())
+
+
+def test_the_precision_that_pays() -> None:
+    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    assert precision_on("auto", "cpu") == ("bf16-mixed" if has else "32-true")
+    assert precision_on("16-mixed", "cpu") == "16-mixed"
 
 
 def test_a_finished_training_is_not_begun_again(tmp_path: Path, equal_weights: Any) -> None:

@@ -88,13 +88,13 @@ def test_recipes_and_what_is_given_beside_them(monkeypatch: pytest.MonkeyPatch) 
         "__init__",
         lambda self, net, **options: (seen.append(options), create(self, net, **options))[1],
     )
-    aep_ext.fit(fresh(), loader(), loader(), epochs=1, recipe="cifar-small", optimizer="sgd", **QUIET)
+    aep_ext.fit(fresh(), loader(), loader(), epochs=1, recipe="cifar", optimizer="adamw", **QUIET)
     own = Recipe("mine", "", lr=0.5, weight_decay=0.1, epochs=1, schedule="cosine")
     aep_ext.fit(fresh(), loader(), loader(), recipe=own, lr=0.01, **QUIET)
     aep_ext.fit(fresh(), loader(), loader(), epochs=1, **QUIET)
     names = ("lr", "weight_decay", "optimizer", "schedule")
-    assert [tuple(options[name] for name in names) for options in seen] == [
-        (2e-3, 0.0, "sgd", "cosine"),
+    assert [tuple(getattr(options["recipe"], name) for name in names) for options in seen] == [
+        (0.1, 5e-4, "adamw", "onecycle"),
         (0.01, 0.1, "adam", "cosine"),
         (1e-3, 0.0, "adam", "constant"),
     ]

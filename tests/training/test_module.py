@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from aep_ext import ExitWeights
 from aep_ext.surgery import networks
 from aep_ext.training import ImageDataModule, JointLightningModule
 from aep_ext.training.fit import quiet_lightning
-from aep_ext.training.module import cosine_schedule
+from aep_ext.training.module import warmup_then
 
 
 def trainer(**options: object) -> pl.Trainer:
@@ -84,26 +85,42 @@ def test_a_user_s_own_trainer(data: ImageDataModule) -> None:
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "rmsprop"])
 def test_optimizers_by_name(name: str) -> None:
-    module = JointLightningModule(networks.build("resnet_small", 3, 1), optimizer=name, lr=0.01, weight_decay=0.1)
+    net = networks.build("resnet_small", 3, 1)
+    module = JointLightningModule(net, optimizer=name, lr=0.01, weight_decay=0.1)
     optimizer = module.configure_optimizers()
     assert type(optimizer).__name__.lower() == name
-    assert optimizer.param_groups[0]["lr"] == 0.01 and optimizer.param_groups[0]["weight_decay"] == 0.1
+    decaying, others = optimizer.param_groups
+    assert decaying["lr"] == 0.01 and (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert {p.dim() for p in decaying["params"]} == {2, 4} and {p.dim() for p in others["params"]} == {1}
+    assert len(decaying["params"]) + len(others["params"]) == len(list(net.parameters()))
 
 
 @pytest.mark.parametrize(
-    ("option", "rule"), [("optimizer", "adam, adamw, sgd, rmsprop"), ("schedule", "constant, cosine")]
+    ("option", "value", "rule"),
+    [
+        ("optimizer", "lion", "one of adam, adamw, sgd, rmsprop, got 'lion'"),
+        ("schedule", "lion", "one of constant, cosine, linear, onecycle, got 'lion'"),
+        ("augment", ("flip", "lion"), "one of flip, translate, crop, cutout, got 'lion'"),
+        ("precision", "64-true", "one of 32-true, 16-mixed, bf16-mixed, auto, got '64-true'"),
+        ("lr", 0.0, "finite and greater than 0, got 0.0"),
+        ("momentum", 1.0, "at least 0 and less than 1, got 1.0"),
+        ("ema", -0.1, "at least 0 and less than 1, got -0.1"),
+        ("label_smoothing", 1.5, "within 0..1, got 1.5"),
+        ("warmup", float("nan"), "within 0..1, got nan"),
+    ],
 )
-def test_unknown_names(option: str, rule: str) -> None:
-    with pytest.raises(ValueError, match=f"JointLightningModule: {option} must be one of {rule}, got 'lion'"):
-        JointLightningModule(networks.build("resnet_small", 3, 1), **{option: "lion"})
+def test_bad_values_of_the_recipe(option: str, value: Any, rule: str) -> None:
+    with pytest.raises(ValueError, match=f"^Recipe: {option} must be {rule}$"):
+        JointLightningModule(networks.build("resnet_small", 3, 1), **{option: value})
 
 
-def test_cosine_schedule() -> None:
-    factor = cosine_schedule(100)
-    assert [factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert factor(52) == pytest.approx(0.5 * (1 + math.cos(math.pi * 47 / 95)))
-    assert factor(100) == pytest.approx(0.0) and factor(1000) == pytest.approx(0.0)
-    assert cosine_schedule(1)(0) == 1.0
+def test_warmup_then_a_line_or_a_cosine() -> None:
+    for schedule, half in (("cosine", 0.5 * (1 + math.cos(math.pi * 47 / 95))), ("linear", 1 - 47 / 95)):
+        factor = warmup_then(schedule, 100, 0.05)
+        assert [factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+        assert factor(52) == pytest.approx(half)
+        assert factor(100) == pytest.approx(0.0) and factor(1000) == pytest.approx(0.0)
+        assert warmup_then(schedule, 1, 0.05)(0) == 1.0
 
 
 def test_predicting_takes_images_with_or_without_labels() -> None:
