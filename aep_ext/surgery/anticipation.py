@@ -57,10 +57,10 @@ def anticipate(
         num_classes: another number of classes than the model's: all last layers are then new.
         example: images (N, C, H, W), or a shape (C, H, W). Default: 224 pixels, then 11 other sizes.
         head: of the early exits, one name for all or one for each: "copy" (of the model's), "linear" (global average
-            pool, linear), "conv" (3x3 depthwise convolution with stride 2, 1x1 convolution, BatchNorm, ReLU, average
+            pool, linear), "conv" (grouped 3x3 convolution with stride 2, 1x1 convolution, BatchNorm, ReLU, average
             and maximum pool, linear; "conv@64" has 64 channels, "conv" twice the feature map's), "pooled4" (average
-            pool to 4 x 4, linear), or "auto": "conv" as wide as 4 % of the multiply-adds up to there allow where the
-            map is at least 8 x 8, else "linear".
+            pool to 4 x 4, linear), or "auto": "conv" as wide as a tenth of the multiply-adds up to there allows where
+            the map is at least 4 x 4, else "linear".
         fused: see :class:`MultiExitNet`.
 
     Returns:

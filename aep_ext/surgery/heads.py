@@ -9,6 +9,7 @@ can.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 HEADS = ("copy", "linear", "conv", "pooled4", "auto")
-AUTO_SHARE = 0.04
+AUTO_SHARE = 0.1
 """What a convolution head may cost under "auto", of the multiply-adds of the network up to it."""
 
 
@@ -167,23 +168,23 @@ def head_names(function: str, head: str | Sequence[str], maps: Sequence[FeatureM
 
 def _full_name(name: str, found: FeatureMap) -> str:
     """Early feature maps are large, cheap heads there weak: "auto" gives them a convolution as wide as its share of the
-    cost allows, and later ones a linear layer."""
+    cost allows, and those of less than 4 x 4 a linear layer."""
     if name == "conv":
         return f"conv@{2 * found.channels}"
     if name != "auto":
         return name
     pixels = ((found.size[0] + 1) // 2) * ((found.size[1] + 1) // 2)
-    affordable = int(AUTO_SHARE * found.macs / (pixels * found.channels)) - 9  # the depthwise 3x3 has 9 a channel
-    width = min(2 * found.channels, affordable - affordable % 8)
-    return f"conv@{width}" if min(found.size) >= 8 and 2 * width >= found.channels else "linear"
+    affordable = int(AUTO_SHARE * found.macs / (pixels * found.channels)) - 9 * gcd(found.channels, 8)
+    width = min(max(2 * found.channels, 128), affordable - affordable % 8)
+    return f"conv@{width}" if min(found.size) >= 4 and 2 * width >= found.channels else "linear"
 
 
 def head_by_name(name: str, found: FeatureMap, num_classes: int) -> nn.Module:
     """A new head, by a full name that :func:`head_names` gave, other than "copy".
 
     - "linear": global average pool, linear.
-    - "conv@W": depthwise 3x3 with stride 2, 1x1 to W channels, BatchNorm, ReLU; average and maximum pool side by side;
-      linear 2 W -> K.
+    - "conv@W": 3x3 with stride 2 in groups of up to 8 channels, 1x1 to W channels, BatchNorm, ReLU; average and maximum
+      pool side by side; linear 2 W -> K.
     - "pooled4": average pool to 4 x 4, linear 16 C -> K.
 
     Shapes: the feature map -> (N, K), in the input's dtype.
@@ -198,7 +199,8 @@ def head_by_name(name: str, found: FeatureMap, num_classes: int) -> nn.Module:
         outgoing = int(name.removeprefix("conv@"))
         width = 2 * outgoing
         pre += [
-            nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False),
+            # Not depthwise: with a stride, and in bfloat16, the CPU's backward of that takes ten times as long.
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels // gcd(channels, 8), bias=False),
             nn.Conv2d(channels, outgoing, 1, bias=False),
             nn.BatchNorm2d(outgoing),
             nn.ReLU(),

@@ -33,7 +33,7 @@ def test_resnet_cifar_against_plain_layers() -> None:
     assert isinstance(pool, nn.MaxPool2d)
     down = relu(norm(pool(conv(stem))))
     assert torch.equal(net.features(x)[0], down + block.residual(down))
-    assert net.origin["heads"] == ["conv@64", "conv@192", "linear"]
+    assert net.origin["heads"] == ["conv@128", "conv@192", "conv@384"]
 
 
 @pytest.mark.parametrize("name", ["resnet_small", "resnet_cifar"])

@@ -15,10 +15,11 @@ pytest.importorskip("lightning", reason="the training needs lightning")
 from lightning import pytorch as pl
 
 from aep_ext import ExitWeights
+from aep_ext._recipes import Method
 from aep_ext.surgery import networks
 from aep_ext.training import ImageDataModule, JointLightningModule
 from aep_ext.training.fit import quiet_lightning
-from aep_ext.training.module import warmup_then
+from aep_ext.training.module import joint_loss, warmup_then
 
 
 def trainer(**options: object) -> pl.Trainer:
@@ -128,3 +129,11 @@ def test_predicting_takes_images_with_or_without_labels() -> None:
     images = torch.randn(2, 1, 16, 16)
     for batch in (images, (images, torch.zeros(2)), [images]):
         assert torch.equal(module.predict_step(batch, 0), module.net(images))
+
+
+def test_with_gradient_equilibrium_the_exits_losses_are_summed() -> None:
+    """Every exit then trains the backbone as much as the one of a single-exit network does, on average."""
+    net = networks.build("resnet_small", 10)
+    net.set_exit_weights("uniform")
+    assert joint_loss(net, Method("plain")).exit_weights.tolist() == [0.25] * 4
+    assert joint_loss(net, Method("equal", gradient_equilibrium=True)).exit_weights.tolist() == [1.0] * 4
