@@ -17,10 +17,10 @@ from aep_ext.surgery.multi_exit import MultiExitNet
 class LearnedLossWeights(nn.Module):
     """Loss weights that are learned with the network, from uniform ones on.
 
-    - ``"uncertainty"``: ``a_e = exp(-s_e) / E`` and the penalty ``mean_e s_e``: Kendall et al., CVPR 2018 (arXiv
-      1705.07115), s the log variance, over E. Exits with a large loss come to weigh less, ``a_e -> 1 / (E CE_e)``.
-    - ``"softmax"``: ``a_e = floor / E + (1 - floor) softmax(s)_e``, no penalty. The loss is the smaller, the more the
-      best exit weighs: only the floor keeps the others in the training.
+    - ``"uncertainty"``: ``a_e = t / E exp(-s_e)`` and the penalty ``t mean_e s_e``: Kendall et al., CVPR 2018 (arXiv
+      1705.07115), s the log variance, times t / E. Exits with a large loss come to weigh less, ``exp(-s_e) -> 1 / CE_e``.
+    - ``"softmax"``: ``a_e = t (floor / E + (1 - floor) softmax(s)_e)``, no penalty. The loss is the smaller, the more
+      the best exit weighs: only the floor keeps the others in the training.
 
     Hand it to :class:`JointCrossEntropy` in place of the exit weights, and its parameter to the optimizer. In a loop of
     one's own: ``loss = (weights() * losses).sum() + weights.penalty()``.
@@ -29,12 +29,13 @@ class LearnedLossWeights(nn.Module):
         num_exits: E, at least 1.
         form: "uncertainty" or "softmax".
         floor: within 0..1; of "softmax".
+        total: t, what the weights sum to at first; E beside gradient equilibrium, which divides by it.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
-    def __init__(self, num_exits: int, form: str = "uncertainty", floor: float = 0.5) -> None:
+    def __init__(self, num_exits: int, form: str = "uncertainty", floor: float = 0.5, total: float = 1.0) -> None:
         super().__init__()
         if num_exits < 1:
             raise ValueError(f"LearnedLossWeights: num_exits must be at least 1, got {num_exits}")
@@ -42,19 +43,21 @@ class LearnedLossWeights(nn.Module):
             raise ValueError(f"LearnedLossWeights: form must be 'uncertainty' or 'softmax', got {form!r}")
         if not 0 <= floor <= 1:
             raise ValueError(f"LearnedLossWeights: floor must be within 0..1, got {floor}")
-        self.form, self.floor = form, float(floor)
+        if not 0 < total < math.inf:
+            raise ValueError(f"LearnedLossWeights: total must be finite and greater than 0, got {total}")
+        self.form, self.floor, self.total = form, float(floor), float(total)
         self.raw = nn.Parameter(torch.zeros(num_exits))
 
     def forward(self) -> Tensor:
         """The weights, (E,) float32."""
         raw, exits = self.raw.float(), len(self.raw)
         if self.form == "uncertainty":
-            return (-raw).exp() / exits
-        return self.floor / exits + (1 - self.floor) * raw.softmax(0)
+            return self.total / exits * (-raw).exp()
+        return self.total * (self.floor / exits + (1 - self.floor) * raw.softmax(0))
 
     def penalty(self) -> Tensor:
         """What is added to the loss, of no dimension."""
-        return self.raw.float().mean() if self.form == "uncertainty" else self.raw.new_zeros(())
+        return self.total * self.raw.float().mean() if self.form == "uncertainty" else self.raw.new_zeros(())
 
     def extra_repr(self) -> str:
         return f"{len(self.raw)}, form={self.form!r}" + (f", floor={self.floor}" if self.form == "softmax" else "")

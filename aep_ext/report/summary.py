@@ -61,7 +61,12 @@ def expected_words(results: dict[str, Any]) -> Iterator[str]:
     """What the calibration expected of the delivered gates."""
     gated, asked = delivered_part(results)["gated"], results["calibration"]
     said = (gated or {}).get("calibration") or {}
-    if results["delivered"]["kind"] != "gated" or said.get("drop_points") is None or not said.get("interval"):
+    if (
+        not asked
+        or results["delivered"]["kind"] != "gated"
+        or said.get("drop_points") is None
+        or not said.get("interval")
+    ):
         return
     high, low = (-bound + 0.0 for bound in said["interval"])
     yield (

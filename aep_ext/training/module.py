@@ -220,12 +220,11 @@ class JointLightningModule(pl.LightningModule):
 
 def joint_loss(net: MultiExitNet, method: Method, **options: Any) -> JointCrossEntropy:
     """The loss that a method trains ``net`` with; ``options`` as :class:`~aep_ext.JointCrossEntropy` takes them."""
+    # Gradient equilibrium divides by the number of exits: their losses are a sum there, not a mean.
+    times = net.num_exits if method.gradient_equilibrium else 1
     learned = method.learned_weights != "no"
-    weights = net.loss_weights
-    if method.gradient_equilibrium:  # it divides by the number of exits: their losses are a sum there, not a mean
-        weights = weights * net.num_exits
     return JointCrossEntropy(
-        LearnedLossWeights(net.num_exits, method.learned_weights) if learned else weights,
+        LearnedLossWeights(net.num_exits, method.learned_weights, total=times) if learned else times * net.loss_weights,
         prefix_weight=method.prefix_weight,
         output_weights=net.output_weights,
         detach_prefix=method.detach_prefix,

@@ -114,8 +114,8 @@ def test_the_backbone_alone(case: tuple[Tensor, Tensor]) -> None:
 @pytest.mark.parametrize("form", ["uncertainty", "softmax"])
 def test_learned_weights(case: tuple[Tensor, Tensor], form: str) -> None:
     logits, target = case
-    weights = LearnedLossWeights(3, form, floor=0.3)
-    torch.testing.assert_close(weights(), torch.full((3,), 1 / 3))
+    weights = LearnedLossWeights(3, form, floor=0.3, total=6.0)
+    torch.testing.assert_close(weights(), torch.full((3,), 2.0))
     loss = JointCrossEntropy(weights, prefix_weight=0.5)
     with torch.no_grad():
         weights.raw.copy_(torch.tensor([0.5, -1.0, 0.2]))
@@ -123,9 +123,9 @@ def test_learned_weights(case: tuple[Tensor, Tensor], form: str) -> None:
     raw = weights.raw.detach().clone().requires_grad_()
     parts = loss.losses(logits, target)
     each = 0.5 * (parts.exit_losses + parts.prefix_losses).detach()
-    plain = ((-raw).exp() * each).mean() + raw.mean()
+    plain = 6 * (((-raw).exp() * each).mean() + raw.mean())
     if form == "softmax":
-        plain = ((0.1 + 0.7 * raw.softmax(0)) * each).sum()
+        plain = 6 * ((0.1 + 0.7 * raw.softmax(0)) * each).sum()
     torch.testing.assert_close(parts.loss, plain)
     plain.backward()
     torch.testing.assert_close(weights.raw.grad, raw.grad)
@@ -244,6 +244,7 @@ def test_all_under_bfloat16_autocast() -> None:
         (lambda: EnsembleDistillation(temperature=0.0), "EnsembleDistillation: temperature must be finite and greater"),
         (lambda: LearnedLossWeights(3, "luck"), "form must be 'uncertainty' or 'softmax', got 'luck'"),
         (lambda: LearnedLossWeights(3, floor=2.0), "floor must be within 0..1, got 2.0"),
+        (lambda: LearnedLossWeights(3, total=0.0), "total must be finite and greater than 0, got 0.0"),
         (lambda: LearnedLossWeights(0), "num_exits must be at least 1, got 0"),
         (lambda: GradientEquilibrium(0), "num_exits must be at least 1, got 0"),
         (lambda: GradientEquilibrium(3)(torch.ones(1), 3), r"exit must be within 0..2, got 3"),
