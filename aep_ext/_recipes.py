@@ -104,7 +104,8 @@ class Method:
         head: form of the early heads in ``aep run``, see :func:`aep_ext.anticipate`; "copy": the network's own.
         prefix_weight: share, within 0..1, of the loss that goes to the prefix ensembles R_e; the rest to the exits.
         detach_prefix: the prefix loss of an exit does not train the exits before it.
-        distillation: weight of the Kullback-Leibler divergence from the ensemble of all exits to each; 0: none.
+        distillation: weight of the Kullback-Leibler divergence from the ensemble of all exits to each, where the exits'
+            cross entropies weigh 1 on average; 0: none.
         temperature: of the distillation.
         gradient_equilibrium: scale gradients so that every exit has the same say in the backbone.
         learned_weights: the loss weights are learned with the network, in the form "uncertainty" or "softmax"; or "no".

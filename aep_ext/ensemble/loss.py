@@ -18,7 +18,7 @@ class LearnedLossWeights(nn.Module):
     """Loss weights that are learned with the network, from uniform ones on.
 
     - ``"uncertainty"``: ``a_e = t / E exp(-s_e)`` and the penalty ``t mean_e s_e``: Kendall et al., CVPR 2018 (arXiv
-      1705.07115), s the log variance, times t / E. Exits with a large loss come to weigh less, ``exp(-s_e) -> 1 / CE_e``.
+      1705.07115), s the log variance, times t / E. Exits with a large loss come to weigh less.
     - ``"softmax"``: ``a_e = t (floor / E + (1 - floor) softmax(s)_e)``, no penalty. The loss is the smaller, the more
       the best exit weighs: only the floor keeps the others in the training.
 

@@ -228,7 +228,7 @@ def joint_loss(net: MultiExitNet, method: Method, **options: Any) -> JointCrossE
         prefix_weight=method.prefix_weight,
         output_weights=net.output_weights,
         detach_prefix=method.detach_prefix,
-        distillation=method.distillation,
+        distillation=method.distillation * times / net.num_exits,
         temperature=method.temperature,
         **options,
     )
