@@ -28,6 +28,9 @@ _CHUNK = 1 << 21
 _RATIO = 1e-6
 """The least weight, as a fraction of the largest: an exit that does not help counts as good as nothing, and every
 weight stays positive in float32."""
+_SHARPEST = math.log(1e4)
+"""The largest log 1/T, in units of the exit's scale: where every sample is right the likelihood grows with 1/T for ever,
+and few samples often are."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def _fit(exit_logits: Tensor, target: Tensor, tolerance: float, max_iterations: 
         for part, own in zip(logits.split(rows, dim=1), labels.split(rows), strict=True):
             # Logits are in units of their exit's scale, so `b` is weight times scale.
             b = _positive(free[0])
-            scaled = (part / scale * b).cumsum(0) * (free[1].exp() / b.cumsum(0))
+            scaled = (part / scale * b).cumsum(0) * (_inverse(free[1]) / b.cumsum(0))
             losses = cross_entropy(scaled.flatten(0, 1), own.repeat(exits), reduction="none").view(exits, -1).sum(1)
             if backward:
                 (losses.sum() / used).backward()
@@ -147,7 +150,7 @@ def _fit(exit_logits: Tensor, target: Tensor, tolerance: float, max_iterations: 
         b = _positive(free[0])
         weights = (b / scale / (b / scale).max()).clamp_min(_RATIO).flatten()
         # R_e in the caller's units is (sum b_j O_j / s_j) / sum w_j with w = b / s.
-        temperatures = (b.cumsum(0) / (b / scale).cumsum(0) / free[1].exp()).flatten()
+        temperatures = (b.cumsum(0) / (b / scale).cumsum(0) / _inverse(free[1])).flatten()
     return OutputWeightsFit(
         per_exit("fit_output_weights", "the fitted weights", weights / weights.sum(), exits, positive=True),
         per_exit("fit_output_weights", "the fitted temperatures", temperatures, exits, positive=True),
@@ -156,6 +159,11 @@ def _fit(exit_logits: Tensor, target: Tensor, tolerance: float, max_iterations: 
         evaluations < max_iterations,
         used,
     )
+
+
+def _inverse(free: Tensor) -> Tensor:
+    """1/T, in units of the exit's scale."""
+    return free.clamp_max(_SHARPEST).exp()
 
 
 def _positive(free: Tensor) -> Tensor:

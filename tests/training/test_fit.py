@@ -363,7 +363,7 @@ def test_the_loss_of_a_method() -> None:
     torch.testing.assert_close(loss.output_weights, torch.tensor(ExitWeights.descending(4).output))
     torch.testing.assert_close(loss.learned(), torch.ones(4))  # gradient equilibrium divides by 4
     mean = JointLightningModule(fresh(), method=replace(EVERYTHING, gradient_equilibrium=False)).train_loss
-    assert mean.distillation == 0.05 and float(mean.learned().sum()) == 1.0  # a mean over the exits, not a sum
+    assert mean.distillation == 0.05 and float(mean.learned().detach().sum()) == 1.0  # a mean over the exits, not a sum
     plain = JointLightningModule(fresh()).train_loss
     assert (plain.prefix_weight, plain.distillation, plain.learned) == (0.0, 0.0, None)
     torch.testing.assert_close(plain.exit_weights, torch.tensor(ExitWeights.mixed(4).loss))
