@@ -326,6 +326,7 @@ def _full_network(description: dict[str, Any], model: nn.Module | None) -> Multi
             cuts=origin.get("cuts"),
             head=origin.get("heads", "copy"),
             example=origin.get("example"),
+            placement="stages",  # of files without cuts
         )
     if kind == "anticipate":
         if model is None:

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from torch import Tensor, fx, nn
 
-from aep_ext.surgery.cuts import choose_by_cost, cut_name, named_cuts, to_open_for
+from aep_ext.surgery.cuts import PLACEMENTS, choose, cut_name, named_cuts, to_open_for
 from aep_ext.surgery.exit_weights import ExitWeights
 from aep_ext.surgery.heads import FeatureMap, head_by_name, head_names
 from aep_ext.surgery.measure import map_size
@@ -31,6 +31,7 @@ def anticipate(
     num_classes: int | None = None,
     example: Tensor | Sequence[int] | None = None,
     head: str | Sequence[str] = "copy",
+    placement: str = "cost",
     fused: bool = True,
 ) -> MultiExitNet:
     """Cuts a CNN classifier into stages and puts a head at the end of every stage.
@@ -45,10 +46,8 @@ def anticipate(
             be traceable by torch.fx down to the stages (their insides need not be), or be a plain chain of modules.
             Where it branches on shapes, the net takes images that go the example's way, and raises ValueError for
             others. Forward hooks on the model itself are not carried over.
-        exits: how many exits; they are spread evenly over the multiply-adds, on stage boundaries as long as there are
-            enough, else on the ends of blocks. The last is always the network's end. Default: one exit per stage found
-            (a stage ends where the network changes resolution or the group of blocks), without those that nearly
-            coincide in cost.
+        exits: how many exits; the last is always the network's end. Default: four, where the network has places for
+            them (with "stages": one for each stage found).
         cuts: instead, qualified names of modules behind which an early exit shall sit, e.g. ``["layer1", "layer2"]``;
             the last exit need not be named. "name+2" is two operations behind the module (for operations without a
             module).
@@ -61,6 +60,11 @@ def anticipate(
             and maximum pool, linear; "conv@64" has 64 channels, "conv" twice the feature map's), "pooled4" (average
             pool to 4 x 4, linear), or "auto": "conv" as wide as a tenth of the multiply-adds up to there allows where
             the map is at least 4 x 4, else "linear".
+        placement: "cost": the exits lie near 20, 45, 70 and 100 % of the multiply-adds, in general (e - 0.2) / E for
+            the e-th of E, behind a block or a layer with its normalisation. "stages": where the network changes
+            resolution or the group of blocks, as in the paper; of more stages than ``exits`` those that spread evenly
+            over the multiply-adds. If there are too few such places, the ends of all layers serve. Without a number of
+            exits, between any two lie at least 3 % of the multiply-adds.
         fused: see :class:`MultiExitNet`.
 
     Returns:
@@ -81,20 +85,12 @@ def anticipate(
     if num_classes is not None and operator.index(num_classes) < 1:
         raise ValueError(f"anticipate: num_classes must be at least 1, got {num_classes}")
     _refuse_further_inputs(model, example)
-    opened = to_open_for(model, cuts or ())
-    found = partition(copy.deepcopy(model), example, opened)
-    if cuts is not None:
-        chosen = named_cuts(found, cuts)
-    elif exits is not None:
-        chosen = choose_by_cost(found, operator.index(exits))
+    if placement not in PLACEMENTS:
+        raise ValueError(f"anticipate: placement must be one of {', '.join(PLACEMENTS)}, got {placement!r}")
+    if cuts is None:
+        found, chosen = _placed(model, None if exits is None else operator.index(exits), placement, example)
     else:
-        chosen = found.boundaries
-        if len(chosen) < 2:
-            raise ValueError(
-                f"anticipate: {type(model).__name__} has no stage boundary before its head (after "
-                f"{cut_name(found, chosen[-1])!r}); "
-                "name places with cuts= or give a number of exits="
-            )
+        found, chosen = _named(model, cuts, example)
     nodes = list(found.traced.graph.nodes)
     cost = dict(zip(nodes, accumulate(found.measured.macs[node] for node in nodes), strict=True))
     maps = []
@@ -125,6 +121,29 @@ def anticipate(
     net.train(model.training)
     _restore_modes(model, net)
     return net
+
+
+def _named(
+    model: nn.Module, cuts: Sequence[str], example: Tensor | Sequence[int] | None
+) -> tuple[Partition, list[fx.Node]]:
+    found = partition(copy.deepcopy(model), example, to_open_for(model, cuts))
+    return found, named_cuts(found, cuts)
+
+
+def _placed(
+    model: nn.Module, exits: int | None, placement: str, example: Tensor | Sequence[int] | None
+) -> tuple[Partition, list[fx.Node]]:
+    """The model taken apart, and where it is cut."""
+    found = partition(copy.deepcopy(model), example, set(), open_groups=placement == "cost")
+    chosen = choose(found, exits, placement)
+    if not found.groups:
+        return found, chosen
+    # A saved net is cut again by names alone, without looking into groups: so is this one. There an operation without
+    # a module has another name if a group begins with it.
+    names = [cut_name(found, node) for node in chosen[:-1]]
+    ends = {name: found.traced.outputs.get(name.partition("+")[0], []) for name in names}
+    again = _named(model, [n.partition("+")[0] if ends[n] and ends[n][-1] in found.cuts else n for n in names], example)
+    return again if len(again[1]) == len(chosen) else _placed(model, exits, "stages", example)
 
 
 def _refuse_further_inputs(model: nn.Module, example: object) -> None:

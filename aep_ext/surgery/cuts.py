@@ -10,17 +10,33 @@ from torch import fx, nn
 from aep_ext.surgery.partition import Partition, alive_after, describe
 from aep_ext.surgery.tracing import is_plain_sequential
 
-__all__ = ["choose_by_cost", "cut_name", "named_cuts", "to_open_for"]
+__all__ = ["PLACEMENTS", "choose", "cut_name", "named_cuts", "to_open_for"]
+
+PLACEMENTS = ("cost", "stages")
+DEFAULT_EXITS = 4
 
 
-def choose_by_cost(found: Partition, exits: int) -> list[fx.Node]:
-    """``exits`` boundaries, the last one included, as evenly spread over the multiply-adds as they allow; if there are
-    too few boundaries, the ends of all segments serve.
+def choose(found: Partition, exits: int | None, placement: str) -> list[fx.Node]:
+    """The boundaries or places behind which exits shall sit, the last one included.
+
+    "cost": near the shares (e - 0.2) / E of the multiply-adds, e = 1..E-1, on places; without a number of exits four,
+    or as many as there are places. "stages": all boundaries; with a number, near the shares e / E. If there are too few
+    boundaries or places, the ends of all segments serve.
 
     Raises:
         ValueError: more exits than places.
     """
-    candidates = found.boundaries
+    candidates = found.places if placement == "cost" else found.boundaries
+    if exits is None and len(candidates) < 2:
+        what = "block or layer" if placement == "cost" else "stage boundary"
+        raise ValueError(
+            f"anticipate: {type(found.model).__name__} has no {what} before its head (after "
+            f"{cut_name(found, candidates[-1])!r}); name places with cuts= or give a number of exits="
+        )
+    if exits is None:
+        if placement == "stages":
+            return candidates
+        exits = min(DEFAULT_EXITS, len(candidates))
     if exits > len(candidates):
         candidates = [segment.end for segment in found.segments]
     if not 1 <= exits <= len(candidates):
@@ -33,7 +49,7 @@ def choose_by_cost(found: Partition, exits: int) -> list[fx.Node]:
     for e in range(1, exits):
         first = chosen[-1] + 1 if chosen else 0
         last = len(candidates) - 1 - (exits - e)
-        goal = total * e / exits
+        goal = total * (e - 0.2 if placement == "cost" else e) / exits
         chosen.append(min(range(first, last + 1), key=lambda i: abs(cumulated[candidates[i]] - goal)))
     return [candidates[i] for i in chosen] + [candidates[-1]]
 

@@ -378,6 +378,7 @@ def build(
     *,
     cuts: Sequence[str] | None = None,
     head: str | Sequence[str] = "copy",
+    placement: str = "cost",
     example: Sequence[int] | None = None,
 ) -> MultiExitNet:
     """Builds a network by name.
@@ -390,7 +391,7 @@ def build(
         in_channels: channels of the images; other than 3 the first convolution is new (timm adapts pretrained ones).
         weights: None, "DEFAULT", or a name of torchvision's weights or timm's pretrained tag. Pretrained values go into
             the backbone; the last layer is new where ``num_classes`` is not the pretrained number.
-        cuts: of a network of torchvision or timm: where its exits are, see :func:`aep_ext.anticipate`.
+        cuts, placement: of a network of torchvision or timm: where its exits are, see :func:`aep_ext.anticipate`.
         head: of the early exits, see :func:`aep_ext.anticipate`; "copy" is the network's own. The last exit's stays.
         example: (C, H, W) of the images, for "auto" and for networks that take one size alone. Default: 32 pixels for
             networks made for small images, else as :func:`aep_ext.anticipate` finds out.
@@ -405,7 +406,7 @@ def build(
             if value < 1:
                 raise ValueError(f"build: {argument} must be at least 1, got {value}")
         model = _LIBRARIES[library](inner, num_classes, in_channels, weights)
-        net = anticipate(model, num_classes=num_classes, cuts=cuts, head=head, example=example)
+        net = anticipate(model, num_classes=num_classes, cuts=cuts, head=head, placement=placement, example=example)
         net.origin = {
             "kind": "network",
             "name": name,

@@ -5,7 +5,7 @@ Terms. A *cut point* is a node of the traced graph whose 4-D result, (N, C, H, W
 alive behind it. A *segment* is
 what lies between cut points and holds parameters, with the parameter-free operations behind it (activation, pooling). A
 *boundary* is a cut point at a segment's end where the next segment works at another resolution, or begins another group
-of blocks (a Sequential of residual blocks, say).
+of blocks (a Sequential of residual blocks, say). A *place* is the end of a block or of a layer with its normalisation.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Partition:
     channel_axes: dict[fx.Node, int]  # of each cut point's feature map: 1 or 3
     segments: list[Segment]
     boundaries: list[fx.Node]  # chosen by the rule above; the last is where the head begins
+    places: list[fx.Node]  # likewise
+    groups: set[str]  # modules that were opened for ``open_groups``
     num_classes: int
     example: Tensor
     twice: Measured | None  # at twice the example's height and width, if the model takes that
@@ -60,14 +62,18 @@ class Partition:
         return self.cuts[-1]
 
 
-def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: set[str]) -> Partition:
+def partition(
+    model: nn.Module, example: Tensor | Sequence[int] | None, opened: set[str], *, open_groups: bool = False
+) -> Partition:
     """Traces and measures ``model`` (a copy that may be changed) and finds cut points, boundaries and head.
+
+    ``open_groups``: look also into modules that hold several blocks and much of the multiply-adds.
 
     Raises:
         ValueError: no CNN classifier, or one that cannot be cut; the message says why.
     """
     image = _example(model, example)
-    opened = set(opened)
+    opened, groups = set(opened), set[str]()
     kept_whole: set[str] = set()
     try:
         traced = _trace_or_chain(model, opened, image)
@@ -75,7 +81,11 @@ def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: 
         raise ValueError(f"anticipate: {type(model).__name__} cannot be cut: {error}") from None
     while True:
         measured = _measure(model, traced.graph, image)
-        more = _to_open(model, traced, measured) - opened - kept_whole
+        done = opened | kept_whole
+        more = _to_open(model, traced, measured) - done
+        if not more and open_groups:
+            more = _groups(model, traced, measured) - done
+            groups |= more
         if not more:
             break
         path = min(more)
@@ -105,8 +115,10 @@ def partition(model: nn.Module, example: Tensor | Sequence[int] | None, opened: 
     twice = _at_twice_the_size(model, traced.graph, image)
     cuts, axes = _cut_points(model, traced, measured, twice)
     segments = _segments(model, nodes, cuts, measured, axes)
-    boundaries = _apart(_boundaries(segments), nodes, measured)
-    return Partition(model, traced, measured, cuts, axes, segments, boundaries, shape[1], image, twice)
+    boundaries, places = (_apart(found, nodes, measured) for found in (_boundaries(segments), _places(segments)))
+    return Partition(
+        *(model, traced, measured, cuts, axes, segments, boundaries, places, groups & opened, shape[1], image, twice)
+    )
 
 
 def _example(model: nn.Module, example: Tensor | Sequence[int] | None) -> Tensor:
@@ -206,6 +218,20 @@ def _to_open(model: nn.Module, traced: TracedModel, measured: Measured) -> set[s
         area = 1 if len(after) != 4 else prod(map_size(after, measured.channel_axes.get(node, 1)))
         if area == 1 < given or (convolutions >= 2 and given >= 16 * area):
             paths.add(node.target)
+    return paths
+
+
+def _groups(model: nn.Module, traced: TracedModel, measured: Measured) -> set[str]:
+    """Leaves with two blocks or more in which at least a fifth of the multiply-adds lies: stages that are modules of
+    their own. Modules of torch itself stay whole."""
+    paths: set[str] = set()
+    total = sum(measured.macs.values())
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and 5 * measured.macs[node] >= total:
+            module = model.get_submodule(node.target)
+            children = [c for child in module.children() for c in (child, *child.children())]
+            if not type(module).__module__.startswith("torch.nn.") and sum(map(_is_block, children)) >= 2:
+                paths.add(node.target)
     return paths
 
 
@@ -372,6 +398,14 @@ def _apart(boundaries: list[fx.Node], nodes: Sequence[fx.Node], measured: Measur
     return kept
 
 
+def _places(segments: Sequence[Segment]) -> list[fx.Node]:
+    """Ends of blocks, and of layers behind whose normalisation the next weights come; none before the first block."""
+    first = _first_place(segments)
+    followed = zip(segments, segments[1:], strict=False)
+    ends = [i for i, (one, after) in enumerate(followed) if one.is_block or after.weighted]
+    return [segments[end].end for end in ends if end >= first] + [segments[-1].end]
+
+
 def _boundaries(segments: Sequence[Segment]) -> list[fx.Node]:
     ends: list[int] = []
     for i in range(1, len(segments)):
@@ -381,18 +415,22 @@ def _boundaries(segments: Sequence[Segment]) -> list[fx.Node]:
         other_group = other_group and _parent(before) != _parent(after)
         if other_size or other_group:
             ends.append(_before_its_normalisation(segments, i) - 1)
+    ends = [end for end in dict.fromkeys(ends) if end >= _first_place(segments)]
+    return [segments[end].end for end in ends if end != len(segments) - 1] + [segments[-1].end]
+
+
+def _first_place(segments: Sequence[Segment]) -> int:
+    """The stem of a network of blocks is no stage of its own: what it yields is too early to classify. Where single
+    layers outnumber the blocks (VGG), they are the stages; and so are those grouped in one list with the groups of
+    blocks (MobileNetV4)."""
     first_block = next((i for i, segment in enumerate(segments) if segment.is_block), 0)
-    # The stem of a network of blocks is no stage of its own: what it yields is too early to classify. Where single
-    # layers outnumber the blocks (VGG), they are the stages; and so are those grouped in one list with the groups of
-    # blocks (MobileNetV4).
     groups = _container(segments[first_block])
     first_block = next(
         (i for i, segment in enumerate(segments) if groups and _container(segment) == groups), first_block
     )
     if sum(segment.weighted for segment in segments[:first_block]) >= sum(segment.is_block for segment in segments):
-        first_block = 0
-    ends = [end for end in dict.fromkeys(ends) if end >= first_block]
-    return [segments[end].end for end in ends if end != len(segments) - 1] + [segments[-1].end]
+        return 0
+    return first_block
 
 
 def _before_its_normalisation(segments: Sequence[Segment], index: int) -> int:

@@ -345,17 +345,21 @@ def images(model: nn.Module) -> Tensor:
     return torch.randn(3, *model.shape)
 
 
+@pytest.mark.parametrize("placement", ["cost", "stages"])
 @pytest.mark.parametrize("name", MODELS)
-def test_plain_models(name: str) -> None:
+def test_plain_models(name: str, placement: str) -> None:
     make, cuts = MODELS[name]
     model = make()
     before = copy.deepcopy(model.state_dict())
-    net = anticipate(model, example=model.shape)
-    assert net.training and net.origin["cuts"] == cuts and net.num_exits == len(cuts) + 1
+    net = anticipate(model, example=model.shape, placement=placement)
+    assert net.training and (net.origin["cuts"] == cuts or placement == "cost")
+    costs = exit_costs(net, model.shape)
+    assert 2 <= net.num_exits <= 4 and all(b - a > 0.03 * costs[-1] for a, b in pairwise(costs)), costs
     x = images(model)
     assert net(x).shape == (net.num_exits, 3, net.num_classes)
-    net.load_state_dict(anticipate(model.eval(), example=model.shape).state_dict(), strict=False)
-    net = anticipate(model, example=model.shape)
+    again = anticipate(model.eval(), example=model.shape, placement=placement)
+    net.load_state_dict(again.state_dict(), strict=False)
+    net = anticipate(model, example=model.shape, placement=placement)
     assert not any(module.training for module in net.modules())
     with torch.no_grad():
         expected = model(x)
@@ -486,12 +490,12 @@ def test_widths_of_the_heads_are_in_proportion() -> None:
 
 def test_heads_of_channels_last_maps_read_the_channels() -> None:
     for make in (ChannelsLast, ChannelsLastOneSize):
-        early, last = anticipate(make().eval(), example=(3, 16, 16)).exits
+        early, last = anticipate(make().eval(), example=(3, 16, 16), placement="stages").exits
         assert early.norm.normalized_shape == (8,) and last.norm.normalized_shape == (12,)
         assert early.fc.in_features == 8 and early(torch.randn(2, 9, 7, 8)).shape == (2, 5)
     early = anticipate(ChannelsLastFlattened().eval(), example=(3, 16, 16)).exits[0]
     assert early.fit.output_size == (4, 4) and early.fc.in_features == 8 * 16
-    maps = anticipate(ChannelsMove().eval(), example=(3, 16, 16))
+    maps = anticipate(ChannelsMove().eval(), example=(3, 16, 16), placement="stages")
     assert [head.fc.in_features for head in maps.exits] == [8, 12, 16]
     x = torch.randn(2, 8, 8, 8)  # rows and columns are pooled: their order does not matter, that of the channels does
     shuffled = torch.arange(8).flip(0)
@@ -530,7 +534,7 @@ def test_a_map_whose_channels_cannot_be_told_is_refused() -> None:
 
 
 def test_channels_last_maps_go_the_whole_way(tmp_path: Path) -> None:
-    net = anticipate(ChannelsLast().eval(), example=(3, 16, 16), exit_weights="mixed").eval()
+    net = anticipate(ChannelsLast().eval(), exits=2, example=(3, 16, 16), exit_weights="mixed").eval()
     x, y = torch.randn(40, 3, 16, 16), torch.arange(40) % 5
     loader = [(x[:20], y[:20]), (x[20:], y[20:])]
     assert score_subsets(net, loader).best().exits
@@ -559,9 +563,9 @@ def test_a_stage_that_writes_into_its_input_is_tamed() -> None:
 def test_number_of_exits() -> None:
     model = Residual()
     assert anticipate(model, exits=1).num_exits == 1
-    two = anticipate(model, exits=2)
+    two = anticipate(model, exits=2, placement="stages")
     assert two.origin["cuts"] in (["layer1"], ["layer2"])
-    six = anticipate(model, exits=6)  # more than the stages: the ends of blocks serve
+    six = anticipate(model, exits=6, placement="stages")  # more than the stages: the ends of blocks serve
     assert six.num_exits == 6 and set(six.origin["cuts"]) < {
         "stem",
         "layer1.0",
@@ -575,7 +579,7 @@ def test_number_of_exits() -> None:
     ):
         anticipate(model, exits=8)
     with pytest.raises(ValueError, match="exits must be within 1..3, got 0"):
-        anticipate(model, exits=0)
+        anticipate(model, exits=0, placement="stages")
 
 
 def test_named_cuts() -> None:
@@ -635,7 +639,7 @@ def test_frozen_parts_stay_frozen_and_new_heads_learn() -> None:
 
 
 def test_a_pruned_net_cannot_give_the_original_back() -> None:
-    net = anticipate(Residual())
+    net = anticipate(Residual(), exits=3)
     with pytest.raises(
         RuntimeError, match="original_state_dict: exit 2, which holds the original head, was pruned away"
     ):
@@ -865,7 +869,7 @@ class ClassToken(Tokens):
     ("make", "message"),
     [
         (TwoBranches, r"TwoBranches cannot be cut: nowhere before its classifier .* \(after 'a' there are 2 tensors: "),
-        (OneStage, r"OneStage has no stage boundary before its head \(after 'a'\)"),
+        (OneStage, r"OneStage has no block or layer before its head \(after 'a'\)"),
         (DataDependent, r"torch.fx cannot follow its forward \(TraceError.* no plain chain of modules \('fc' is given"),
         (Auxiliary, r"takes another path in training mode .*aux_logits=False"),
         (Constant, r"computes something else in training mode, at .*dropout"),
@@ -923,10 +927,13 @@ def cheap_stages() -> nn.Sequential:
 
 def test_exits_that_nearly_coincide_in_cost_are_dropped() -> None:
     model = cheap_stages()
-    net = anticipate(model, example=(3, 32, 32))
+    net = anticipate(model, example=(3, 32, 32), placement="stages")
     costs = exit_costs(net, (3, 32, 32))
     assert all(b - a > 0.03 * costs[-1] for a, b in pairwise(costs)), costs
     assert net.origin["cuts"] == ["0", "4"]
+    by_cost = anticipate(model, example=(3, 32, 32))
+    costs = exit_costs(by_cost, (3, 32, 32))
+    assert all(b - a > 0.03 * costs[-1] for a, b in pairwise(costs)), costs
     assert anticipate(model, cuts=["0", "2", "4"], example=(3, 32, 32)).num_exits == 4  # named, as in saved networks
 
 
@@ -946,7 +953,62 @@ class Grouped(nn.Module):
 
 
 def test_groups_of_single_layers_beside_groups_of_blocks_are_stages() -> None:
-    assert anticipate(Grouped(), example=(3, 64, 64)).origin["cuts"] == ["blocks.0", "blocks.1"]
+    net = anticipate(Grouped(), example=(3, 64, 64), placement="stages")
+    assert net.origin["cuts"] == ["blocks.0", "blocks.1"]
+
+
+class Stage(nn.Module):
+    """A stage that is a module of its own, as ConvNeXt's, and begins with an operation without a module."""
+
+    def __init__(self, before: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.down = Block(before, width, 2)
+        self.blocks = nn.Sequential(*(Block(width, width, 1) for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.down(2 * x))
+
+
+class Staged(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3, 2, 1),
+            Stage(8, 12, 1),
+            Stage(12, 16, 7),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 5),
+        )
+
+
+@pytest.mark.parametrize("exits", [None, 2, 3, 5])
+def test_placement_by_cost_goes_inside_stages(tmp_path: Path, exits: int | None) -> None:
+    """Near the shares (e - 0.2) / E, at ends of blocks, also of stages that are no plain Sequential; saved by name."""
+    model = Staged().eval()
+    net = anticipate(model, example=(3, 32, 32), exits=exits).eval()
+    count = exits or 4
+    total = count_macs(model, (3, 32, 32))
+    shares = [count_macs(nn.Sequential(*net.stages[: e + 1]), (3, 32, 32)) / total for e in range(count)]
+    assert [abs(share - (e - 0.2) / count) < 0.12 for e, share in enumerate(shares[:-1], start=1)] == [True] * (
+        count - 1
+    )
+    assert any(cut.startswith("2.blocks.") for cut in net.origin["cuts"]) == (exits != 2)
+    aep_ext.save(net, tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(aep_ext.load(tmp_path, model=Staged())(x), net(x))
+    net.fused = False
+    assert torch.equal(net.exit_logits(x)[-1], model(x))
+
+
+def test_one_place_gives_two_exits_and_stages_none() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    )
+    assert anticipate(model).origin["cuts"] == ["0"]
+    with pytest.raises(
+        ValueError, match="Sequential has no block or layer before its head .*cuts= or give a number of"
+    ):
+        anticipate(nn.Sequential(*model[1:]), example=(4, 9, 9))
 
 
 def test_arguments_are_checked() -> None:
@@ -955,6 +1017,8 @@ def test_arguments_are_checked() -> None:
         anticipate(model, exits=2, cuts=["conv1"])
     with pytest.raises(ValueError, match="cuts must be a sequence of names, got the string 'conv1'"):
         anticipate(model, cuts="conv1")
+    with pytest.raises(ValueError, match="placement must be one of cost, stages, got 'even'"):
+        anticipate(model, placement="even")
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         anticipate(model, num_classes=0)
     with pytest.raises(ValueError, match=r"example must be images \[N, C, H, W\], got shape \[3, 32\]"):

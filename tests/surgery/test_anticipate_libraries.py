@@ -46,7 +46,7 @@ TIMM = {
 
 def is_the_original_on_its_last_exit(model: nn.Module, cuts: list[str]) -> MultiExitNet:
     model.eval()
-    net = anticipate(model)
+    net = anticipate(model, placement="stages")
     assert net.origin["cuts"] == cuts
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -73,7 +73,9 @@ def test_torchvision(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nfnet_f0", "dm_nfnet_f0"])
 def test_exits_that_nearly_coincide_in_cost(name: str) -> None:
-    net = anticipate(build(f"timm/{name}").eval())  # not stem.act4 and stages, a fortieth of the cost before the next
+    net = anticipate(
+        build(f"timm/{name}").eval(), placement="stages"
+    )  # not stem.act4 and stages, a fortieth of the cost before the next
     assert net.origin["cuts"] == ["stem", "stages.0", "stages.1", "stages.2"]
 
 
@@ -104,7 +106,7 @@ CHANNELS_LAST = {  # the early exits' places, and the widths that the first laye
 def test_channels_last_feature_maps(name: str, tmp_path: Path) -> None:
     cuts, widths = CHANNELS_LAST[name]
     model = build(name).eval()
-    net = anticipate(model, example=(3, 64, 64)).eval()
+    net = anticipate(model, example=(3, 64, 64), placement="stages").eval()
     assert net.origin["cuts"] == cuts
     assert [next(head.parameters()).shape[0] for head in net.exits] == widths  # of a LayerNorm
     x = torch.randn(2, 3, 64, 64)
@@ -182,7 +184,7 @@ def test_stochastic_depth_is_alive_in_training_and_silent_in_eval() -> None:
 
 
 def test_four_exits_of_a_deep_network_are_spread_over_its_cost() -> None:
-    net = anticipate(torchvision.models.efficientnet_b0(weights=None, num_classes=4), exits=4)
+    net = anticipate(torchvision.models.efficientnet_b0(weights=None, num_classes=4), exits=4, placement="stages")
     assert net.num_exits == 4 and set(net.origin["cuts"]) < set(TORCHVISION["efficientnet_b0"])
 
 
