@@ -160,6 +160,7 @@ def calibrate(
     num_std_errors: float = 0.0,
     folds: int | None = None,
     seed: int = 0,
+    last_alone: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
     """Exits, output weights, temperatures and thresholds that keep a budget.
@@ -189,6 +190,8 @@ def calibrate(
         num_std_errors: standard errors added to the cross-validated drop before it is held against the budget.
         folds: by default 5; 10 below 2,000 samples and 20 below 200 (never more than there are samples).
         seed: of folds, starts and halves; the same arguments give the same result.
+        last_alone: the last exit is kept and answers alone, see :class:`~aep_ext.inference.ExitPolicy`; only the early
+            exits' weights are fitted.
         progress: called with the number of fits done, and of all.
 
     Returns:
@@ -222,6 +225,10 @@ def calibrate(
     if isinstance(exits, str) and exits != "auto":
         raise ValueError(f"calibrate: exits must be 'auto' or positions, got {exits!r}")
     subsets = candidate_subsets(count) if isinstance(exits, str) else [checked_exits("calibrate", exits, count)]
+    if last_alone:
+        subsets = [subset for subset in subsets if subset[-1] == count - 1]
+        if not subsets:
+            raise ValueError(f"calibrate: exits must hold the last one, {count - 1}, with last_alone, got {exits}")
     chosen_on = tested_on = np.arange(n)
     if isinstance(wanted, RiskBudget):
         chosen_on, tested_on = np.array_split(np.random.default_rng(seed).permutation(n), 2)
@@ -241,6 +248,7 @@ def calibrate(
         float(num_std_errors),
         min(size, usual if folds is None else folds),
         seed,
+        last_alone,
     )
     for subset in subsets:
         if (np.diff(selection.costs_of(subset)) < 0).any():

@@ -119,6 +119,8 @@ def exit_metrics(exit_logits: Tensor, target: Tensor, policy: ExitPolicy) -> tup
         )
     check_labels("exit_metrics", target, *exit_logits.shape[1:])
     parts = criterion_logits(exit_logits, policy.output_weights, policy.criterion_on)
+    if policy.last_alone:
+        parts = torch.cat([parts[:-1], exit_logits[-1:]])
     return tuple(
         probability_metrics(part, target, scale) for part, scale in zip(parts, policy.temperatures, strict=True)
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class Selection:
         costs: (2^E-1,) or (E,) float64.
         budget: of accuracy or cost.
         output_weights: "fitted", or E numbers.
-        criterion, criterion_on, num_std_errors, folds, seed: as there.
+        criterion, criterion_on, num_std_errors, folds, seed, last_alone: as there.
     """
 
     logits: CachedLogits
@@ -86,6 +86,7 @@ class Selection:
     num_std_errors: float
     folds: int
     seed: int
+    last_alone: bool = False
 
     def costs_of(self, exits: Sequence[int]) -> NDArray[np.float64]:
         """Cost of a sample that is answered at each exit of a subset: of the extracted network up to there."""
@@ -117,6 +118,17 @@ class Selection:
     def fit(self, exits: Sequence[int], rows: NDArray[np.int64] | None = None) -> ExitPolicy:
         """Output weights that sum to 1, and temperatures, of a subset, fitted on some rows or all: float32 numbers, in
         a policy whose gates are all disabled."""
+        if self.last_alone and len(exits) > 1:  # the early exits vote, the last one answers on its own
+            early, last = self.fit(exits[:-1], rows), self.fit(exits[-1:], rows)
+            return replace(
+                early,
+                output_weights=(*(weight / 2 for weight in early.output_weights), 0.5),
+                temperatures=early.temperatures + last.temperatures,
+                thresholds=(1.0,) * (len(exits) - 1),
+                enabled=(False,) * (len(exits) - 1),
+                exits=early.exits + last.exits,
+                last_alone=True,
+            )
         part = self.logits.select_exits(exits)
         if rows is not None:
             part = part.select(torch.from_numpy(rows))

@@ -43,14 +43,13 @@ def terminate(
         loader: (x, y) batches of labelled samples that the network was not trained on, x (N, C, H, W), y (N,) integers;
             or dicts, as :func:`collect_logits` takes them.
         budget: an :class:`AccuracyBudget` (or its points), a :class:`CostBudget` or a :class:`RiskBudget`.
-        reference: what the drop is measured against. "ensemble": the network itself, all of its exits; or (N,) bool,
-        the
-            right answers of any other classifier on the samples, in the loader's order.
+        reference: what the drop is measured against. "ensemble": the network itself, all of its exits; "last": its last
+            exit alone; or (N,) bool, the right answers of any other classifier on the samples, in the loader's order.
         costs: see ``calibrate``. By default the multiply-adds of every subset, counted on the loader's first image;
             above 16 exits they must be given.
         device: where to collect logits; by default where the network is.
         options: further arguments of ``calibrate``: criterion, criterion_on, exits, output_weights, num_std_errors,
-            folds, seed, progress.
+            folds, seed, last_alone, progress.
 
     Returns:
         :class:`GatedNet` in eval mode on the network's device, with the attribute ``calibration``. Where nothing keeps
@@ -61,12 +60,13 @@ def terminate(
     """
     if not isinstance(net, MultiExitNet):
         raise TypeError(f"terminate: net must be a MultiExitNet, got {type(net).__name__}")
-    if isinstance(reference, str) and reference != "ensemble":
-        raise ValueError(f"terminate: reference must be 'ensemble' or right answers, got {reference!r}")
+    if isinstance(reference, str) and reference not in ("ensemble", "last"):
+        raise ValueError(f"terminate: reference must be 'ensemble', 'last' or right answers, got {reference!r}")
     first: list[Tensor] = []
     logits = CachedLogits(*collect_logits(net, _noting(loader, first), device=device), exits=net.exit_ids)
     if isinstance(reference, str):
-        answers = torch.einsum("e,enk->nk", net.output_weights.detach().cpu().float(), logits.logits)
+        weights = net.output_weights.detach().cpu().float()
+        answers = logits.logits[-1] if reference == "last" else torch.einsum("e,enk->nk", weights, logits.logits)
         reference = answers.argmax(1) == logits.target
     prices = subset_costs(net, first[0]).macs if costs is None else costs
     result = calibrate(logits, costs=prices, budget=budget, reference=reference, **options)

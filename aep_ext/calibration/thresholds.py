@@ -56,6 +56,8 @@ class ExitTable:
         correct = np.empty((exits, samples), dtype=bool)
         with torch.no_grad():
             for e in range(exits):
+                if policy.starts_anew(e):
+                    running, weight_sum = torch.zeros_like(running), 0.0
                 step = gate_step(
                     criterion,
                     policy.criterion_on,
@@ -66,7 +68,7 @@ class ExitTable:
                     state,
                     logits.logits[e],
                     exit_index=e,
-                    weight=policy.output_weights[e],
+                    weight=1.0 if policy.starts_anew(e) else policy.output_weights[e],
                     threshold=0.0,
                     temperature=policy.temperatures[e],
                     enabled=False,

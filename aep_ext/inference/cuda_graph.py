@@ -169,6 +169,8 @@ class CudaGraphGatedNet:
         if not isinstance(gated.policy.criterion, str):
             name = criterion_name(gated.policy.criterion)
             raise ValueError(f"CudaGraphGatedNet: criterion must be a name, got {name}: a graph cannot call it")
+        if gated.policy.last_alone:
+            raise ValueError("CudaGraphGatedNet: the policy must not have last_alone, got True")
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -112,7 +112,8 @@ class Executor:
     def step(self, e: int, rows: Rows, logits: Tensor) -> GateResult:
         """Exit e for ``rows``: the gate's result, with features of no columns."""
         gate, weight_sum = self._gates_of(rows.running.dtype)[e]
-        return gate(rows.nothing, rows.running, weight_sum, rows.indices, rows.state, logits)
+        running = torch.zeros_like(rows.running) if self.policy.starts_anew(e) else rows.running
+        return gate(rows.nothing, running, weight_sum, rows.indices, rows.state, logits)
 
     def _gates_of(self, dtype: torch.dtype) -> list[tuple[partial[GateResult], float]]:
         """For each exit the gate with its numbers, and the sum of the weights before it, in the accumulation dtype."""
@@ -139,7 +140,9 @@ class Executor:
         policy, numbers = self.policy, []
         total = torch.zeros((), dtype=dtype, device=_CPU)
         columns = policy.output_weights, (*policy.thresholds, 0.0), policy.temperatures
-        for weight, threshold, temperature in zip(*columns, strict=True):
+        for e, (weight, threshold, temperature) in enumerate(zip(*columns, strict=True)):
+            if policy.starts_anew(e):
+                total, weight = torch.zeros_like(total), 1.0
             numbers.append((total.item(), weight, threshold, temperature))
             total = total + torch.tensor(weight, dtype=dtype, device=_CPU)
         return numbers
@@ -163,6 +166,8 @@ class Executor:
         for e, (gate, weight_sum) in enumerate(self._gates_of(running.dtype)):
             if e:
                 features, logits = run(e, features)
+                if self.policy.starts_anew(e):
+                    running = torch.zeros_like(running)
             result = gate(nothing, running, weight_sum, indices, state, logits)
             stay = self.stay(e, indices, result)
             if stay == 0 and answers is None:  # all leave together, in order
@@ -199,6 +204,8 @@ class Executor:
         for e, (numbers, _) in enumerate(exits):
             if e:
                 features, logits = run(e, features)
+                if self.policy.starts_anew(e):
+                    running.zero_()
             ops.gate_one_(running, stats, leaves, logits, *numbers)
             if e == last or leaves.item():
                 break

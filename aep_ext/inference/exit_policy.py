@@ -19,7 +19,8 @@ class ExitPolicy:
 
     A sample leaves at the first enabled exit e whose criterion reaches that exit's threshold. The criterion is taken on
     ``softmax(R_e / T_e)``, R_e being the running ensemble ``sum_{j<=e} b_j O_j / sum_{j<=e} b_j``, or, with
-    ``criterion_on="exit"``, on ``softmax(O_e / T_e)``. Its answer is R_e. The last exit always answers.
+    ``criterion_on="exit"``, on ``softmax(O_e / T_e)``. Its answer is R_e. The last exit always answers, with
+    ``last_alone`` by O_e: a network that was given early exits then answers there as it did before, bit for bit.
 
     Args:
         output_weights: E positive numbers b; their count settles E.
@@ -31,6 +32,7 @@ class ExitPolicy:
         temperatures: E positive numbers, or one for all.
         enabled: E-1 flags, or one for all. A disabled exit lets nobody leave, but patience and votes count it.
         exits: the exits' numbers in the network as it was built, ascending; 0..E-1 by default.
+        last_alone: the last exit answers with its own logits; R_E is O_E then.
 
     All numbers are kept as Python tuples (float64).
 
@@ -46,6 +48,7 @@ class ExitPolicy:
     temperatures: tuple[float, ...] = 1.0  # type: ignore[assignment]
     enabled: tuple[bool, ...] = True  # type: ignore[assignment]
     exits: tuple[int, ...] = ()
+    last_alone: bool = False
 
     def __post_init__(self) -> None:
         weights: Any = self.output_weights
@@ -61,6 +64,8 @@ class ExitPolicy:
             "enabled": _flags(self.enabled, count - 1),
             "exits": _exits(self.exits, count),
         }
+        if not isinstance(self.last_alone, bool):
+            raise TypeError(f"ExitPolicy: last_alone must be True or False, got {self.last_alone!r}")
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -77,7 +82,8 @@ class ExitPolicy:
         """
         if not isinstance(self.criterion, str):
             raise ValueError(f"ExitPolicy.to_dict: criterion must be a name, got {criterion_name(self.criterion)}")
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values = asdict(self) if self.last_alone else {k: v for k, v in asdict(self).items() if k != "last_alone"}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExitPolicy:
@@ -88,11 +94,15 @@ class ExitPolicy:
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"ExitPolicy.from_dict: values must be a mapping, got {type(values).__name__}")
-        known = set(cls.__dataclass_fields__)
-        if set(values) != known:
-            wrong = sorted(set(values) ^ known)
+        known = set(cls.__dataclass_fields__) - {"last_alone"}  # written where it is True
+        if set(values) - {"last_alone"} != known:
+            wrong = sorted((set(values) - {"last_alone"}) ^ known)
             raise ValueError(f"ExitPolicy.from_dict: entries must be {', '.join(sorted(known))}; differing: {wrong}")
         return cls(**values)
+
+    def starts_anew(self, e: int) -> bool:
+        """Whether exit e forgets the sum of those before it: its weight is then 1."""
+        return self.last_alone and e == self.num_exits - 1
 
     def __str__(self) -> str:
         lines = [
@@ -114,7 +124,8 @@ class ExitPolicy:
             f"threshold {threshold:.4g}" if enabled else "disabled"
             for threshold, enabled in zip(self.thresholds, self.enabled, strict=True)
         ]
-        each = zip(self.exits, [*rules, "answers the rest"], self.temperatures, self.output_weights, strict=True)
+        rest = "answers the rest alone" if self.last_alone else "answers the rest"
+        each = zip(self.exits, [*rules, rest], self.temperatures, self.output_weights, strict=True)
         return [(str(number + 1), rule, f"{t:.4g}", f"{weight:.4g}") for number, rule, t, weight in each]
 
 

@@ -77,7 +77,7 @@ class GatedNet(nn.Module):
             raise TypeError(f"GatedNet: net must be a MultiExitNet or a CompiledNet, got {type(net).__name__}")
         _check_policy(net, policy)
         self.net = net
-        self._criterion, self._criterion_on = policy.criterion, policy.criterion_on
+        self._criterion, self._criterion_on, self._last_alone = policy.criterion, policy.criterion_on, policy.last_alone
         device = net.output_weights.device
         for name in _NUMBERS:
             self.register_buffer(name, torch.tensor(getattr(policy, name), dtype=_number_type(device), device=device))
@@ -152,6 +152,7 @@ class GatedNet(nn.Module):
             temperatures=tensors[1],
             enabled=tensors[2],
             exits=self._net().exit_ids,
+            last_alone=self._last_alone,
         )
         gated, ungated = Executor(policy), Executor(replace(policy, enabled=(False,) * (policy.num_exits - 1)))
         if any(tensor.is_inference() for tensor in tensors):  # tensors of inference mode count no versions

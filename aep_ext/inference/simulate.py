@@ -94,6 +94,8 @@ def simulate(
     with torch.no_grad():
         for e in range(exits):
             last = e == exits - 1
+            if policy.starts_anew(e):
+                running, weight_sum = torch.zeros_like(running), 0.0
             step = gate_step(
                 policy.criterion,
                 policy.criterion_on,
@@ -104,7 +106,7 @@ def simulate(
                 state,
                 exit_logits[e, indices],
                 exit_index=e,
-                weight=policy.output_weights[e],
+                weight=1.0 if policy.starts_anew(e) else policy.output_weights[e],
                 threshold=0.0 if last else policy.thresholds[e],
                 temperature=policy.temperatures[e],
                 enabled=not last and policy.enabled[e],

@@ -80,7 +80,9 @@ def test_what_cannot_be_kept_is_said(net, loader):
 def test_what_is_refused(net, loader):
     with pytest.raises(TypeError, match="terminate: net must be a MultiExitNet, got Linear"):
         aep_ext.terminate(torch.nn.Linear(2, 2), loader)
-    with pytest.raises(ValueError, match="terminate: reference must be 'ensemble' or right answers, got 'baseline'"):
+    with pytest.raises(
+        ValueError, match="terminate: reference must be 'ensemble', 'last' or right answers, got 'baseline'"
+    ):
         aep_ext.terminate(net, loader, reference="baseline")
     with pytest.raises(ValueError, match="calibrate: criterion must be one of .*, got my_rule"):
         aep_ext.terminate(net, loader, criterion=my_rule)
