@@ -8,7 +8,8 @@ The face of the package. Each name's home is the room it is imported from:
 - ``ExitPolicy``, ``GatedNet``, ``compile``: :mod:`aep_ext.inference`
 - ``terminate``: :mod:`aep_ext.calibration`
 - ``save``, ``load``, ``predict``: :mod:`aep_ext.export`
-- ``fit``: :mod:`aep_ext.training`, which is imported when it is asked for, and needs the extra ``train``
+- ``fit``, ``accelerate``: :mod:`aep_ext.training`, which is imported when they are asked for, and needs the extra
+  ``train``
 - ``build_info``: what was built, what runs, what is missing and why
 
 Importing raises ImportError if the native module was built for another torch, unless ``AEP_FORCE_REFERENCE=1``; without
@@ -29,6 +30,7 @@ from aep_ext.pruning import prune, score_subsets
 from aep_ext.surgery import MultiExitNet, anticipate
 
 if TYPE_CHECKING:
+    from aep_ext.training import accelerate as accelerate
     from aep_ext.training import fit as fit
 
 __all__ = [
@@ -51,9 +53,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # `fit` alone needs Lightning: it is no part of `from aep_ext import *`.
-    if name == "fit":
-        from aep_ext.training import fit
+    # They alone need Lightning: they are no part of `from aep_ext import *`.
+    if name in ("fit", "accelerate"):
+        from aep_ext import training
 
-        return fit
+        return getattr(training, name)
     raise AttributeError(f"module 'aep_ext' has no attribute {name!r}")

@@ -9,6 +9,7 @@ from aep_ext._config import RunConfig
 from aep_ext._progress import Progress
 from aep_ext._recipes import METHODS, RECIPES, Method, Recipe
 from aep_ext._utils import UserError
+from aep_ext.training.accelerate import Acceleration, accelerate
 from aep_ext.training.callbacks import JointEarlyStopping, RunCheckpoint
 from aep_ext.training.data import ImageDataModule
 from aep_ext.training.fit import FitResult, fit
@@ -16,6 +17,7 @@ from aep_ext.training.module import JointLightningModule
 from aep_ext.training.run import calibrate_run, run
 
 __all__ = [
+    "Acceleration",
     "FitResult",
     "ImageDataModule",
     "JointEarlyStopping",
@@ -28,6 +30,7 @@ __all__ = [
     "RunCheckpoint",
     "RunConfig",
     "UserError",
+    "accelerate",
     "calibrate_run",
     "fit",
     "run",
