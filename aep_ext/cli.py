@@ -34,6 +34,11 @@ CALIBRATE_EPILOG = """examples:
   aep calibrate runs/photos --risk 0.01 --delta 0.1   with a guarantee: at most 1 point, with probability 0.9
   aep calibrate runs/photos --static 0.5,0.75         and train smaller static networks beside it
 """
+ACCELERATE_EPILOG = """examples:
+  aep accelerate runs/digits/baseline --data digits --budget 1
+  aep accelerate torchvision/resnet18 --weights resnet18.pth --data photos/ --output fast
+  aep accelerate mypackage.models:net --weights net.safetensors --data photos/ --risk 0.02
+"""
 PREDICT_EPILOG = """examples:
   aep predict runs/photos cat.jpg dog.jpg
   aep predict runs/photos new/ --format csv --output answers.csv
@@ -211,7 +216,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out images that cannot be read, and list them in the report, instead of stopping at the first",
     )
-    what.add_argument("--weights", metavar="NAME", help="pretrained weights, for example DEFAULT (default: none)")
+    what.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="pretrained weights, for example DEFAULT, or a file of them: FILE.safetensors or FILE.pth (default: none)",
+    )
     what.add_argument("--classes", type=int, metavar="K", help="number of classes (default: as many as the data has)")
     how = run.add_argument_group("how")
     how.add_argument("--recipe", metavar="NAME", help=f"{', '.join(RECIPES)}; paper is the published protocol")
@@ -338,6 +347,67 @@ def _parser() -> argparse.ArgumentParser:
 
     _show_defaults(calibrate, {"reference": RunConfig.reference})
 
+    accelerate = commands.add_parser(
+        "accelerate",
+        parents=[debug],
+        argument_default=argparse.SUPPRESS,
+        epilog=ACCELERATE_EPILOG,
+        formatter_class=_Help,
+        help="give a trained network early exits in minutes, without retraining it",
+        description="Train early exits on the feature maps of a trained network, which stays as it is, choose "
+        "thresholds on the validation images, test once, and save the gated network. An image that takes no early exit "
+        "gets the model's own answer.",
+    )
+    accelerate.add_argument(
+        "model",
+        metavar="MODEL",
+        help="the folder of a saved network (such as RUN/baseline), a network's name as in aep run, or "
+        "MODULE:FUNCTION, a function without arguments that gives the model",
+    )
+    what = accelerate.add_argument_group("what")
+    what.add_argument("--data", required=True, metavar="DATA", help="as for aep run")
+    what.add_argument("--data-root", metavar="DIR", help="where torchvision's data sets lie or are downloaded to")
+    what.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="of a network by name or a function's model: FILE.safetensors, FILE.pth, or a name",
+    )
+    what.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: as for aep run)")
+    what.add_argument(
+        "--normalize",
+        type=_list_of(float),
+        metavar="N,N,...",
+        help="mean and standard deviation of each channel that the model was trained with, means first (default: the "
+        "saved network's, those of weights by name, or those of the training images)",
+    )
+    what.add_argument("--classes", type=int, metavar="K", help="number of classes (default: as many as the data has)")
+    how = accelerate.add_argument_group("how")
+    how.add_argument("--budget", type=float, default=0.5, metavar="POINTS", help="top-1 that may be lost")
+    how.add_argument(
+        "--risk", type=float, metavar="FRACTION", help="instead: top-1 lost at most, with probability 1 - delta"
+    )
+    how.add_argument("--delta", type=float, default=0.1, metavar="FRACTION", help="see --risk")
+    how.add_argument("--exits", type=int, metavar="N", help="how many exits, the last included (default: four)")
+    how.add_argument(
+        "--head", default="auto", metavar="NAME", help="of early exits: auto, conv, linear, pooled4 or copy"
+    )
+    how.add_argument("--epochs", type=int, default=10, metavar="N", help="of the heads")
+    how.add_argument("--lr", type=float, default=3e-3, metavar="RATE", help="learning rate of the heads")
+    how.add_argument("--batch-size", type=int, metavar="N", help="training images in a batch (default: 128)")
+    how.add_argument("--train-samples", type=int, metavar="N", help="learn from so many images only (default: all)")
+    how.add_argument(
+        "--calibration-samples", type=int, metavar="N", help="hold out so many training images for the calibration"
+    )
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of the heads")
+    where = accelerate.add_argument_group("where")
+    where.add_argument("--output", default="accelerated", metavar="DIR", help="the folder to write")
+    where.add_argument("--overwrite", action="store_true", default=False, help="replace what the folder holds")
+    where.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda or cuda:1")
+    where.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
+    where.add_argument("--quiet", action="store_true", default=False, help="print nothing but the outcome")
+
+    _show_defaults(accelerate, {})
+
     predict = commands.add_parser(
         "predict",
         parents=[debug],
@@ -432,6 +502,15 @@ def _calibrate(options: argparse.Namespace) -> None:
     _outcome(calibrate_run(options.folder, _fields(options), progress=progress), began)
 
 
+def _accelerate(options: argparse.Namespace) -> None:
+    from aep_ext.training import Progress
+    from aep_ext.training.accelerate import accelerate_command
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "debug", "quiet")}
+    print(accelerate_command(**given, progress=Progress.of_terminal(options.quiet)))
+    print(f"\nsaved: {options.output}")
+
+
 def _predict(options: argparse.Namespace) -> None:
     from aep_ext import load
     from aep_ext._io import write_text
@@ -517,6 +596,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands = {
             "run": _run,
             "calibrate": _calibrate,
+            "accelerate": _accelerate,
             "predict": _predict,
             "bench": _bench,
             "report": _report,

@@ -22,7 +22,10 @@ from aep_ext.surgery import networks
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPTIONAL = {"torchvision": r"^import .*\btorchvision\b", "lightning": r"^(import|from) lightning\b|aep_ext\.fit\("}
+OPTIONAL = {
+    "torchvision": r"^import .*\btorchvision\b",
+    "lightning": r"^(import|from) lightning\b|aep_ext\.(fit|accelerate)\(",
+}
 
 
 def blocks(path: Path, *languages: str) -> list[str]:
@@ -51,6 +54,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         loader = [(batch, teacher(batch).argmax(1)) for batch in x]
     loader = torch.utils.data.DataLoader(loader, batch_size=None)  # Lightning takes a list for several loaders
     given = {f"{role}_loader": loader for role in ("train", "val", "test")}
+    given["calibration_loader"] = [(batch.flip(3), y) for batch, y in loader]
     return {**given, "images": x[0], "labels": next(iter(loader))[1]}
 
 

@@ -18,8 +18,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from aep_ext._utils import require
 from aep_ext.surgery.anticipation import anticipate
 from aep_ext.surgery.heads import (
     ConvPooledLinearHead,
@@ -29,7 +30,7 @@ from aep_ext.surgery.heads import (
     head_by_name,
     head_names,
 )
-from aep_ext.surgery.measure import MacCounter, map_size, shadow
+from aep_ext.surgery.measure import MacCounter, first_line, map_size, shadow
 from aep_ext.surgery.multi_exit import MultiExitNet
 from aep_ext.surgery.small_resnets import resnet_cifar, resnet_small
 
@@ -344,6 +345,93 @@ def scalable(name: str) -> bool:
     return name in _SMALL
 
 
+WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+
+
+def is_file(weights: str | None) -> bool:
+    """Whether these weights are a file's."""
+    return weights is not None and weights.lower().endswith(WEIGHT_FILES)
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The state dict in a file, of safetensors or of ``torch.save`` (read with ``weights_only=True``): itself, or what
+    lies under "state_dict" or "model". The prefix "module." of a parallel training is dropped.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+        ImportError: safetensors is missing.
+    """
+    try:
+        if path.lower().endswith(".safetensors"):
+            state = require("safetensors.torch", "export", "reading weights").load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # each format has its own
+        raise ValueError(f"weights {path}: cannot be read ({first_line(error)[:300]})") from error
+    for name in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"weights {path}: must hold a state dict, tensors by name, got {type(state).__name__}")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def load_weights(state: dict[str, Tensor], path: str, *, into: nn.Module, new_head: bool = False) -> None:
+    """Copies what :func:`read_weights` read from ``path`` into a network: a MultiExitNet's backbone and last exit, by
+    the keys of its single-exit network.
+
+    Args:
+        new_head: what the last exit has beyond the backbone is left as it is where the file has it not, or otherwise.
+
+    Raises:
+        ValueError: a tensor is missing, or has another shape.
+    """
+    own = into.original_state_dict() if isinstance(into, MultiExitNet) else into.state_dict()
+    backbone = {key for stage in into.stages for key in stage.state_dict()} if isinstance(into, MultiExitNet) else set()
+    wanted = {key for key in own if not (new_head and key not in backbone)}
+    absent = sorted(key for key in wanted - state.keys() if not key.endswith("num_batches_tracked"))
+    if absent:
+        raise ValueError(f"weights {path}: lack {len(absent)} of the network's {len(own)} tensors, first {absent[0]!r}")
+    fitting = {key for key in own.keys() & state.keys() if own[key].shape == state[key].shape}
+    for key in sorted((wanted & state.keys()) - fitting):
+        got = list(state[key].shape)
+        raise ValueError(f"weights {path}: {key} must have shape {list(own[key].shape)}, got {got}")
+    with torch.no_grad():
+        for key in fitting:
+            own[key].copy_(state[key])
+
+
+def trained_as(name: str, weights: str) -> tuple[tuple[float, ...], int]:
+    """Of torchvision's or timm's weights by name: mean and standard deviation of their images' channels, means first,
+    and the number of classes.
+
+    Raises:
+        ValueError: there are no such weights, or the network has a head of its own.
+    """
+    library, _, inner = name.partition("/")
+    if library == "torchvision":
+        entry = _weights_entry(inner, weights)
+        transforms = entry.transforms()
+        return (*transforms.mean, *transforms.std), len(entry.meta["categories"])
+    if library == "timm":
+        from timm.models import get_pretrained_cfg
+
+        found = get_pretrained_cfg(inner if weights == "DEFAULT" else f"{inner}.{weights}")
+        if found is not None:
+            return (*found.mean, *found.std), found.num_classes
+    raise ValueError(f"{name}: there are no weights {weights!r} of all of it; give a file of its weights")
+
+
+def weight_channels(weights: str | None) -> int | None:
+    """Of the images that weights were trained on: a file's first convolution says so; others have three."""
+    if not is_file(weights):
+        return None if weights is None else 3
+    shapes = (value.shape for value in read_weights(str(weights)).values() if value.dim() == 4)
+    return next((shape[1] for shape in shapes if shape[1] in (1, 3)), None)
+
+
 def image_size(name: str, weights: str | None = None) -> int | None:
     """Side in pixels of the images that pretrained weights were trained on, or that a network of timm is fixed to.
 
@@ -354,6 +442,7 @@ def image_size(name: str, weights: str | None = None) -> int | None:
         None where the network takes images of many sizes, and where there are no such weights, which :func:`build`
         says.
     """
+    weights = None if is_file(weights) else weights
     library, _, inner = name.partition("/")
     try:
         if library == "timm":
@@ -376,6 +465,7 @@ def build(
     in_channels: int = 3,
     weights: str | None = None,
     *,
+    exits: int | None = None,
     cuts: Sequence[str] | None = None,
     head: str | Sequence[str] = "copy",
     placement: str = "cost",
@@ -389,9 +479,11 @@ def build(
             and "resnet_cifar@0.5" likewise.
         num_classes: K.
         in_channels: channels of the images; other than 3 the first convolution is new (timm adapts pretrained ones).
-        weights: None, "DEFAULT", or a name of torchvision's weights or timm's pretrained tag. Pretrained values go into
-            the backbone; the last layer is new where ``num_classes`` is not the pretrained number.
-        cuts, placement: of a network of torchvision or timm: where its exits are, see :func:`aep_ext.anticipate`.
+        weights: None, "DEFAULT", a name of torchvision's weights or timm's pretrained tag, or a file,
+            FILE.safetensors or FILE.pth, of a state dict. Pretrained values go into the backbone; the last layer is new
+            where ``num_classes`` is not the pretrained number, and the last exit of ours where the file has another.
+        exits, cuts, placement: where the exits of a network of torchvision or timm are, see
+            :func:`aep_ext.anticipate`.
         head: of the early exits, see :func:`aep_ext.anticipate`; "copy" is the network's own. The last exit's stays.
         example: (C, H, W) of the images, for "auto" and for networks that take one size alone. Default: 32 pixels for
             networks made for small images, else as :func:`aep_ext.anticipate` finds out.
@@ -400,13 +492,21 @@ def build(
         ValueError: no network of that name, or no such head.
         ImportError: the library it comes from is missing.
     """
+    if is_file(weights):
+        options: dict[str, Any] = {"cuts": cuts, "exits": exits, "head": head, "placement": placement}
+        state = read_weights(str(weights))
+        net = build(name, num_classes, in_channels, example=example, **options)
+        load_weights(state, str(weights), into=net, new_head=True)
+        return net
     library, slash, inner = name.partition("/")
     if slash and library in _LIBRARIES:
         for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
             if value < 1:
                 raise ValueError(f"build: {argument} must be at least 1, got {value}")
         model = _LIBRARIES[library](inner, num_classes, in_channels, weights)
-        net = anticipate(model, num_classes=num_classes, cuts=cuts, head=head, placement=placement, example=example)
+        net = anticipate(
+            model, num_classes=num_classes, exits=exits, cuts=cuts, head=head, placement=placement, example=example
+        )
         net.origin = {
             "kind": "network",
             "name": name,
@@ -417,6 +517,8 @@ def build(
             **({} if example is None else {"example": list(example)}),
         }
         return net
+    if exits is not None:
+        raise ValueError(f"build: exits must be left out for {name}, which says where they are, got {exits}")
     base, scaled, text = name.partition("@")
     if scaled and base in _PLANS:
         raise ValueError(f"build: only {' and '.join(_SMALL)} can be scaled by @<width>, got {name!r}")

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
+import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +20,22 @@ from torch import Tensor, nn
 
 from aep_ext import ops
 from aep_ext._progress import Progress
-from aep_ext._utils import aligned, inputs_and_labels, inputs_of
+from aep_ext._utils import UserError, aligned, inputs_and_labels, inputs_of, require, using_threads
 from aep_ext.calibration import CachedLogits, RiskBudget, terminate
+from aep_ext.export import Preprocessing, load, save
+from aep_ext.export.save_load import DESCRIPTION
 from aep_ext.inference import GatedNet, collect_logits
 from aep_ext.pruning import count_macs, single_exit
 from aep_ext.surgery import MultiExitNet, anticipate, networks
+from aep_ext.training.data import ImageDataModule
 from aep_ext.training.evaluate import LATENCY_IMAGES, latency_beside, torch_device
 
 FEWEST = 20
 """Of fewer calibration images one is five points."""
 CACHE_BYTES = 2 << 30
 CACHED_BATCH = 128
+FEWEST_STEPS = 16
+"""Of an epoch of held feature maps: few images come in smaller batches."""
 _CACHE_TYPE = torch.bfloat16  # half the memory of float32, and its range
 _NO_VOTE = 1e-30  # of the exits that do not teach
 
@@ -260,7 +270,7 @@ class _Features:
     def __init__(self, net: MultiExitNet, loader: Iterable[Any], limit: int, progress: Progress) -> None:
         self.net, self.loader = net, loader
         self.seen: set[bytes] = set()
-        self.count = self.batches = 0
+        self.count = self.batches = self.batch = 0
         self.cache: list[Tensor] | None = None
         parts: list[list[Tensor]] | None = []
         held = 0
@@ -280,7 +290,8 @@ class _Features:
             self.cache = []
             for _ in range(len(parts[0])):  # one at a time, since this holds it twice
                 self.cache.append(torch.cat([part.pop(0) for part in parts]))
-            self.batches = -(-self.count // CACHED_BATCH)
+            self.batch = max(2, min(CACHED_BATCH, self.count // FEWEST_STEPS))
+            self.batches = -(-self.count // self.batch)
 
     def _computed(self, x: Tensor, y: Tensor) -> Batch:
         device = self.net.output_weights.device
@@ -296,7 +307,7 @@ class _Features:
                 yield self._computed(*inputs_and_labels("accelerate", batch))
             return
         like = self.cache[-2].dtype
-        for rows in torch.randperm(self.count, generator=generator).split(CACHED_BATCH):
+        for rows in torch.randperm(self.count, generator=generator).split(self.batch):
             *maps, own, y = (part[rows.to(part.device)] for part in self.cache)
             yield [part.to(like) for part in maps], own, y
 
@@ -383,3 +394,150 @@ def _report(
         "train_images": features.count,
         "calibration_images": found.data["n"],
     }
+
+
+def accelerate_command(
+    model: str,
+    *,
+    data: str,
+    output: str = "accelerated",
+    overwrite: bool = False,
+    data_root: str = "data",
+    weights: str | None = None,
+    image_size: int | None = None,
+    normalize: tuple[float, ...] | None = None,
+    classes: int | None = None,
+    train_samples: int | None = None,
+    calibration_samples: int = 0,
+    batch_size: int = 128,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Acceleration:
+    """What ``aep accelerate`` does: :func:`accelerate` on a data set by name, saved to a folder.
+
+    Heads learn on the training images, thresholds are chosen on the validation images (or on ``calibration_samples``
+    training images held out), and the report is of the test images.
+
+    Args:
+        model: a folder that ``aep_ext.save`` or ``aep run`` wrote, a network's name, or "module:function", a function
+            without arguments that gives the model.
+        data, data_root, image_size, train_samples, calibration_samples: see
+            :class:`~aep_ext.training.data.ImageDataModule`.
+        output: the folder to write; ``overwrite`` replaces what it holds.
+        weights: of a network by name, as :func:`aep_ext.surgery.networks.build` takes them; of a function's model, a
+            file.
+        normalize: mean and standard deviation that the model was trained with, one for each channel, means first. By
+            default a saved network's own, those of pretrained weights by name, else those that ``aep run`` uses.
+        classes: K of a network by name; by default as many as the data has.
+        batch_size: of the training images.
+        threads: CPU threads.
+        options: of :func:`accelerate`.
+
+    Raises:
+        UserError: there is no such model, data or file, or it is refused; nothing is written then.
+    """
+    progress = progress or Progress()
+    require("safetensors.torch", "export", "aep accelerate")
+    if (Path(output) / DESCRIPTION).exists() and not overwrite:
+        raise UserError(f"{output} holds a network already: --overwrite replaces it, --output names another folder")
+    try:
+        saved = load(model) if Path(model).is_dir() else None
+        if isinstance(saved, GatedNet):
+            raise UserError(
+                f"{model} holds a gated network; give the folder of one without gates, such as its baseline"
+            )
+        if saved is not None and weights is not None:
+            raise UserError(f"--weights must be left out for a saved network, got {weights}")
+        preprocessing = getattr(saved, "preprocessing", None)
+        made = None if saved is not None or networks.known(model) else _made(model, weights)
+        found = ImageDataModule(
+            data,
+            image_size=image_size or (None if made else networks.image_size(model, weights)),
+            batch_size=batch_size,
+            data_root=data_root,
+            train_samples=train_samples,
+            calibration_samples=calibration_samples,
+            channels=networks.weight_channels(weights),
+            num_classes=classes,
+        )
+        if preprocessing is None:
+            preprocessing = _normalised(found.preprocessing, normalize, None if made else model, weights)
+        found.preprocessing, found.channels = preprocessing, preprocessing.channels
+        network = saved or made or _network(model, weights, found)
+        with using_threads(threads):
+            gated, report = accelerate(
+                network,
+                found.loader("train"),
+                found.loader(found.calibration_split),
+                test_loader=found.loader("test"),
+                progress=progress,
+                **options,
+            )
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    names = {"classes": list(found.splits.classes)} if len(found.splits.classes) == found.num_classes else {}
+    metadata = {**names, "preprocessing": preprocessing.to_dict(), "acceleration": report.to_dict()}
+    save(gated, output, metadata=metadata)
+    return report
+
+
+@contextmanager
+def _importable_here() -> Iterator[None]:
+    """Modules of the working directory can be imported, as by ``python -m``."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _made(name: str, weights: str | None) -> nn.Module:
+    """The model that "module:function" gives.
+
+    Raises:
+        UserError: there is none.
+    """
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"no such model: {name!r} is no folder and no module:function, and {networks.unknown(name)}")
+    try:
+        with _importable_here():
+            model = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # the user's code may raise anything
+        raise UserError(f"no such model: {name} ({type(error).__name__}: {error})") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name} must give a torch.nn.Module, got {type(model).__name__}")
+    if weights is not None:
+        networks.load_weights(networks.read_weights(weights), weights, into=model)
+    return model.eval()
+
+
+def _network(name: str, weights: str | None, data: ImageDataModule) -> MultiExitNet:
+    """A trained network by name."""
+    if weights is None:
+        raise UserError(f"{name} must have weights: --weights DEFAULT, or a file FILE.safetensors or FILE.pth")
+    known = None if networks.is_file(weights) else networks.trained_as(name, weights)
+    if known is not None and known[1] != data.num_classes:
+        raise UserError(f"{name} with the weights {weights} has {known[1]} classes, the data {data.num_classes}")
+    shape = (data.channels, *[data.preprocessing.image_size] * 2)
+    net = networks.build(name, data.num_classes, shape[0], weights, example=shape)
+    if known is None:  # the last exit too
+        networks.load_weights(networks.read_weights(weights), weights, into=net)
+    return single_exit(net)
+
+
+def _normalised(
+    found: Preprocessing, numbers: tuple[float, ...] | None, name: str | None, weights: str | None
+) -> Preprocessing:
+    """With the mean and standard deviation that the model was trained with."""
+    if numbers is None and name is not None and weights is not None and not networks.is_file(weights):
+        numbers = networks.trained_as(name, weights)[0]
+    if numbers is None:
+        return found
+    if len(numbers) != 2 * found.channels:
+        raise UserError(
+            f"normalize must be {found.channels} means and {found.channels} standard deviations, got {len(numbers)} "
+            "numbers"
+        )
+    return replace(found, mean=numbers[: found.channels], std=numbers[found.channels :])

@@ -251,6 +251,10 @@ class ImageDataModule(pl.LightningDataModule):
     def of_config(cls, config: RunConfig) -> ImageDataModule:
         """The data of a run, whose configuration is resolved."""
         recipe = config.training()
+        try:
+            channels = networks.weight_channels(config.weights)
+        except (ValueError, ImportError) as error:
+            raise UserError(str(error)) from error
         return cls(
             config.data,
             image_size=recipe.image_size or networks.image_size(config.network, config.weights),
@@ -261,7 +265,7 @@ class ImageDataModule(pl.LightningDataModule):
             train_samples=config.train_samples,
             calibration_samples=config.calibration_samples,
             workers=config.workers,
-            channels=3 if config.weights else None,
+            channels=channels,
             num_classes=config.classes,
         )
 

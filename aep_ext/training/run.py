@@ -289,7 +289,8 @@ class Job:
         torch.manual_seed(seed)  # the network before training is then the same for every model of a seed
         single = name == BASELINE or name.startswith(STATIC)
         network = name.removeprefix(STATIC) if name.startswith(STATIC) else self.config.network
-        pretrained = None if "@" in network else self.config.weights
+        ours = network == self.config.network or not (networks.is_file(self.config.weights) or "@" in network)
+        pretrained = self.config.weights if ours else None
         method = None if single else self.methods[name]
         head = method.head if method else "copy"
         net = build_network(network, self.data.num_classes, self.shape, pretrained, head)

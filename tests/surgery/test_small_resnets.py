@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from aep_ext.pruning import count_macs, prune, single_exit
-from aep_ext.surgery.networks import available, build, scalable
+from aep_ext.surgery.networks import available, build, scalable, weight_channels
 
 
 def test_resnet_cifar_has_its_exits_at_the_shares_it_says() -> None:
@@ -47,3 +49,26 @@ def test_widths(name: str) -> None:
             build(wrong, 10)
     with pytest.raises(ValueError, match=f"{name}: has no pretrained weights"):
         build(name, 10, weights="DEFAULT")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_a_file(tmp_path: Path, suffix: str) -> None:
+    """By the keys of the single-exit network; the head is new where the file has another number of classes."""
+    source, path = build("resnet_small", 10), str(tmp_path / f"weights{suffix}")
+    state = {key: value.clone() for key, value in source.original_state_dict().items()}
+    if suffix == ".pth":
+        torch.save(state, path)
+    else:
+        pytest.importorskip("safetensors.torch", reason="the file is safetensors'").save_file(state, path)
+    same, other = build("resnet_small", 10, weights=path), build("resnet_small", 7, weights=path, head="auto")
+    for key, value in same.original_state_dict().items():
+        assert torch.equal(value, state[key])
+        assert key.startswith("fc.") or torch.equal(other.original_state_dict()[key], state[key])
+    assert other.origin["heads"] and other.exits[-1].linear.out_features == 7
+    with pytest.raises(ValueError, match=r"lack 40 of the network's 56 tensors, first 'layer1.down.0.weight'"):
+        build("resnet_cifar", 10, weights=path)
+    with pytest.raises(ValueError, match=r"stem.0.weight must have shape \[16, 1, 3, 3\], got \[16, 3, 3, 3\]"):
+        build("resnet_small", 10, 1, weights=path)
+    assert weight_channels(path) == 3 and weight_channels(None) is None and weight_channels("DEFAULT") == 3
+    with pytest.raises(ValueError, match="cannot be read"):
+        build("resnet_small", 10, weights=str(tmp_path / "gone.pth"))

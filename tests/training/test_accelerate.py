@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ pytest.importorskip("lightning.pytorch", reason="aep_ext.training needs the extr
 
 import aep_ext
 from aep_ext import GatedNet, load, save
+from aep_ext.cli import main
+from aep_ext.export import Preprocessing, describe
 from aep_ext.pruning import single_exit
 from aep_ext.surgery.networks import build
 from aep_ext.training import Acceleration, evaluate
@@ -109,7 +112,7 @@ def models() -> dict[str, nn.Module]:
 
 def quick(model: nn.Module, **options: object) -> tuple[GatedNet, Acceleration]:
     given = {"train_loader": loader(240, 0), "calibration_loader": loader(300, 1), "epochs": 3}
-    given |= {"progress": False, "folds": 2}
+    given |= {"progress": False, "folds": 2, "exits": None if isinstance(model, aep_ext.MultiExitNet) else 3}
     return aep_ext.accelerate(model, **{**given, **options})
 
 
@@ -195,7 +198,7 @@ def _with_labels(first: int, label: int) -> list[tuple[Tensor, Tensor]]:
 
 BAD = {
     "calibration images must not be training images, got 60 of 120 that are": {
-        "calibration_loader": [*loader(60, 1), *loader(60, 0)]
+        "calibration_loader": [*loader(60, 1), next(iter(loader(240, 0)))]
     },
     "there must be at least 20 calibration images, got 19": {"calibration_loader": loader(19, 1)},
     "at least as many training images as classes, 3, got 2": {"train_loader": loader(2, 0)},
@@ -240,4 +243,100 @@ def test_a_whole_multi_exit_net_counts_by_its_last_exit(models: dict[str, nn.Mod
     gated.enabled.fill_(False)
     wanted = single_exit(full)(x).detach()
     assert torch.equal(gated(x).logits, wanted)
-    assert report.heads == ("conv@16", "linear", "linear")
+    assert list(report.heads) == build("resnet_small@0.5", CLASSES, 1, head="auto", example=(1, 16, 16)).origin["heads"]
+
+
+MODELS = """
+from torch import nn
+
+def net():
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10))
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 12, 3, 2), nn.ReLU(), *pool)
+
+def three_classes():
+    return nn.Sequential(*net()[:-1], nn.Linear(12, 3))
+
+def broken():
+    raise RuntimeError("not today")
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a module of the user's, weights of it, and a saved network."""
+    room = sys.modules["aep_ext.training.accelerate"]
+    monkeypatch.setattr(room, "terminate", partial(aep_ext.terminate, folds=2))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "usermodels.py").write_text(MODELS)
+    yield tmp_path
+    sys.modules.pop("usermodels", None)
+
+
+QUICK = ["--data", "digits", "--epochs", "1", "--train-samples", "130", "--quiet", "--budget", "2"]
+
+
+def test_the_command_on_a_saved_network(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    net = single_exit(build("resnet_small@0.25", 10, 1)).eval()
+    net.preprocessing = Preprocessing(12, 1, (0.25,), (0.5,))
+    save(net, "baseline")
+    assert main(["accelerate", "baseline", *QUICK, "--output", "fast"]) == 0
+    printed = capsys.readouterr().out
+    assert "before" in printed and "540 test images" in printed and "saved: fast" in printed
+    gated = load("fast")
+    assert isinstance(gated, GatedNet) and gated.preprocessing == net.preprocessing and len(gated.classes) == 10
+    told = describe("fast")["metadata"]["acceleration"]
+    assert told["train_images"] == 130 and told["measured_on"] == "test" and told["minutes"] > 0
+    x = torch.randn(5, 1, 12, 12)
+    if gated.policy.enabled:
+        gated.enabled.fill_(False)
+    assert torch.equal(gated(x).logits, net(x).detach())
+    assert main(["accelerate", "baseline", *QUICK, "--output", "fast"]) == 2
+    assert "fast holds a network already: --overwrite" in capsys.readouterr().err
+    assert main(["accelerate", "fast", *QUICK, "--output", "new"]) == 2
+    assert "fast holds a gated network" in capsys.readouterr().err and not Path("new").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_the_command_on_a_function_with_a_file(here: Path, suffix: str) -> None:
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    namespace: dict[str, object] = {}
+    exec(MODELS, namespace)
+    model = namespace["net"]().eval()
+    if suffix == ".pth":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, "w.pth")
+    else:
+        pytest.importorskip("safetensors.torch").save_file(model.state_dict(), "w.safetensors")
+    given = [*QUICK, "--weights", f"w{suffix}", "--normalize", "0.3,0.4", "--image-size", "14", "--exits", "2"]
+    assert main(["accelerate", "usermodels:net", *given]) == 0
+    gated, x = load("accelerated", model=namespace["net"]()), torch.randn(4, 1, 14, 14)
+    assert gated.preprocessing == Preprocessing(14, 1, (0.3,), (0.4,))
+    if gated.policy.enabled:
+        gated.enabled.fill_(False)
+    assert torch.equal(gated(x).logits, model(x).detach())
+
+
+REFUSED = {
+    "no such model: 'nothing' is no folder and no module:function, and no such network": ["nothing"],
+    "no such model: usermodels:gone (AttributeError": ["usermodels:gone"],
+    "no such model: usermodels:broken (RuntimeError: not today)": ["usermodels:broken"],
+    "resnet_small must have weights": ["resnet_small"],
+    "resnet_small: there are no weights 'DEFAULT' of all of it": ["resnet_small", "--weights", "DEFAULT"],
+    "weights w.pth: cannot be read": ["usermodels:net", "--weights", "w.pth"],
+    "weights l.pth: must hold a state dict, tensors by name, got list": ["usermodels:net", "--weights", "l.pth"],
+    "weights s.pth: lack 4 of the network's 6 tensors, first '0.bias'": ["usermodels:net", "--weights", "s.pth"],
+    "labels of the training images must be classes of the model, 0..2": ["usermodels:three_classes"],
+    "normalize must be 1 means and 1 standard deviations, got 3 numbers": ["usermodels:net", "--normalize", "1,2,3"],
+    "no such data: nowhere/photos": ["usermodels:net", "--data", "nowhere/photos"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_bad_input_of_the_command_gets_one_line(here: Path, capsys: pytest.CaptureFixture[str], message: str) -> None:
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    Path("w.pth").write_bytes(b"nonsense")
+    torch.save([1, 2], "l.pth")
+    torch.save({"0.weight": torch.zeros(8, 1, 3, 3), "2.weight": torch.zeros(12, 8, 3, 3)}, "s.pth")
+    assert main(["accelerate", *QUICK, *REFUSED[message]]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1 and not Path("accelerated").exists()
