@@ -68,7 +68,8 @@ class RunConfig:
     Attributes:
         data: see :func:`~aep_ext.training.data.load_splits`.
         data_root: where torchvision's data sets lie or are downloaded to.
-        network: a name of ``aep_ext.surgery.networks``, or ``torchvision/<name>`` or ``timm/<name>``.
+        network: a name of ``aep_ext.surgery.networks``, or ``torchvision/<name>`` or ``timm/<name>``; "auto": the
+            recipe's.
         weights: pretrained weights, as the network's builder takes them (``DEFAULT``); then images get three channels.
         recipe: name of a recipe.
         methods: names of methods, see :class:`~aep_ext.training.Method`; None: the recipe's. A multi-exit network is
@@ -109,7 +110,7 @@ class RunConfig:
 
     data: str = "digits"
     data_root: str = "data"
-    network: str = "resnet_small"
+    network: str = "auto"
     weights: str | None = None
     recipe: str = "quick"
     methods: tuple[str, ...] | None = None
@@ -170,6 +171,8 @@ class RunConfig:
         filled = {name: getattr(recipe, name) for name in OF_RECIPE if getattr(self, name) is None}
         if self.patience is None:
             filled["patience"] = recipe.patience or 0
+        if self.network == "auto":
+            filled["network"] = recipe.network
         if self.seeds is None:
             filled["seeds"] = (recipe.seed,)
         asked = (recipe.method,) if self.methods is None else self.methods

@@ -44,7 +44,7 @@ class Recipe:
         precision: as Lightning names it, 32-true, 16-mixed or bf16-mixed; or auto: bf16-mixed where the hardware
             multiplies bfloat16, else 32-true.
         image_size: side in pixels to which images are resized; None: as the network or the data has it.
-        seed: where the user names none.
+        seed, network: where the user names none.
         method: name of the :class:`Method` that multi-exit networks are trained with.
 
     Raises:
@@ -69,6 +69,7 @@ class Recipe:
     precision: str = "32-true"
     image_size: int | None = None
     seed: int = 0
+    network: str = "resnet_small"
     method: str = "mixed"
 
     def __post_init__(self) -> None:
@@ -212,6 +213,7 @@ RECIPES: dict[str, Recipe] = {
             ema=0.999,
             channels_last=True,
             precision="auto",
+            network="resnet_cifar",
             method="best",
         ),
     )

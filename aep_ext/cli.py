@@ -83,6 +83,7 @@ def _run_defaults() -> dict[str, Any]:
     found = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "seeds"}
     recipe = RECIPES[config.recipe]
     found["methods"] = f"{recipe.method} with {recipe.name}"
+    found["network"] = f"{recipe.network} with {recipe.name}"
     for name in ("patience", *OF_RECIPE):
         value = getattr(recipe, name)
         text = f"{value:g}" if isinstance(value, float) else str(value or 0)

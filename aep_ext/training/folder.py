@@ -219,7 +219,7 @@ def open_run(given: Mapping[str, Any], *, resume: bool = False, overwrite: bool 
     if resume and overwrite:
         raise UserError("a run is resumed or overwritten, not both")
     if wanted.output is None:
-        folder = RunFolder(_latest() if resume else _unused(wanted))
+        folder = RunFolder(_latest() if resume else _unused(wanted.resolved()))
     else:
         folder = RunFolder(wanted.output)
     if folder.path.exists() and not folder.path.is_dir():

@@ -176,7 +176,7 @@ def test_unknown_names_and_bad_numbers() -> None:
         networks.resnet50(10, weights="NO_SUCH_WEIGHTS")
     with pytest.raises(ValueError, match="resnet18: weights must be None, .*, got 'NO_SUCH_WEIGHTS'"):
         networks.build("torchvision/resnet18", 10, weights="NO_SUCH_WEIGHTS")
-    assert set(networks.available()) == {*PUBLISHED, "resnet_small"}
+    assert set(networks.available()) == {*PUBLISHED, "resnet_small", "resnet_cifar"}
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,10 @@ def test_recipe_fills_in_what_is_not_given() -> None:
     assert (config.image_size, config.seeds, config.epochs, config.schedule) == (64, (420,), 3, "constant")
     assert config.resolved() == config and RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.training() == replace(RECIPES["paper"], epochs=3)
+    assert [RunConfig(recipe=name).resolved().network for name in RECIPES] == [
+        "resnet_cifar" if name == "cifar" else "resnet_small" for name in RECIPES
+    ]
+    assert RunConfig(recipe="cifar", network="resnet50").resolved().network == "resnet50"
     assert RunConfig(recipe="cifar", augment=()).resolved().training().augment == ()
     assert RunConfig(recipe="cifar").resolved().precision in ("32-true", "bf16-mixed")  # no "auto" that a resume reads
     assert RunConfig(recipe="paper", patience=0).resolved().training().patience is None
