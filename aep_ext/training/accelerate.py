@@ -32,6 +32,8 @@ from aep_ext.training.evaluate import LATENCY_IMAGES, latency_beside, torch_devi
 
 FEWEST = 20
 """Of fewer calibration images one is five points."""
+OVERLAP = 0.01
+"""Of the calibration images; single duplicates are common in real data."""
 CACHE_BYTES = 2 << 30
 CACHED_BATCH = 128
 FEWEST_STEPS = 16
@@ -164,8 +166,8 @@ def accelerate(
     Raises:
         TypeError: a loader yields something else.
         ValueError: the model cannot be cut, or its head not be found; labels that it does not have; fewer than 20
-            calibration images, or fewer training images than classes; calibration images that are training images too;
-            a loader that can be gone through only once.
+            calibration images, or fewer training images than classes; more than 1 % of the calibration images
+            among the training images; a loader that can be gone through only once.
     """
     began = time.monotonic()
     if isinstance(progress, bool):
@@ -193,7 +195,7 @@ def accelerate(
                 f"got {features.count}"
             )
         shared = len(kept & features.seen)
-        if shared:
+        if shared > OVERLAP * len(kept):
             raise ValueError(
                 f"accelerate: calibration images must not be training images, got {shared} of {len(kept)} that are"
             )
@@ -422,8 +424,8 @@ def accelerate_command(
     Args:
         model: a folder that ``aep_ext.save`` or ``aep run`` wrote, a network's name, or "module:function", a function
             without arguments that gives the model.
-        data, data_root, image_size, train_samples, calibration_samples: see
-            :class:`~aep_ext.training.data.ImageDataModule`.
+        data, data_root, image_size, calibration_samples: see :class:`~aep_ext.training.data.ImageDataModule`.
+        train_samples: learn from so many training images only.
         output: the folder to write; ``overwrite`` replaces what it holds.
         weights: of a network by name, as :func:`aep_ext.surgery.networks.build` takes them; of a function's model, a
             file.
@@ -456,11 +458,12 @@ def accelerate_command(
             image_size=image_size or (None if made else networks.image_size(model, weights)),
             batch_size=batch_size,
             data_root=data_root,
-            train_samples=train_samples,
             calibration_samples=calibration_samples,
             channels=networks.weight_channels(weights),
             num_classes=classes,
         )
+        source, rows = found.splits.parts["train"]  # not by train_samples: what that leaves would be calibrated on
+        found.splits.parts["train"] = (source, rows[:train_samples])
         if preprocessing is None:
             preprocessing = _normalised(found.preprocessing, normalize, None if made else model, weights)
         found.preprocessing, found.channels = preprocessing, preprocessing.channels

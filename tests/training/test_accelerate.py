@@ -340,3 +340,21 @@ def test_bad_input_of_the_command_gets_one_line(here: Path, capsys: pytest.Captu
     assert main(["accelerate", *QUICK, *REFUSED[message]]) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1 and not Path("accelerated").exists()
+
+
+def test_a_run_starts_from_a_file_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    from aep_ext.training.folder import RunFolder
+    from aep_ext.training.run import Job, RunConfig
+
+    source = build("resnet_small@0.25", 4, 1)
+    path = str(tmp_path / "w.pth")
+    torch.save(source.original_state_dict(), path)
+    config = RunConfig(network="resnet_small@0.25", weights=path, methods=("mixed",)).resolved()
+    job = Job(config, RunFolder(tmp_path / "run"))
+    assert job.data.channels == 1
+    assert torch.equal(job.structure.stages[3].layer4.conv2.weight, source.stages[3].layer4.conv2.weight)
+    for wrong in ("gone.pth", "gone.safetensors"):
+        assert main(["run", "--weights", str(tmp_path / wrong), "--output", str(tmp_path / "new")]) == 2
+        told = capsys.readouterr().err
+        assert "cannot be read" in told and told.count("\n") == 1 and not (tmp_path / "new").exists()
