@@ -29,8 +29,8 @@ _RATIO = 1e-6
 """The least weight, as a fraction of the largest: an exit that does not help counts as good as nothing, and every
 weight stays positive in float32."""
 _SHARPEST = math.log(1e4)
-"""The largest log 1/T, in units of the exit's scale: where every sample is right the likelihood grows with 1/T for ever,
-and few samples often are."""
+"""The largest |log T|, in units of the exit's scale: where every sample is right, as few samples often are, the
+likelihood grows with 1/T for ever."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _fit(exit_logits: Tensor, target: Tensor, tolerance: float, max_iterations: 
 
 def _inverse(free: Tensor) -> Tensor:
     """1/T, in units of the exit's scale."""
-    return free.clamp_max(_SHARPEST).exp()
+    return free.clamp(-_SHARPEST, _SHARPEST).exp()
 
 
 def _positive(free: Tensor) -> Tensor:

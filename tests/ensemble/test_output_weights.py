@@ -113,3 +113,12 @@ def test_odd_shapes(shape):
 def test_bad_input(logits, target, message):
     with pytest.raises(ValueError, match=message):
         fit_output_weights(logits, target)
+
+
+def test_few_samples_that_are_all_right():
+    """The likelihood then has no maximum, and the line search once went to a temperature that float32 has not."""
+    generator, target = torch.Generator().manual_seed(390), torch.arange(24) % 4
+    noise = torch.randn(4, 24, 4, generator=generator) * torch.tensor([2.0, 1.0, 1.0, 1.0])[:, None, None]
+    signal = torch.tensor([3.0, 3.5, 4.0, 4.0])[:, None, None] * torch.nn.functional.one_hot(target, 4)
+    fit = fit_output_weights(noise + signal, target, tolerance=1e-3)
+    assert all(temperature > 1e-4 for temperature in fit.temperatures) and fit.nll[-1] < 1e-3
