@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from aep_ext import pruning
 from aep_ext._recipes import OPTIMIZERS, PRECISIONS, SCHEDULES, Method, Recipe, method_named, precision_on, recipe_named
 from aep_ext._utils import UserError
 from aep_ext.export.preprocessing import RESIZES
@@ -21,6 +22,7 @@ RUNTIME_FIELDS = ("output", "data_root", "workers", "device", "threads")
 CALIBRATION_FIELDS = (
     "terminate",
     "objective",
+    "constraints",
     "budget",
     "reference",
     "criterion",
@@ -57,7 +59,7 @@ OF_METHOD = (
     "learned_weights",
     "backbone_epochs",
 )
-OBJECTIVES = ("gated", "published")
+OBJECTIVES = ("gated", *pruning.OBJECTIVES)
 REFERENCES = ("best", "baseline", "pruned", "ensemble")
 
 
@@ -92,8 +94,11 @@ class RunConfig:
             them, and on what ``train_samples`` leaves, instead of on the validation images.
         margin: points of top-1 that what is delivered may lose against the single-exit baseline.
         terminate: calibrate gates.
-        objective: what is delivered: "gated", the cheapest gated subset within the margin, or "published", the pruned
-            subset of the published rule.
+        objective: what is delivered: "gated", the cheapest gated subset within the margin; "published", the pruned
+            subset of the published rule; or the ungated subset that is best in "top1", "top5", "nll", "macs",
+            "parameters" or "latency" on the validation images.
+        constraints: on that subset, as :meth:`aep_ext.pruning.SubsetScores.best` takes them ("top1=-0.5", "macs=50%"),
+            against the single-exit baseline.
         budget: points of top-1 that a gated network may lose against ``reference``; None: the margin.
         reference: the right answers that the budget is held against: of the "baseline", the "pruned" network, the
             "ensemble" of all exits, or the "best" of baseline and ensemble on the calibration images.
@@ -147,6 +152,7 @@ class RunConfig:
     margin: float = 0.5
     terminate: bool = True
     objective: str = "gated"
+    constraints: tuple[str, ...] = ()
     budget: float | None = None
     reference: str = "baseline"
     criterion: str = "confidence"
@@ -219,6 +225,15 @@ class RunConfig:
         ):
             if value not in known:
                 raise UserError(f"no such {name}: {value!r} (there are: {', '.join(filter(None, known))})")
+        try:
+            pruning.parse_constraints(self.constraints)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if self.constraints and self.objective == "gated":
+            raise UserError(
+                "constraints need another objective than gated, which keeps the margin: "
+                f"{', '.join(pruning.OBJECTIVES)}"
+            )
         if self.budget is not None and not -100 <= self.budget <= 100:
             raise UserError(f"budget must be points within -100..100, got {self.budget}")
         for name, value in (("risk", self.risk), ("delta", self.delta)):
@@ -255,6 +270,11 @@ class RunConfig:
         """
         changes = {field: value for field in OF_METHOD if (value := getattr(self, field)) is not None}
         return replace(method_named(name), **changes)
+
+    @property
+    def selects(self) -> bool:
+        """Whether a subset is chosen by another rule than the published one."""
+        return self.objective not in ("gated", "published") or bool(self.constraints)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for ``config.json``."""

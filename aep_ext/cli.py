@@ -26,6 +26,7 @@ EPILOG = """examples:
   aep run --data photos/ --network torchvision/resnet18 --weights DEFAULT --output runs/photos
   aep run --seeds 0,1,2 --methods best,mixed           and the paper's own method beside it
   aep run --output runs/photos --resume               after a kill
+  aep run --objective macs --constraints top1=-0.5    the cheapest ungated subset within half a point
   aep run --no-terminate                              without gates: the published method alone
 """
 CALIBRATE_EPILOG = """examples:
@@ -139,8 +140,14 @@ def _gate_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--objective",
         metavar="NAME",
-        help="what is delivered: gated, the cheapest gated subset within the margin, or published, the pruned subset "
-        "of the published rule",
+        help="what is delivered: gated, the cheapest gated subset within the margin; published, the pruned subset of "
+        "the published rule; or the ungated subset that is best in top1, top5, nll, macs, parameters or latency",
+    )
+    group.add_argument(
+        "--constraints",
+        type=_list_of(str),
+        metavar="LIST",
+        help="on that ungated subset, against the baseline: top1=-0.5 (points), macs=50%%, latency=2.5 (ms), ...",
     )
     group.add_argument(
         "--criterion", metavar="NAME", help="when to stop: confidence, entropy, margin, patience or vote"

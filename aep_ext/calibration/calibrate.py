@@ -58,7 +58,8 @@ class Calibration:
         curve: the Pareto front of the policy's exits on the data they were fitted to, the cheapest first: dicts of
             "thresholds", "enabled", "correct" and "mean_cost".
         guarantee: what is promised on data of the same distribution, in words; empty where nothing is.
-        data: role, number and fingerprint of the samples.
+        data: role, number and fingerprint of the samples; and of how many ``subsets`` of the exits how many were
+            ``screened`` and how many ``cross_validated``.
         num_std_errors, folds, seed: as they were used.
     """
 
@@ -144,6 +145,9 @@ class Calibration:
             f"top-1 {self.drop_points:.2f} points below the reference (95 % interval {low:.2f} to {high:.2f}), "
             f"mean cost {100 * self.mean_cost / self.full_cost:.1f} % of all exits' ({self.n} samples)",
         ]
+        counts = [self.data.get(name, 0) for name in ("cross_validated", "screened", "subsets")]
+        if 1 < counts[1] and counts[0] < counts[2]:  # not where the exits were given
+            lines.append(f"{counts[0]:,} subsets of the exits cross-validated of {counts[1]:,} tried of {counts[2]:,}")
         return "\n".join([*lines, *(text for text in (self.guarantee, self.notice) if text)])
 
 
@@ -306,7 +310,10 @@ def calibrate(
         candidates=tuple(replace(one, exits=tuple(logits.exits[e] for e in one.exits)) for one in candidates),
         curve=_curve(front),
         guarantee=guarantee,
-        data={"role": logits.role, "n": n, "fingerprint": part.fingerprint},
+        data={
+            **{"role": logits.role, "n": n, "fingerprint": part.fingerprint},
+            **{"subsets": (1 << count) - 1, "screened": len(subsets), "cross_validated": len(candidates)},
+        },
         num_std_errors=selection.num_std_errors,
         folds=selection.folds,
         seed=seed,

@@ -16,7 +16,8 @@ from aep_ext.calibration.budgets import Budget
 from aep_ext.calibration.cached_logits import CachedLogits
 from aep_ext.calibration.calibrate import calibrate
 from aep_ext.inference import GatedNet, collect_logits
-from aep_ext.pruning.cost import subset_costs
+from aep_ext.pruning.cost import exit_costs, subset_costs
+from aep_ext.pruning.subsets import MAX_EXITS
 from aep_ext.surgery.multi_exit import MultiExitNet
 
 
@@ -46,7 +47,7 @@ def terminate(
         reference: what the drop is measured against. "ensemble": the network itself, all of its exits; "last": its last
             exit alone; or (N,) bool, the right answers of any other classifier on the samples, in the loader's order.
         costs: see ``calibrate``. By default the multiply-adds of every subset, counted on the loader's first image;
-            above 16 exits they must be given.
+            above 16 exits those of all exits up to each.
         device: where to collect logits; by default where the network is.
         options: further arguments of ``calibrate``: criterion, criterion_on, exits, output_weights, num_std_errors,
             folds, seed, last_alone, progress.
@@ -68,8 +69,10 @@ def terminate(
         weights = net.output_weights.detach().cpu().float()
         answers = logits.logits[-1] if reference == "last" else torch.einsum("e,enk->nk", weights, logits.logits)
         reference = answers.argmax(1) == logits.target
-    prices = subset_costs(net, first[0]).macs if costs is None else costs
-    result = calibrate(logits, costs=prices, budget=budget, reference=reference, **options)
+    if costs is None:
+        few = net.num_exits <= MAX_EXITS
+        costs = subset_costs(net, first[0]).macs if few else exit_costs(net, first[0])
+    result = calibrate(logits, costs=costs, budget=budget, reference=reference, **options)
     if not result.feasible:
         warnings.warn(f"terminate: {result.notice}", stacklevel=2)
     gated = GatedNet.from_policy(net, result.policy)

@@ -154,8 +154,9 @@ def save(
         net: a full, pruned or gated network, on any real device. Of a gated one the :class:`ExitPolicy` is written
             too, and its ``calibration`` if it has one, but not the measured profile, which belongs to a machine.
         folder: made if absent.
-        metadata: JSON-able values of the user's own, returned by :func:`describe`. ``net.classes`` and
-            ``net.preprocessing`` are written beside them, as "classes" and "preprocessing", unless these hold others.
+        metadata: JSON-able values of the user's own, returned by :func:`describe`. ``net.classes``,
+            ``net.preprocessing`` and ``net.selection`` are written beside them, by these names, unless these hold
+            others.
 
     Returns:
         The folder.
@@ -204,7 +205,7 @@ def save(
         "strides": {name: list(tensor.stride()) for name, tensor in state.items() if _own_strides(tensor)},
         "frozen": [name for name, parameter in full.named_parameters() if not parameter.requires_grad],
         "sha256": hashlib.sha256(data).hexdigest(),
-        "metadata": {**_own_metadata(net), **(metadata or {})},
+        "metadata": {**_own_metadata(net, full), **(metadata or {})},
         **gates,
     }
     try:
@@ -224,16 +225,20 @@ def save(
     return target
 
 
-def _own_metadata(net: MultiExitNet | GatedNet) -> dict[str, Any]:
+def _own_metadata(net: MultiExitNet | GatedNet, full: MultiExitNet) -> dict[str, Any]:
     entries: dict[str, Any] = {} if net.classes is None else {"classes": list(net.classes)}
+    if full.selection is not None:
+        entries["selection"] = full.selection
     return entries if net.preprocessing is None else {**entries, "preprocessing": net.preprocessing.to_dict()}
 
 
-def _set_metadata(net: MultiExitNet | GatedNet, metadata: dict[str, Any]) -> None:
+def _set_metadata(net: MultiExitNet, metadata: dict[str, Any]) -> None:
     """The reverse; metadata is a user's own, and may hold something else under these names."""
     classes = metadata.get("classes")
     if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
         net.classes = tuple(classes)
+    if isinstance(metadata.get("selection"), dict):
+        net.selection = metadata["selection"]
     with suppress(ValueError):
         net.preprocessing = Preprocessing.from_dict(metadata.get("preprocessing", metadata))
 
@@ -457,8 +462,8 @@ def load(
 
     Returns:
         The network in eval mode: a :class:`GatedNet` if one was saved, with its ``calibration`` as a plain dict if it
-        had one, otherwise a :class:`MultiExitNet`. Its ``classes`` (names) and ``preprocessing`` (how images are made
-        its input) are those that were saved, or None.
+        had one, otherwise a :class:`MultiExitNet`. Its ``classes`` (names), ``preprocessing`` (how images are made its
+        input) and ``selection`` (how ``prune`` chose its exits) are those that were saved, or None.
 
     Raises:
         FileNotFoundError: one of the files is missing.

@@ -12,12 +12,15 @@ from aep_ext.pruning.cost import (
     subset_costs,
 )
 from aep_ext.pruning.extract import prune, single_exit
-from aep_ext.pruning.non_inferiority import NonInferiority, non_inferiority_test, smallest_non_inferior
-from aep_ext.pruning.score import score_logits, score_subsets, subset_correctness
-from aep_ext.pruning.scores import SubsetScore, SubsetScores
+from aep_ext.pruning.non_inferiority import NonInferiority, non_inferiority_test
+from aep_ext.pruning.objectives import MEASURES, OBJECTIVES, parse_constraints
+from aep_ext.pruning.score import score_logits, score_subsets, subset_correctness, subset_nll
+from aep_ext.pruning.scores import SubsetScore, SubsetScores, pareto_front, smallest_non_inferior
 from aep_ext.pruning.subsets import exits_of_mask, mask_of_exits
 
 __all__ = [
+    "MEASURES",
+    "OBJECTIVES",
     "Latency",
     "NonInferiority",
     "SubsetCosts",
@@ -30,6 +33,8 @@ __all__ = [
     "mask_of_exits",
     "measure_latency",
     "non_inferiority_test",
+    "pareto_front",
+    "parse_constraints",
     "prune",
     "score_logits",
     "score_subsets",
@@ -37,4 +42,5 @@ __all__ = [
     "smallest_non_inferior",
     "subset_correctness",
     "subset_costs",
+    "subset_nll",
 ]

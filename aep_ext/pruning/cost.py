@@ -136,7 +136,7 @@ def measure_latency(
 
 @dataclass(frozen=True)
 class SubsetCosts:
-    """Costs of every subset; entry m-1 is the one whose bit ``1 << e`` is set for exit e.
+    """Costs of some subsets, or of every one: entry m-1 is then the one whose bit ``1 << e`` is set for exit e.
 
     Attributes:
         parameters: trainable numbers of the extracted network.
@@ -164,15 +164,20 @@ def _parameter_groups(net: MultiExitNet) -> Counter[tuple[int, int]]:
     return groups
 
 
-def subset_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> SubsetCosts:
-    """Parameters and multiply-adds of every subset's extracted network, from the parts, without extracting any.
+def subset_costs(
+    net: MultiExitNet, example: Tensor | Sequence[int], subsets: Sequence[int] | None = None
+) -> SubsetCosts:
+    """Parameters and multiply-adds of subsets' extracted networks, from the parts, without extracting any.
 
     Args:
-        net: at most 16 exits; left as it was.
+        net: the network; left as it was.
         example: an input (N, C, H, W), of which the first sample is used, or a shape (C, H, W).
+        subsets: masks. None: every subset, of at most 16 exits.
     """
-    if net.num_exits > MAX_EXITS:
-        raise ValueError(f"subset_costs: net must have at most {MAX_EXITS} exits, got {net.num_exits}")
+    if subsets is None and net.num_exits > MAX_EXITS:
+        raise ValueError(
+            f"subset_costs: net must have at most {MAX_EXITS} exits where no subsets are given, got {net.num_exits}"
+        )
     features = example_input("subset_costs", net, example)
     exit_macs = [0] * net.num_exits
     prefix_macs: list[int] = []  # of the backbone up to and with each stage
@@ -187,7 +192,7 @@ def subset_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> SubsetCo
                     net.exits[position](features)
                 exit_macs[position] = counter.macs
     groups, parameters, macs = _parameter_groups(net), [], []
-    for mask in range(1, 1 << net.num_exits):
+    for mask in range(1, 1 << net.num_exits) if subsets is None else subsets:
         exits = exits_of_mask(mask)
         last = max(net.exit_stages[e] for e in exits)
         parameters.append(sum(n for (stage, holders), n in groups.items() if stage <= last or holders & mask))
@@ -202,8 +207,7 @@ def exit_costs(net: MultiExitNet, example: Tensor | Sequence[int]) -> tuple[int,
     over all of them. What :func:`aep_ext.inference.simulate` takes as costs.
 
     Args:
-        net: a full or pruned network of at most 16 exits.
+        net: a full or pruned network.
         example: an input (N, C, H, W), of which the first sample is used, or a shape (C, H, W).
     """
-    macs = subset_costs(net, example).macs
-    return tuple(macs[(1 << e + 1) - 2] for e in range(net.num_exits))
+    return subset_costs(net, example, [(2 << e) - 1 for e in range(net.num_exits)]).macs

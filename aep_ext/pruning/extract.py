@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ def subset_view(net: MultiExitNet, exits: tuple[int, ...], *, share: bool) -> Mu
         fused=fused,
     )
     result.classes, result.preprocessing = net.classes, net.preprocessing
+    if len(exits) == net.num_exits:  # else these are no longer the exits that were chosen
+        result.selection = net.selection
     result.train(net.training)
     for module, training in modes:  # a module that was frozen in eval mode stays so
         module.training = training
@@ -55,7 +57,14 @@ def subset_view(net: MultiExitNet, exits: tuple[int, ...], *, share: bool) -> Mu
 
 
 def prune(
-    net: MultiExitNet, exits: Iterable[int] | SubsetScore | SubsetScores, *, normalize: bool = True
+    net: MultiExitNet,
+    exits: Iterable[int] | SubsetScore | SubsetScores,
+    *,
+    normalize: bool = True,
+    objective: str = "published",
+    constraints: Mapping[str, float | str] | Iterable[str] | None = None,
+    reference: SubsetScore | SubsetScores | None = None,
+    confidence: float | None = None,
 ) -> MultiExitNet:
     """Take the sub-network of some exits out of ``net``: the backbone up to the last of them, and their heads.
 
@@ -69,24 +78,35 @@ def prune(
             :class:`SubsetScores`, of which the best is kept.
         normalize: False keeps the output weights as they are. The output is then ``sum_{e in exits} b_e * O_e``, as
             published (arXiv 2301.12168), and equals the ensemble of these exits in ``net`` exactly.
+        objective, constraints, reference, confidence: of a :class:`SubsetScores`, what is best: see
+            :meth:`SubsetScores.best`. ``selection`` of the result, which ``aep_ext.save`` writes too, says how it was
+            chosen.
 
     Raises:
         TypeError: ``net`` is no MultiExitNet, or ``exits`` no indices.
-        ValueError: no exit, one twice, one out of range, scores of another network, or output weights that are not
-            positive and finite.
+        ValueError: no exit, one twice, one out of range, scores of another network, output weights that are not
+            positive and finite, an objective for what is chosen already, or what :meth:`SubsetScores.best` raises.
     """
     _check_net("prune", net)
     if isinstance(exits, SubsetScores):
-        exits = exits.best()
+        exits = exits.best(objective, constraints=constraints, reference=reference, confidence=confidence)
+    elif objective != "published" or any(given is not None for given in (constraints, reference, confidence)):
+        raise ValueError(
+            "prune: objective, constraints, reference and confidence choose among SubsetScores, "
+            f"got {type(exits).__name__}"
+        )
+    selection = None
     if isinstance(exits, SubsetScore):
-        ids = tuple(net.exit_ids[e] for e in exits.exits if e < net.num_exits)
-        if exits.exit_ids != ids:
+        score = exits
+        ids = tuple(net.exit_ids[e] for e in score.exits if e < net.num_exits)
+        if score.exit_ids != ids:
             raise ValueError(
                 f"prune: scores must be of this network (original exits {tuple(net.exit_ids)}), "
-                f"got a choice of original exits {exits.exit_ids} at indices {exits.exits}"
+                f"got a choice of original exits {score.exit_ids} at indices {score.exits}"
             )
-        exits = exits.exits
+        exits, selection = score.exits, score.selection
     result = subset_view(net, checked_exits("prune", exits, net.num_exits), share=False)
+    result.selection = selection or result.selection
     if normalize:
         shares = result.output_weights / result.output_weights.sum()
         if not shares.is_meta:

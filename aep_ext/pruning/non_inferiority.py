@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from aep_ext.pruning.scores import SubsetScore, SubsetScores
-
 
 @dataclass(frozen=True)
 class NonInferiority:
@@ -37,6 +35,14 @@ class NonInferiority:
     only_b: int
 
     @property
+    def p_value(self) -> float:
+        """McNemar's exact test that both are right equally often (two-sided), on the pairs where one alone is."""
+        from scipy.stats import binomtest
+
+        pairs = self.only_a + self.only_b
+        return float(binomtest(self.only_a, pairs).pvalue) if pairs else 1.0
+
+    @property
     def non_inferior(self) -> bool:
         """True where the whole interval lies above minus the margin."""
         return self.low > -self.margin
@@ -45,8 +51,8 @@ class NonInferiority:
         return self.non_inferior
 
     def to_dict(self) -> dict[str, float | int | bool]:
-        """As plain values, for JSON; with ``non_inferior``."""
-        return {**asdict(self), "non_inferior": self.non_inferior}
+        """As plain values, for JSON; with ``non_inferior`` and ``p_value``."""
+        return {**asdict(self), "non_inferior": self.non_inferior, "p_value": self.p_value}
 
 
 def _newcombe(both: int, only_a: int, only_b: int, neither: int, confidence: float) -> tuple[float, float]:
@@ -135,40 +141,3 @@ def non_inferiority_test(
         only_a=only_a,
         only_b=only_b,
     )
-
-
-def smallest_non_inferior(
-    scores: SubsetScores | Sequence[SubsetScores],
-    reference: Tensor | Sequence[bool],
-    margin: float,
-    confidence: float = 0.95,
-) -> tuple[SubsetScore, NonInferiority] | None:
-    """The cheapest subset that is not worse than a reference by ``margin``, and the test that says so.
-
-    Cheapest: fewest multiply-adds, then fewest parameters, then most right answers. The interval is not corrected
-    for the choice among the subsets: choose on one set of samples and confirm on another.
-
-    Args:
-        scores: of ``score_subsets(..., keep_correct=True)`` or ``score_logits(..., keep_correct=True)``; or those of
-            S seeds of one network, on the same samples.
-        reference: (N,) bool, or (S, N) for S seeds: whether the reference is right on the same samples in the same
-            order.
-
-    Returns:
-        The subset's score (over all seeds) and the test, or None where no subset qualifies.
-
-    Raises:
-        ValueError: the scores were taken without ``keep_correct``, or of different networks.
-    """
-    seeds = [scores] if isinstance(scores, SubsetScores) else list(scores)
-    kept = [one.correct for one in seeds if one.correct is not None]
-    if len(kept) < len(seeds):
-        raise ValueError("smallest_non_inferior: scores must hold the answers per sample (keep_correct=True), got none")
-    for score in SubsetScores.pooled(seeds).cheapest_first():
-        correct = torch.stack([one[score.mask - 1] for one in kept])
-        result = non_inferiority_test(
-            correct[0] if isinstance(scores, SubsetScores) else correct, reference, margin, confidence
-        )
-        if result:
-            return score, result
-    return None

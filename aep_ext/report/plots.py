@@ -116,6 +116,7 @@ _LOOK: dict[str, dict[str, Any]] = {
     "full": {"marker": "s", "s": 55, "color": VIOLET, "label": "all exits", "zorder": 4},
     "pruned": {"marker": "D", "s": 50, "color": BLUE, "label": "pruned", "zorder": 4},
     "smallest": {"marker": "o", "s": 45, "color": GREEN, "label": "smallest in margin", "zorder": 4},
+    "selected": {"marker": "*", "s": 90, "color": ORANGE, "label": "chosen subset", "zorder": 5},
     "gated": {"marker": "P", "s": 80, "color": ORANGE, "label": "gated", "zorder": 5},
     "static": {"marker": "^", "s": 50, "color": GREY, "label": "static network", "zorder": 3},
 }
@@ -156,14 +157,13 @@ def _legend(figure: Figure, axis: Axes, columns: int = 3) -> None:
 
 
 def subsets(results: dict[str, Any], method: str) -> Figure:
-    """Validation top-1 of every subset of the exits against its multiply-adds, and the Pareto front."""
+    """Validation top-1 of every subset of the exits against its multiply-adds, the Pareto front, and, where the run
+    chose for an objective, the chosen subset and the constraints."""
     kinds, baseline = results["summary"]["methods"][method], results["summary"]["baseline"]
     rows = sorted(kinds["subsets"], key=lambda row: (row["macs"], -row["top1"]["mean"]))
-    front: list[dict[str, Any]] = []
-    for row in rows:
-        if not front or row["top1"]["mean"] > front[-1]["top1"]["mean"]:
-            front.append(row)
+    front = [row for row in rows if row.get("front")]
     size, label = _scale([row["macs"] for row in rows])
+    mean_top1 = {tuple(row["exits"]): row["top1"]["mean"] for row in rows}
     chosen = {tuple(subset) for subset in kinds["pruned"]["exits"]}
     figure, axis = _axes()
     for row in rows:
@@ -171,7 +171,24 @@ def subsets(results: dict[str, Any], method: str) -> Figure:
         color, area, name = (BLUE, 60, "kept by pruning") if kept else (GREY, 20, "other")
         axis.scatter(row["macs"] / size, 100 * row["top1"]["mean"], zorder=4, color=color, s=area, label=name)
     x, y = [row["macs"] / size for row in front], [100 * row["top1"]["mean"] for row in front]
-    axis.plot(x, y, color=BLUE, linewidth=1.2, label="Pareto front", zorder=3)
+    if front:
+        axis.plot(x, y, color=BLUE, linewidth=1.2, label="Pareto front", zorder=3)
+    choices = [part["selected"]["selection"] for part in _selected(results, method)]
+    for choice in choices:
+        ring: dict[str, Any] = {"s": 190, "facecolor": "none", "edgecolor": ORANGE, "linewidth": 1.8, "zorder": 5}
+        label = f"chosen: {choice['objective']}"
+        axis.scatter(choice["macs"] / size, 100 * mean_top1[tuple(choice["exits"])], label=label, **ring)
+        line: dict[str, Any] = {
+            "color": ORANGE,
+            "linewidth": 1.0,
+            "linestyle": (0, (2, 2)),
+            "label": "constraint",
+            "zorder": 2,
+        }
+        if "top1" in choice["limits"]:
+            axis.axhline(100 * choice["limits"]["top1"], **line)
+        if "macs" in choice["limits"]:
+            axis.axvline(choice["limits"]["macs"] / size, **line)
     shown = None
     for row, across, up in reversed(list(zip(front, x, y, strict=True))):
         if shown is None or shown - across > 0.04 * max(x):  # names of neighbours would lie on each other
@@ -185,6 +202,11 @@ def subsets(results: dict[str, Any], method: str) -> Figure:
     axis.set(xlabel=label, ylabel="validation top-1 (%)", xlim=(0, right), title=method_name(method))
     _legend(figure, axis, 2)
     return figure
+
+
+def _selected(results: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """A method's trained models that have a chosen subset."""
+    return [part for seed in results["seeds"] if (part := seed["methods"][method]).get("selected")]
 
 
 def curves(results: dict[str, Any], method: str) -> Figure:

@@ -51,18 +51,20 @@ class Table:
 
 def models(results: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     """Every kind of model with its summary over the seeds: (its name in words, method, kind, summary); the baseline
-    first, smaller static networks last. A method's kinds are full, pruned, smallest and gated, as far as they exist."""
-    margin = results["config"].get("margin")
+    first, smaller static networks last. A method's kinds are full, pruned, smallest, selected and gated, as far as they
+    exist."""
+    margin, objective = results["config"].get("margin"), results["config"].get("objective")
     titles = {
         "full": "all exits",
         "pruned": "pruned",
         "smallest": "smallest" if margin is None else f"smallest within {margin:g} pt",
+        "selected": f"chosen for {objective}",
         "gated": "gated",
     }
     yield "baseline (single exit)", "", "baseline", results["summary"]["baseline"]
     for method, kinds in results["summary"]["methods"].items():
         for kind, title in titles.items():
-            if kinds[kind]:
+            if kinds.get(kind):
                 yield f"{method_name(method)}, {title}", method, kind, kinds[kind]
     for network in results["static"]:
         cost = {"mean": network["macs"]}

@@ -50,6 +50,8 @@ class MultiExitNet(nn.Module):
         classes: names of the K classes, or None.
         preprocessing: the :class:`aep_ext.export.Preprocessing` that makes its inputs of images, or None. Both are set
             by ``aep_ext.load`` or by hand; ``prune``, ``GatedNet`` and ``compile`` hand them on, ``save`` writes them.
+        selection: how ``prune`` chose its exits (objective, constraints, scores, images, how many subsets), as plain
+            values, or None. ``save`` writes it.
 
     Raises:
         ValueError: the arguments do not fit together; the message names the rule and the value.
@@ -60,6 +62,7 @@ class MultiExitNet(nn.Module):
     gradient_equilibrium: bool = False
     classes: tuple[str, ...] | None = None
     preprocessing: Any = None
+    selection: dict[str, Any] | None = None
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from aep_ext.export import save
 from aep_ext.inference import ExitPolicy, GatedNet, collect_logits
 from aep_ext.ops import ensemble
 from aep_ext.pruning import count_macs, count_parameters, prune, score_subsets, single_exit
+from aep_ext.pruning.subsets import MAX_EXITS
 from aep_ext.report import read_results, write_report
 from aep_ext.surgery import networks
 from aep_ext.surgery.multi_exit import MultiExitNet
@@ -37,6 +38,7 @@ from aep_ext.training.summary import (
     notices,
     outcome_line,
     public_config,
+    selected,
     spread,
     summarise,
 )
@@ -186,6 +188,8 @@ class Job:
             build_network(config.network, self.data.num_classes, self.shape, config.weights, head)
             for head in {method.head: None for method in self.methods.values()}
         ][0]
+        if self.structure.num_exits > MAX_EXITS:
+            raise UserError(f"{config.network} has {self.structure.num_exits} exits, a run takes at most {MAX_EXITS}")
         self.threads = config.threads or self._threads()
         weighted = self.data.unbalanced if config.class_weights is None else config.class_weights
         self.class_weight = self.data.class_weights() if weighted else None
@@ -216,13 +220,17 @@ class Job:
         """
         with using_threads(self.threads):
             described = self.described or self.describe_data()
-            seeds = []
+            seeds: list[dict[str, Any]] = []
             for seed in self.seeds:
                 baseline = self.part(seed, BASELINE)
                 methods = {name: self.part(seed, name) for name in self.methods}
                 seeds.append({"seed": seed, "baseline": baseline, "methods": methods})
             gated = self.config.terminate and self.structure.num_exits > 1
             calibration, looks = self.calibrate(seeds) if gated else (None, 0)
+            if self.config.selects:
+                for entry in seeds:
+                    for name, part in entry["methods"].items():
+                        self.select(entry["seed"], name, part, entry["baseline"])
             static = [self.static_network(name) for name in self.static]
             summary = summarise(self.folder, seeds, self.config.margin / 100)
             add_latencies(summary, self.latencies(seeds, summary))
@@ -317,7 +325,7 @@ class Job:
         if not single:
             latency = {"repeats": 20} if 1 << net.num_exits <= ALL_SUBSETS_TIMED + 1 else False
             loader = self.batches(seed, name, "val")
-            scores = score_subsets(net, loader, device=self.device, latency=latency, example=self.shape)
+            scores = score_subsets(net, loader, device=self.device, latency=latency, example=self.shape, split="val")
             nets["pruned"] = prune(net, scores)
             part["exit_weights"] = {"loss": net.loss_weights.tolist(), "output": net.output_weights.tolist()}
             part["scores"] = scores.to_dict()
@@ -332,6 +340,8 @@ class Job:
                 "macs": count_macs(small, self.shape),
                 **{split: accuracy(logits, found[f"{split}_labels"]) for split, logits in answers.items()},
             }
+            if small.selection:
+                part[kind]["selection"] = small.selection
             found[f"test_correct_{kind}"] = right_answers(answers["test"], found["test_labels"])
             save(small, self.folder.model(seed, name) / kind, metadata=self.metadata())
         part["full"]["each_exit"] = [
@@ -345,6 +355,20 @@ class Job:
         path = self.folder.model(seed, name) / "predictions.npz"
         write_arrays(path, **{key: value.numpy() for key, value in found.items()})
         return part
+
+    def select(self, seed: int, name: str, part: dict[str, Any], baseline: dict[str, Any]) -> None:
+        """Choose a trained model's subset for the run's objective, on the validation images, and save it: fill in
+        ``selected``; None where no subset meets the constraints, and ``selected_notice`` says why."""
+        predictions, single = self.folder.predictions(seed, name), self.folder.predictions(seed, BASELINE)
+        part["selected"], part["selected_notice"] = None, ""
+        try:
+            part["selected"], chosen = selected(self.config, part, predictions, baseline, single)
+        except ValueError as error:
+            part["selected_notice"] = str(error).removeprefix("SubsetScores.best: ")
+            return
+        small = prune(cast(MultiExitNet, self.load(seed, name, "full")), chosen)
+        folder = save(small, self.folder.model(seed, name) / "selected", metadata=self.metadata())
+        part["files"] |= {f"selected/{file}": sha256(folder / file) for file in MODEL_FILES}
 
     def metadata(self) -> dict[str, Any]:
         """What a user of a saved network must know: how its images are prepared and what its classes are called."""
@@ -457,6 +481,8 @@ class Job:
                     kept = summary["methods"][name]["smallest"]
                     if kept:
                         nets[name, "smallest"] = prune(cast(MultiExitNet, nets[name, "full"]), kept["exits"][number])
+                    if summary["methods"][name]["selected"]:
+                        nets[name, "selected"] = self.load(seed, name, "selected")
                     if part["gated"]:
                         nets[name, "gated"] = self.load(seed, name, "gated" if part["gated"]["feasible"] else "pruned")
                 found.append(latency_beside(nets, images, self.device))

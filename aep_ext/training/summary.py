@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +16,14 @@ from aep_ext._config import CALIBRATION_FIELDS, RUNTIME_FIELDS, RunConfig
 from aep_ext._version import __version__
 from aep_ext.inference import ExitPolicy, simulate
 from aep_ext.pruning import (
+    MEASURES,
     SubsetCosts,
+    SubsetScore,
     SubsetScores,
     exits_of_mask,
+    mask_of_exits,
     non_inferiority_test,
+    pareto_front,
     score_logits,
     smallest_non_inferior,
 )
@@ -58,7 +63,7 @@ def _scores(predictions: dict[str, Tensor], split: str, part: dict[str, Any]) ->
     weights = torch.tensor(part["exit_weights"]["output"], dtype=torch.float32)
     costs = SubsetCosts(tuple(part["scores"]["parameters"]), tuple(part["scores"]["macs"]))
     logits, labels = predictions[f"{split}_logits"], predictions[f"{split}_labels"]
-    return score_logits(logits, weights, labels, costs=costs, keep_correct=True)
+    return score_logits(logits, weights, labels, costs=costs, keep_correct=True, split=split)
 
 
 def _smallest(
@@ -89,9 +94,61 @@ def _smallest(
     return {**_model(rows), "non_inferiority": non_inferiority_test(answers, baseline, margin).to_dict()}
 
 
+def selected(
+    config: RunConfig,
+    part: dict[str, Any],
+    predictions: dict[str, Tensor],
+    baseline: dict[str, Any],
+    baseline_predictions: dict[str, Tensor],
+) -> tuple[dict[str, Any], SubsetScore]:
+    """The ungated subset that is best for the run's objective on the validation images, against the single-exit network
+    of its seed: an entry ``selected`` of a trained model, and the choice.
+
+    Raises:
+        ValueError: no subset meets the constraints.
+    """
+    scores, single = _scores(predictions, "val", part), baseline["full"]
+    costs = SubsetCosts((single["parameters"],), (single["macs"],))
+    logits, labels = (baseline_predictions[f"val_{what}"] for what in ("logits", "labels"))
+    reference = score_logits(logits, [1.0], labels, costs=costs, keep_correct=True, split="val")
+    timed = SubsetScores.from_dict(part["scores"]).latency
+    if timed:  # the last exit alone is the single-exit network
+        alone = timed[(1 << scores.num_exits - 1) - 1]
+        scores, reference = replace(scores, latency=timed), replace(reference, latency=(alone,))
+    chosen = scores.best(config.objective, constraints=config.constraints, reference=reference)
+    on_test = _scores(predictions, "test", part)[chosen.mask]
+    entry = {
+        "exits": list(chosen.exits),
+        "parameters": chosen.parameters,
+        "macs": chosen.macs,
+        "selection": chosen.selection,
+    }
+    for split, score in (("val", chosen), ("test", on_test)):
+        entry[split] = {name: getattr(score, name) for name in ("n", "correct1", "correct5", "top1", "top5")}
+    return entry, chosen
+
+
+def _selected(
+    parts: list[dict[str, Any]], predictions: list[dict[str, Tensor]], reference: Tensor, margin: float
+) -> dict[str, Any] | None:
+    """The chosen subsets of all seeds; None where a seed has none."""
+    rows = [part.get("selected") for part in parts]
+    if not all(rows):
+        return None
+    answers = [
+        cast(Tensor, _scores(arrays, "test", part).correct)[mask_of_exits(part["selected"]["exits"]) - 1]
+        for part, arrays in zip(parts, predictions, strict=True)
+    ]
+    compared = non_inferiority_test(torch.stack(answers), reference, margin).to_dict()
+    return {**_model([row for row in rows if row]), "non_inferiority": compared}
+
+
 def _subsets(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every subset with its costs and its accuracy on the validation images, over all seeds."""
+    """Every subset with its costs and its accuracy on the validation images, over all seeds; ``front``: no other has as
+    few multiply-adds and as high a top-1, and is better in one."""
     scores = [SubsetScores.from_dict(part["scores"]) for part in parts]
+    pooled = SubsetScores.pooled(scores)
+    front = {score.mask for score in pareto_front(pooled)}
     rows = []
     for mask in scores[0].masks:
         timed = [ms for score in scores if (ms := score[mask].latency_ms) is not None]
@@ -103,6 +160,8 @@ def _subsets(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "latency_ms": statistics.median(timed) if len(timed) == len(scores) else None,
                 "top1": spread([score[mask].top1 for score in scores]),
                 "top5": spread([score[mask].top5 for score in scores]),
+                "nll": pooled[mask].nll,
+                "front": mask in front,
             }
         )
     return rows
@@ -151,6 +210,7 @@ def summarise(folder: RunFolder, seeds: list[dict[str, Any]], margin: float) -> 
             "subsets": _subsets(parts),
             "exit_weights": parts[0]["exit_weights"],
             "smallest": _smallest(parts, predictions, answered, margin),
+            "selected": _selected(parts, predictions, reference, margin),
             "gated": None,
         }
         for kind in ("full", "pruned"):
@@ -173,7 +233,8 @@ def add_latencies(summary: dict[str, Any], timed: Sequence[Latencies]) -> None:
 def delivered(config: RunConfig, seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Which network is delivered: of the methods whose gates keep the budget for most seeds, and then at the least
     mean cost, the seed with the highest top-1 on the calibration images. With the published objective, and where no
-    gates keep the budget, the pruned network with the highest validation top-1. The first of several."""
+    gates keep the budget, the pruned network with the highest validation top-1. With another objective or constraints,
+    of the subsets chosen for it the one that is best in it. The first of several."""
     models = [(entry["seed"], name, part) for entry in seeds for name, part in entry["methods"].items()]
     gated = [one for one in models if one[2]["gated"] and one[2]["gated"]["feasible"]]
     if config.objective == "gated" and gated:
@@ -184,18 +245,37 @@ def delivered(config: RunConfig, seeds: list[dict[str, Any]]) -> dict[str, Any]:
         among = [one for one in gated if one[1] == best]
         seed, name, part = max(among, key=lambda one: one[2]["gated"]["calibration"]["correct"])
         kind, exits, notice = "gated", part["gated"]["policy"]["exits"], ""
+    elif config.selects and (among := _with_selected(seeds, models)):
+        objective = "top1" if config.objective == "published" else config.objective
+
+        def quality(one: tuple[int, str, dict[str, Any]]) -> tuple[float, int]:
+            chosen = one[2]["selected"]
+            return MEASURES[objective] * chosen["selection"][objective], chosen["val"]["correct1"]
+
+        seed, name, part = max(among, key=quality)
+        kind, exits, notice = "selected", part["selected"]["exits"], ""
     else:
         seed, name, part = max(models, key=lambda one: one[2]["pruned"]["val"]["correct1"])
         kind, exits, notice = "pruned", part["pruned"]["exits"], ""
+        if config.selects:
+            notice = "no subset meets the constraints for every seed, so the published choice is delivered"
         if config.objective == "gated" and part["gated"]:
             notice = "no gates keep the budget, so the published choice is delivered"  # why is among the notices
-    return {"seed": seed, "method": name, "kind": kind, "exits": exits, "notice": notice}
+    chosen = part[kind].get("selection")  # of a gated network it is its calibration
+    return {"seed": seed, "method": name, "kind": kind, "exits": exits, "notice": notice, "selection": chosen}
+
+
+def _with_selected(seeds: list[dict[str, Any]], models: list[tuple[int, str, Any]]) -> list[tuple[int, str, Any]]:
+    """The trained models of the methods for which every seed has a chosen subset."""
+    return [one for one in models if all(entry["methods"][one[1]].get("selected") for entry in seeds)]
 
 
 def calibration_settings(config: RunConfig, data: ImageDataModule) -> dict[str, Any]:
     """What is asked of a calibration, as plain values."""
     values = config.to_dict()
     asked = {name: values[name] for name in CALIBRATION_FIELDS if name not in ("terminate", "risk", "delta")}
+    if not config.constraints:  # an older calibration knew none
+        del asked["constraints"]
     if config.risk is None:
         points = config.margin if config.budget is None else config.budget
         asked["budget"] = {"kind": "accuracy", "points": points}
@@ -223,6 +303,8 @@ def notices(calibration: dict[str, Any] | None, seeds: list[dict[str, Any]], loo
             where = f"seed {entry['seed']} / {name}"
             if part["training"].get("notice"):
                 lines.append(f"{where}: WARNING: {part['training']['notice']}")
+            if part.get("selected_notice"):
+                lines.append(f"{where}: {part['selected_notice']}")
             if not part["gated"]:
                 continue
             if not part["gated"]["feasible"]:

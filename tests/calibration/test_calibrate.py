@@ -18,6 +18,7 @@ from aep_ext.calibration import (
     CostBudget,
     RiskBudget,
     calibrate,
+    selection,
 )
 from aep_ext.ensemble import fit_output_weights
 from aep_ext.inference import CRITERIA, simulate
@@ -174,6 +175,15 @@ def test_exits_keep_the_numbers_of_the_network(logits):
     result = calibrate(renamed, costs=MACS, budget=2.0, folds=2)
     assert set(result.policy.exits) <= {1, 4, 6} and result.candidates[0].exits == result.policy.exits
     assert calibrate(renamed, costs=MACS, budget=2.0, exits=[0, 2], folds=2).policy.exits == (1, 6)
+
+
+def test_what_was_left_out_is_said(logits, monkeypatch):
+    monkeypatch.setattr(selection, "CROSS_VALIDATED", 2)
+    result = calibrate(logits.select(torch.arange(100)), costs=MACS, budget=2.0, folds=2)
+    assert (result.data["subsets"], result.data["screened"], result.data["cross_validated"]) == (7, 7, 2)
+    assert "2 subsets of the exits cross-validated of 7 tried of 7" in str(result)
+    given = calibrate(logits.select(torch.arange(100)), costs=MACS, budget=2.0, folds=2, exits=[0, 2])
+    assert given.data["screened"] == 1 and "cross-validated of" not in str(given)
 
 
 def test_what_cannot_be_kept_is_said_with_the_remedies(logits):

@@ -126,7 +126,9 @@ def test_bad_arguments_are_refused(call, message):
         call()
 
 
-def test_more_than_sixteen_exits_are_refused():
+def test_more_than_sixteen_exits_need_masks():
     net = MultiExitNet([nn.Identity() for _ in range(17)], [PooledLinearHead(1, 2) for _ in range(17)], num_classes=2)
-    with pytest.raises(ValueError, match="at most 16 exits, got 17"):
+    with pytest.raises(ValueError, match="at most 16 exits where no subsets are given, got 17"):
         subset_costs(net, (1, 2, 2))
+    assert subset_costs(net, (1, 2, 2), [1, 1 << 16 | 1]).parameters == (4, 8)
+    assert len(exit_costs(net, (1, 2, 2))) == 17

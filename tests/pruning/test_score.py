@@ -17,6 +17,7 @@ from aep_ext.pruning import (
     count_parameters,
     exits_of_mask,
     mask_of_exits,
+    pareto_front,
     score_logits,
     subset_correctness,
 )
@@ -162,51 +163,6 @@ def test_the_rule_of_choice():
     assert SubsetScores(torch.tensor([[10**9, 0], [10**9 + 1, 0], [0, 0]]), 2 * 10**9, (0, 1)).best().mask == 2
 
 
-def test_other_goals_and_limits():
-    scores = _scores([[5, 9], [6, 8], [7, 7]], parameters=(10, 30, 35), macs=(100, 300, 310))
-    assert scores.best("top5").mask == 1 and scores.best("macs").mask == 1 and scores.best("parameters").mask == 1
-    assert scores.best(max_macs=300).mask == 2 and scores.best(max_parameters=29).mask == 1
-    assert scores.best("macs", min_top1=0.06).mask == 2
-    with pytest.raises(ValueError, match="no subset is inside the limits"):
-        scores.best(max_macs=1)
-    with pytest.raises(ValueError, match="goal must be one of top1, .*got 'speed'"):
-        scores.best("speed")
-    with pytest.raises(ValueError, match="latency was not measured"):
-        scores.best("latency")
-    with pytest.raises(ValueError, match="latency was not measured"):
-        scores.best(max_latency=1.0)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 4), st.data())
-def test_the_pareto_front(exits, data):
-    rows = 2**exits - 1
-    small = st.integers(0, 4)
-    draw = [data.draw(st.lists(small, min_size=rows, max_size=rows)) for _ in range(4)]
-    scores = _scores(np.stack(draw[:2], axis=1).tolist(), macs=tuple(draw[2]), parameters=tuple(draw[3]))
-    axes = data.draw(st.sampled_from([("top1", "macs"), ("macs", "top1"), ("top1", "top5", "parameters"), ("top1",)]))
-    signs = {"top1": 1, "top5": 1, "macs": -1, "parameters": -1}
-    names = {"top1": "correct1", "top5": "correct5", "macs": "macs", "parameters": "parameters"}
-
-    def values(score):
-        return tuple(signs[axis] * getattr(score, names[axis]) for axis in axes)
-
-    points = {values(score) for score in scores}
-    front = {p for p in points if not any(q != p and all(b >= a for a, b in zip(p, q, strict=True)) for q in points)}
-    found = scores.pareto(axes)
-    assert [values(score) for score in found] == sorted(front, reverse=True)
-    for score in found:  # of equal points the one that the rule prefers
-        twins = [other for other in scores if values(other) == values(score)]
-        key = [(-s.correct1, -s.correct5, s.macs, s.parameters, s.mask) for s in twins]
-        assert score.mask == min(key)[-1]
-
-
-def test_pareto_refuses_unknown_axes():
-    for axes in ((), ("top1", "beauty")):
-        with pytest.raises(ValueError, match="axes must be from"):
-            _scores([[1, 1]]).pareto(axes)
-
-
 def test_look_up_and_round_trip(net, batches):
     scores = score_subsets(net, batches, latency={"repeats": 2})
     again = SubsetScores.from_dict(json.loads(json.dumps(scores.to_dict())))
@@ -239,9 +195,11 @@ def test_scores_print_as_a_table(net, batches):
     scores = score_subsets(net, batches)
     title, head, *rows = str(scores).splitlines()
     assert title.startswith("SubsetScores: 15 subsets of 4 exits, 31 samples") and len(rows) == 15
-    assert head.split() == ["exits", "top-1", "%", "top-5", "%", "parameters", "multiply-adds"]
-    best, front = scores.best(), {score.exits for score in scores.pareto()}
-    figures = f"{best.exits} {100 * best.top1:.2f} {100 * best.top5:.2f} {best.parameters:,} {best.macs:,}"
+    assert head.split() == ["exits", "top-1", "%", "top-5", "%", "NLL", "parameters", "multiply-adds"]
+    best, front = scores.best(), {score.exits for score in pareto_front(scores)}
+    figures = (
+        f"{best.exits} {100 * best.top1:.2f} {100 * best.top5:.2f} {best.nll:.4f} {best.parameters:,} {best.macs:,}"
+    )
     assert " ".join(rows[0].split()) == f"best {figures}"
     marked = [row for row in rows if row.lstrip().startswith(("best", "*"))]
     assert len(marked) == len(front) and all(any(str(exits) in row for exits in front) for row in marked)

@@ -19,7 +19,7 @@ from page_reader import read
 from aep_ext._io import write_arrays
 from aep_ext._utils import UserError
 from aep_ext.report import check_results, read_results, write_report
-from aep_ext.report.plots import Plot, exits_by_class, plots
+from aep_ext.report.plots import Plot, exits_by_class, plots, subsets
 from aep_ext.report.write import page
 
 EVIL = "<script>alert('x')</script> & \"$\\bad$\" -->"
@@ -187,6 +187,25 @@ def test_plots_of_one_grey_seed() -> None:
         "exits-mixed",
         "examples",
     }
+
+
+def test_the_front_the_constraints_and_the_chosen_subset_are_drawn() -> None:
+    results = make_results(seeds=(3,))
+    method = results["summary"]["methods"]["mixed"]
+    row = next(row for row in method["subsets"] if row["exits"] == [1])
+    choice = {"objective": "macs", "exits": [1], "macs": row["macs"], "limits": {"top1": 0.68, "macs": 12e6}}
+    results["seeds"][0]["methods"]["mixed"]["selected"] = {"exits": [1], "selection": choice}
+    axis = subsets(results, "mixed").axes[0]
+    lines = {line.get_label(): line for line in axis.lines}
+    front = [(one["macs"] / 1e6, 100 * one["top1"]["mean"]) for one in method["subsets"] if one["front"]]
+    assert lines["Pareto front"].get_xydata().tolist() == [list(point) for point in sorted(front)]
+    limits = [line for line in axis.lines if line.get_label() == "constraint"]
+    assert [limits[0].get_ydata()[0], limits[1].get_xdata()[0]] == [68, 12]
+    ring = next(one for one in axis.collections if one.get_label() == "chosen: macs")
+    assert ring.get_offsets().tolist() == [[row["macs"] / 1e6, pytest.approx(100 * row["top1"]["mean"])]]
+    row["front"] = False
+    del results["seeds"][0]["methods"]["mixed"]["selected"]
+    assert "constraint" not in {line.get_label() for line in subsets(results, "mixed").axes[0].lines}
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2", "jsonschema"])

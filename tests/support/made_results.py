@@ -215,7 +215,8 @@ def _gated(seed: int, classes: int) -> dict[str, Any]:
 def _subset(exits: list[int], seeds: int) -> dict[str, Any]:
     top1 = spread([0.6 + 0.1 * exits[-1] + 0.005 * len(exits)] * seeds)
     last = exits[-1]
-    return {"exits": exits, "parameters": PARAMETERS[last], "macs": MACS[last] + len(exits), "top1": top1, "top5": None}
+    costs = {"parameters": PARAMETERS[last], "macs": MACS[last] + len(exits)}
+    return {"exits": exits, **costs, "top1": top1, "top5": None, "front": exits == list(range(last + 1))}
 
 
 def make_bench() -> dict[str, Any]:
