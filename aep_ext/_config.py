@@ -16,7 +16,7 @@ from aep_ext.export.preprocessing import RESIZES
 from aep_ext.inference import CRITERIA
 
 # They change how fast a run is and where it lies, not what it is: a run may be resumed with others.
-RUNTIME_FIELDS = ("output", "data_root", "workers", "device", "threads")
+RUNTIME_FIELDS = ("output", "data_root", "workers", "device", "threads", "logger")
 
 # What a calibration is asked: `aep calibrate` may change them in a finished run.
 CALIBRATION_FIELDS = (
@@ -43,6 +43,7 @@ OF_RECIPE = (
     "schedule",
     "warmup",
     "augment",
+    "mixup",
     "label_smoothing",
     "ema",
     "channels_last",
@@ -59,6 +60,7 @@ OF_METHOD = (
     "learned_weights",
     "backbone_epochs",
 )
+LOGGERS = ("tensorboard", "csv", "wandb")
 OBJECTIVES = ("gated", *pruning.OBJECTIVES)
 REFERENCES = ("best", "baseline", "pruned", "ensemble")
 
@@ -85,10 +87,12 @@ class RunConfig:
             one size only, else the data's: the median shorter side, at most 224 (16 for the digits).
         resize: how images get it, see :class:`~aep_ext.export.Preprocessing`; None: "crop", for the published
             experiment's data sets "squash", as there.
+        normalize: mean and standard deviation of the images' channels, see
+            :class:`~aep_ext.training.ImageDataModule`.
         skip_bad_images: leave out images that cannot be read, and list them, instead of stopping at the first.
-        epochs, patience, batch_size, lr, momentum, weight_decay, optimizer, schedule, warmup, augment, label_smoothing,
-            ema, channels_last, precision: instead of the recipe's, see :class:`~aep_ext.training.Recipe`. ``patience``
-            0: never stop early.
+        epochs, patience, batch_size, lr, momentum, weight_decay, optimizer, schedule, warmup, augment, mixup,
+            label_smoothing, ema, channels_last, precision: instead of the recipe's, see
+            :class:`~aep_ext.training.Recipe`. ``patience`` 0: never stop early.
         class_weights: weight the classes in the training loss; None: where the data is unbalanced.
         calibration_samples: hold out so many training images: output weights, temperatures and thresholds are fitted on
             them, and on what ``train_samples`` leaves, instead of on the validation images.
@@ -110,6 +114,8 @@ class RunConfig:
             ``1 - delta``.
         static: smaller networks to train beside: widths ("0.5") of the run's network, or names of networks.
         output: the run folder.
+        logger: "tensorboard", "csv" or "wandb": the metrics of every epoch go to ``logs/`` in the run folder by that
+            logger of Lightning's.
         workers, device, threads: processes that load images, where to train, CPU threads.
     """
 
@@ -134,6 +140,7 @@ class RunConfig:
     image_size: int | None = None
     resize: str | None = None
     skip_bad_images: bool = False
+    normalize: str | None = None
     epochs: int | None = None
     patience: int | None = None
     batch_size: int | None = None
@@ -144,6 +151,7 @@ class RunConfig:
     schedule: str | None = None
     warmup: float | None = None
     augment: tuple[str, ...] | None = None
+    mixup: float | None = None
     label_smoothing: float | None = None
     ema: float | None = None
     channels_last: bool | None = None
@@ -163,6 +171,7 @@ class RunConfig:
     delta: float = 0.1
     static: tuple[str, ...] = ()
     output: str | None = None
+    logger: str | None = None
     workers: int = 0
     device: str = "auto"
     threads: int | None = None
@@ -222,6 +231,7 @@ class RunConfig:
             ("criterion-on", self.criterion_on, ("ensemble", "exit")),
             ("output-weights", self.output_weights, ("fitted", "run")),
             ("resize", self.resize, (None, *RESIZES)),
+            ("logger", self.logger, (None, *LOGGERS)),
         ):
             if value not in known:
                 raise UserError(f"no such {name}: {value!r} (there are: {', '.join(filter(None, known))})")
@@ -294,7 +304,7 @@ class RunConfig:
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         types = get_type_hints(cls)
         for name, value in values.items():
-            if not _is_a(value, types[name]):
+            if not is_a(value, types[name]):
                 wanted = getattr(types[name], "__name__", str(types[name])).replace("NoneType", "None")
                 raise UserError(f"{name.replace('_', '-')} must be of type {wanted}, got {value!r:.80}")
         return cls(**values)
@@ -308,12 +318,12 @@ class RunConfig:
         ]
 
 
-def _is_a(value: Any, kind: Any) -> bool:
+def is_a(value: Any, kind: Any) -> bool:
     """Whether a value has the type of a field: a plain one, a union, or a tuple of any length."""
     if isinstance(kind, UnionType):
-        return any(_is_a(value, one) for one in get_args(kind))
+        return any(is_a(value, one) for one in get_args(kind))
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_a(one, get_args(kind)[0]) for one in value)
+        return isinstance(value, tuple) and all(is_a(one, get_args(kind)[0]) for one in value)
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, {int: Integral, float: Real}.get(kind, kind))

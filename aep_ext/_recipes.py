@@ -37,6 +37,8 @@ class Recipe:
         augment: names of what is done to the training images, in this order: ``flip`` (left and right), ``translate``
             (by up to a 16th of the side, the border mirrored), ``crop`` (by up to an 8th, the border 0), ``cutout`` (a
             square of half the side set to 0).
+        mixup: every training image is mixed with another of its batch, and their labels likewise (arXiv 1710.09412):
+            the share of one is drawn for each batch from Beta(mixup, mixup); 0: not.
         label_smoothing: of the training loss, within 0..1.
         ema: decay per step of the exponential moving average of the weights, which is then what is validated and kept;
             0: none. In the first steps it is smaller, ``(1 + step) / (10 + step)``.
@@ -63,6 +65,7 @@ class Recipe:
     epochs: int = 20
     patience: int | None = None
     augment: tuple[str, ...] = ()
+    mixup: float = 0.0
     label_smoothing: float = 0.0
     ema: float = 0.0
     channels_last: bool = False
@@ -85,6 +88,8 @@ class Recipe:
                     raise ValueError(f"Recipe: {field} must be one of {', '.join(known)}, got {name!r}")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"Recipe: lr must be finite and greater than 0, got {self.lr}")
+        if not (self.mixup >= 0 and math.isfinite(self.mixup)):
+            raise ValueError(f"Recipe: mixup must be finite and at least 0, got {self.mixup}")
         for field in ("momentum", "warmup", "label_smoothing", "ema"):
             value = getattr(self, field)
             if not 0 <= value <= 1 or (value == 1 and field in ("momentum", "ema")):

@@ -109,8 +109,13 @@ def inputs_of(function: str, batch: Any) -> Tensor:
     return x
 
 
-def inputs_and_labels(function: str, batch: Any) -> tuple[Tensor, Tensor]:
+def inputs_and_labels(function: str, batch: Any, soft: bool = False) -> tuple[Tensor, Tensor]:
     """The inputs (N, ...) and integer labels (N,) of an (x, y) batch, or of a dict with "labels" or "label" too.
+
+    Args:
+        function: who asks, for the messages.
+        batch: the batch.
+        soft: labels may be probabilities (N, K) as well.
 
     Raises:
         TypeError: there are no such two.
@@ -127,9 +132,13 @@ def inputs_and_labels(function: str, batch: Any) -> tuple[Tensor, Tensor]:
             f"got {_kind(batch)}"
         )
     x, y = inputs_of(function, batch), torch.as_tensor(y)
+    if soft and y.dim() == 2 and len(y) == len(x) and y.is_floating_point():
+        return x, y
     if y.shape != x.shape[:1] or y.dtype == torch.bool or y.is_floating_point():
+        other = f", or probabilities of shape [{len(x)}, K]" if soft else ""
         raise ValueError(
-            f"{function}: a batch's y must be integers of shape [{len(x)}], got {y.dtype} of shape {list(y.shape)}"
+            f"{function}: a batch's y must be integers of shape [{len(x)}]{other}, got {y.dtype} of shape "
+            f"{list(y.shape)}"
         )
     return x, y
 

@@ -16,7 +16,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from aep_ext._config import OF_RECIPE, RunConfig
+from aep_ext._config import LOGGERS, OF_RECIPE, RunConfig
 from aep_ext._recipes import AUGMENTATIONS, METHODS, OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES
 from aep_ext._version import __version__
 
@@ -27,6 +27,7 @@ EPILOG = """examples:
   aep run --seeds 0,1,2 --methods best,mixed           and the paper's own method beside it
   aep run --output runs/photos --resume               after a kill
   aep run --objective macs --constraints top1=-0.5    the cheapest ungated subset within half a point
+  aep run --config run.yaml --seed 1                  options from a file
   aep run --no-terminate                              without gates: the published method alone
 """
 CALIBRATE_EPILOG = """examples:
@@ -208,6 +209,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = run.add_argument_group("what")
     what.add_argument(
+        "--config",
+        metavar="FILE",
+        help="read these options from a YAML file, or from the config.json of a run; what is given beside it wins",
+    )
+    what.add_argument(
         "--data",
         metavar="DATA",
         help="digits; PATH.npz or cifar10-jpeg:PATH; a folder of images; the name of a torchvision data set",
@@ -223,6 +229,12 @@ def _parser() -> argparse.ArgumentParser:
         "--skip-bad-images",
         action="store_true",
         help="leave out images that cannot be read, and list them in the report, instead of stopping at the first",
+    )
+    what.add_argument(
+        "--normalize",
+        metavar="HOW",
+        help="mean and standard deviation of the channels: measured, imagenet, cifar10 and the like, or numbers such "
+        "as 0.5/0.25 (default: the published data sets' own, else measured)",
     )
     what.add_argument(
         "--weights",
@@ -257,6 +269,9 @@ def _parser() -> argparse.ArgumentParser:
         type=lambda text: () if text == "none" else _list_of(str)(text),
         metavar="NAMES",
         help=f"what is done to training images: {_or(AUGMENTATIONS)}, or several with commas; or none",
+    )
+    how.add_argument(
+        "--mixup", type=float, metavar="ALPHA", help="mix images and labels in pairs, for example 0.2; 0: do not"
     )
     how.add_argument("--label-smoothing", type=float, metavar="E", help="of the training loss, from 0 to 1")
     how.add_argument(
@@ -309,6 +324,11 @@ def _parser() -> argparse.ArgumentParser:
         help="go on in a folder that holds this run; without --output, in the last one begun",
     )
     where.add_argument("--overwrite", action="store_true", default=False, help="replace the run that the folder holds")
+    where.add_argument(
+        "--logger",
+        metavar="NAME",
+        help=f"{_or(LOGGERS)}: the metrics of every epoch, under logs/ in the run folder (default: none)",
+    )
     where.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or cuda:1")
     where.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses; 1 for small networks)"
@@ -495,11 +515,15 @@ def _outcome(results: dict[str, Any], began: float) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from aep_ext.training import Progress, run
+    from aep_ext.training.folder import read_config
 
+    given = _fields(options)
+    if "config" in given:
+        given = {**read_config(given.pop("config")), **given}
     began = time.monotonic()
     progress = Progress.of_terminal(options.quiet)
     asked = {"resume": options.resume, "overwrite": options.overwrite}
-    _outcome(run(_fields(options), **asked, progress=progress), began)
+    _outcome(run(given, **asked, progress=progress), began)
 
 
 def _calibrate(options: argparse.Namespace) -> None:

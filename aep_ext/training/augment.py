@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
@@ -23,6 +24,23 @@ def augmented(images: Tensor, names: Sequence[str], generator: Generator | None 
     for name in names:
         images = _AUGMENTATIONS[name](images, generator)
     return images
+
+
+def mixed(images: Tensor, target: Tensor, alpha: float, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Each image and its label mixed with the one before it in the batch (mixup, arXiv 1710.09412).
+
+    Args:
+        images: (N, C, H, W), floating.
+        target: (N, K), floating, probabilities.
+        alpha: greater than 0: the share of the image itself is drawn, once, from Beta(alpha, alpha).
+        generator: as for :func:`augmented`.
+
+    Returns:
+        ``share * images + (1 - share) * images.roll(1, 0)``, and so the targets.
+    """
+    seed = int(torch.randint(1 << 62, (), generator=generator))
+    share = float(np.random.default_rng(seed).beta(alpha, alpha))
+    return images.roll(1, 0).lerp(images, share), target.roll(1, 0).lerp(target, share)
 
 
 def _flip(images: Tensor, generator: Generator | None) -> Tensor:

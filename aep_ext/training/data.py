@@ -18,7 +18,7 @@ from aep_ext._utils import UserError, require
 from aep_ext.export.preprocessing import ImageError, Preprocessing
 from aep_ext.surgery import networks
 from aep_ext.training import sources
-from aep_ext.training.dataset import EpochSampler, ImageDataset, batches, measured_normalisation
+from aep_ext.training.dataset import EpochSampler, ImageDataset, TransformedDataset, batches, measured_normalisation
 from aep_ext.training.splits import (
     CIFAR10_CLASSES,
     PUBLISHED,
@@ -37,6 +37,7 @@ SPLITS = ("train", "val", "test")
 CALIBRATION_LIMIT = 20_000
 """So many held-out images are used."""
 DIGITS_SIZE = 16
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LARGEST_SIZE = 224
 LOOKED_AT = 100
 """So many images say how large a data set's images are, and whether they are grey."""
@@ -187,6 +188,11 @@ class ImageDataModule(pl.LightningDataModule):
         resize: see :class:`~aep_ext.export.Preprocessing`; None: "crop", "squash" for the published data sets.
         skip_bad_images: leave out images that cannot be read instead of stopping at the first; they are listed in
             ``describe()["skipped"]``.
+        normalize: mean and standard deviation per channel, of values within 0..1: "imagenet", the name of one of the
+            published data sets ("cifar10"), numbers ("0.5/0.25" or "0.48,0.45,0.41/0.23,0.22,0.22"), or "measured", on
+            the training images; None: as published, else measured.
+        transform: called for each training image by itself, uint8 (C, S, S), before it is normalised: any transform of
+            torchvision v2. It gives uint8, or floating with values within 0..1, of the same shape.
         batch_size: of the training.
         seed: of the training's order; splits do not depend on it.
         data_root: for torchvision's data sets.
@@ -210,6 +216,8 @@ class ImageDataModule(pl.LightningDataModule):
         image_size: int | None = None,
         resize: str | None = None,
         skip_bad_images: bool = False,
+        normalize: str | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
         batch_size: int = 64,
         seed: int = 0,
         data_root: str | Path = "data",
@@ -222,7 +230,7 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         self.splits = _held_out(load_splits(spec, data_root), train_samples, calibration_samples)
         self.spec, self.batch_size, self.seed, self.workers = spec, batch_size, seed, workers
-        self.skip_bad_images = skip_bad_images
+        self.skip_bad_images, self.transform = skip_bad_images, transform
         for name in SPLITS:
             self._check_count(name)
         held_out = len(self.splits.parts["calibration"][1])
@@ -237,6 +245,8 @@ class ImageDataModule(pl.LightningDataModule):
                 f"but {self.splits.title} has the label {largest}"
             )
         self._datasets: dict[str, ImageDataset] = {}
+        if normalize is not None:
+            self.splits = replace(self.splits, normalisation=_normalisation(normalize))
         self.preprocessing = self._preprocessing(image_size or self.splits.image_size, resize or self.splits.resize)
 
     def _check_count(self, split: str) -> None:
@@ -260,6 +270,7 @@ class ImageDataModule(pl.LightningDataModule):
             image_size=recipe.image_size or networks.image_size(config.network, config.weights),
             resize=config.resize,
             skip_bad_images=config.skip_bad_images,
+            normalize=config.normalize,
             batch_size=recipe.batch_size,
             data_root=config.data_root,
             train_samples=config.train_samples,
@@ -279,7 +290,10 @@ class ImageDataModule(pl.LightningDataModule):
             mean, std = self.splits.normalisation
             repeat = self.channels // len(mean) if self.channels > len(mean) else 1
             mean, std = (mean * repeat)[: self.channels], (std * repeat)[: self.channels]
-        return Preprocessing(size, self.channels, mean, std, resize)
+        try:
+            return Preprocessing(size, self.channels, mean, std, resize)
+        except ValueError as error:
+            raise UserError(str(error).removeprefix("Preprocessing: ")) from error
 
     def dataset(self, split: str, progress: Callable[[int, int], None] | None = None) -> ImageDataset:
         """The images of a split (``train``, ``val``, ``test`` or ``calibration``), decoded at the first call.
@@ -349,7 +363,8 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The training images, in an order drawn from (seed, epoch)."""
         data = self.dataset("train")
-        return batches(data, self.batch_size, sampler=EpochSampler(len(data), self.seed), workers=self.workers)
+        images = data if self.transform is None else TransformedDataset(data, self.transform)
+        return batches(images, self.batch_size, sampler=EpochSampler(len(data), self.seed), workers=self.workers)
 
     def loader(self, split: str) -> DataLoader:
         """The images of a split in their order, in batches for scoring."""
@@ -378,6 +393,22 @@ class ImageDataModule(pl.LightningDataModule):
                 for name, (_, indices) in self.splits.parts.items()
             },
         }
+
+
+def _normalisation(asked: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std per channel of what ``normalize`` says; None: they are measured."""
+    known = {name: (data.mean, data.std) for name, data in PUBLISHED.items()} | {"imagenet": IMAGENET}
+    if asked == "measured" or asked in known:
+        return known.get(asked)
+    try:
+        mean, std = (tuple(float(number) for number in part.split(",")) for part in asked.split("/"))
+    except ValueError:
+        raise UserError(
+            f"no such normalize: {asked!r} (there are: measured, {', '.join(sorted(known))}, and numbers: 0.5/0.25)"
+        ) from None
+    if len(mean) != len(std):
+        raise UserError(f"normalize must be as many means as standard deviations, got {asked!r}")
+    return mean, std
 
 
 def _some(names: list[str]) -> str:

@@ -99,6 +99,40 @@ class ImageDataset(Dataset):
         return images[0], labels[0]
 
 
+class TransformedDataset(Dataset):
+    """The images of an :class:`ImageDataset`, each through a transform of its own before it is normalised.
+
+    Args:
+        dataset: the images.
+        transform: makes of an image, uint8 (C, S, S), another: uint8, or floating with values within 0..1.
+
+    Raises:
+        ValueError: at an access: the transform gave something else.
+    """
+
+    def __init__(self, dataset: ImageDataset, transform: Callable[[Tensor], Tensor]) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        pixels = self.dataset.pixels(rows)
+        images = [self.transform(image) for image in pixels]
+        for image in images:
+            if not isinstance(image, Tensor) or image.shape != pixels.shape[1:] or image.dtype != images[0].dtype:
+                found = (
+                    f"{image.dtype} of shape {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+                )
+                raise ValueError(
+                    f"ImageDataModule: transform must give tensors of one dtype and of shape {list(pixels.shape[1:])}, "
+                    f"got {found}"
+                )
+        changed = torch.stack(images)
+        labels = self.dataset.labels[torch.as_tensor(rows, dtype=torch.int64)]
+        return self.dataset.preprocessing.normalised(changed * 255 if changed.is_floating_point() else changed), labels
+
+
 def measured_normalisation(dataset: ImageDataset, limit: int = 2000) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel over (at most ``limit`` of) a data set's images, of values in 0..1."""
     count = min(len(dataset), limit)
@@ -131,7 +165,11 @@ def _ready_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def batches(
-    dataset: ImageDataset, batch_size: int, *, sampler: Sampler[int] | None = None, workers: int = 0
+    dataset: ImageDataset | TransformedDataset,
+    batch_size: int,
+    *,
+    sampler: Sampler[int] | None = None,
+    workers: int = 0,
 ) -> DataLoader:
     """A loader of (images (n, C, H, W) float32, labels (n,) int64).
 
@@ -145,5 +183,6 @@ def batches(
         num_workers=workers,
         collate_fn=_ready_batch,  # type: ignore[arg-type]  # the stub does not know __getitems__
         drop_last=lone,
-        persistent_workers=workers > 0,
+        # New workers for every epoch have new seeds, drawn from torch's generator, which depends on the epoch alone.
+        persistent_workers=workers > 0 and isinstance(dataset, ImageDataset),
     )

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,6 +88,7 @@ def fit(
     optimizer: str | None = None,
     weight_decay: float | None = None,
     schedule: str | None = None,
+    augment: Sequence[str] | Callable[[torch.Tensor], torch.Tensor] | None = None,
     recipe: Recipe | str | None = None,
     method: Method | str | None = None,
     checkpoint: str | Path | None = None,
@@ -95,6 +96,7 @@ def fit(
     class_weight: torch.Tensor | None = None,
     device: str = "auto",
     precision: str | None = None,
+    logger: Any = None,
     title: str = "training",
     progress: Progress | bool = True,
 ) -> FitResult:
@@ -109,14 +111,17 @@ def fit(
     Args:
         net: the network; without a method it is trained with the exit weights that it has. Afterwards it is in eval
             mode, on the device where it was.
-        train: a loader of (x, y) batches, x (n, C, H, W), y (n,) integers, or of dicts with "pixel_values" or "image",
-            and "labels" or "label". Or a Lightning data module that has ``val`` too.
-        val: such a loader.
+        train: a loader of (x, y) batches, x (n, C, H, W), y (n,) integers or probabilities (n, K), or of dicts with
+            "pixel_values" or "image", and "labels" or "label". Or a Lightning data module that has ``val`` too.
+        val: such a loader, y integers.
         epochs: at most so many (20).
         lr: learning rate (1e-3).
-        optimizer: adam (the default), adamw, sgd (with Nesterov momentum 0.9) or rmsprop.
-        weight_decay: as the optimizer takes it (0).
-        schedule: constant (the default), or cosine: warm-up over 5 % of the steps, then down to 0.
+        optimizer: adam (the default), adamw, sgd (with Nesterov momentum) or rmsprop.
+        weight_decay: as the optimizer takes it (0), of weights, not of biases and norms.
+        schedule: constant (the default), cosine, linear or onecycle, see :class:`Recipe`.
+        augment: names of :class:`Recipe`'s augmentations; or a callable, for example a transform of torchvision v2,
+            that is given each training image (C, H, W) by itself as the loader has it. :class:`ImageDataModule` takes
+            the latter itself, for images that are not yet normalised.
         recipe: a :class:`Recipe` or the name of one: what is not given above is as it says, and its patience counts:
             so many epochs without a smaller joint validation loss end the training. Its image and batch sizes do not.
         method: how the exits learn: a :class:`Method` or the name of one; its exit weights are copied into ``net``, its
@@ -127,7 +132,8 @@ def fit(
             the order of the images is the loader's. None: it is left alone.
         class_weight: (K,) for the training loss.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-        precision: as Lightning names it, for example ``bf16-mixed``.
+        precision: as :class:`Recipe`'s (32-true).
+        logger: a logger of Lightning's, or several, for the metrics of every epoch; None: none.
         title: begins every line that is printed.
         progress: a bar in a terminal and a line an epoch elsewhere; False: nothing.
 
@@ -157,8 +163,13 @@ def fit(
         "weight_decay": weight_decay,
         "schedule": schedule,
         "precision": precision,
+        "augment": None if augment is None or callable(augment) else tuple(augment),
     }
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    if callable(augment) and isinstance(train, ImageDataModule):
+        raise ValueError("fit: augment must be names beside an ImageDataModule, which takes transforms itself")
+    if isinstance(augment, str):
+        raise ValueError(f"fit: augment must be a sequence of names, or a callable, got {augment!r}")
     if recipe.epochs < 1:
         raise ValueError(f"fit: epochs must be at least 1, got {recipe.epochs}")
     if isinstance(progress, bool):
@@ -173,6 +184,7 @@ def fit(
         recipe=recipe,
         method=method,
         class_weight=class_weight,
+        transform=augment if callable(augment) else None,
         seed=seed,
     )
     resume = checkpoint if checkpoint is not None and checkpoint.is_file() else None
@@ -182,7 +194,7 @@ def fit(
                 max_epochs=recipe.epochs,
                 callbacks=[keeper, stopper, TrainingProgress(title, progress)],
                 plugins=[SealedCheckpoints()],
-                logger=False,
+                logger=logger or False,
                 enable_checkpointing=True,
                 enable_model_summary=False,
                 enable_progress_bar=False,

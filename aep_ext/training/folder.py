@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from aep_ext._config import RunConfig
+from aep_ext._config import RunConfig, is_a
 from aep_ext._io import check_files, read_arrays, read_json, read_record, sync_folder, umask, write_record
-from aep_ext._utils import FileError, UserError
+from aep_ext._utils import FileError, UserError, require
 from aep_ext.export import load
 from aep_ext.report import read_results
 
@@ -35,7 +35,7 @@ STATIC = "static/"
 MODEL_FILES = ("model.safetensors", "model.json")
 _ENTRIES = (
     *("config.json", "results.json", "report.html", "figures", "examples.npz", *MODEL_FILES),
-    *("full", "pruned", BASELINE, "checkpoints"),
+    *("full", "pruned", BASELINE, "checkpoints", "logs"),
 )
 
 
@@ -45,6 +45,7 @@ _BEFORE = {
     "momentum": 0.9,
     "warmup": 0.05,
     "augment": [],
+    "mixup": 0.0,
     "label_smoothing": 0.0,
     "ema": 0.0,
     "channels_last": False,
@@ -187,15 +188,60 @@ class RunFolder:
                 f"version {VERSION}: run it again into another --output"
             )
         values = read_record(self.config, "run it again with --overwrite")
-        values = {name: value for name, value in values.items() if name not in ("version", "files")}
-        if "exit_weights" in values:  # as methods were called
-            values["methods"] = values.pop("exit_weights")
-        for name, value in _BEFORE.items():
-            values.setdefault(name, value)
+        values = _of_today(values)
         try:
             return replace(RunConfig.from_dict(values), output=str(self.path)).resolved()
         except UserError as error:
             raise UserError(f"{self.config}: {error}") from error
+
+
+def _of_today(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a run from its ``config.json``, which an earlier version may have written."""
+    values = {name: value for name, value in values.items() if name not in ("version", "files")}
+    if "exit_weights" in values:  # as methods were called
+        values["methods"] = values.pop("exit_weights")
+    return {**_BEFORE, **values}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The fields of :class:`RunConfig` that a file names: YAML, or a run's ``config.json``.
+
+    Names may have hyphens as the options of ``aep run`` do; one value may stand for a list of one.
+
+    Raises:
+        UserError: the file cannot be read, or an entry is unknown or of another type.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        values = read_json(path)
+    else:
+        yaml = require("yaml", "train", "a configuration file")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold names and values, got {type(values).__name__}")
+    if values.get("version", VERSION) != VERSION:
+        raise UserError(f"{path} is of a run of version {values['version']}; this aep_ext reads version {VERSION}")
+    values = _of_today(values) if "version" in values else values
+    types, found = get_type_hints(RunConfig), {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        kind = types.get(name, str)
+        if isinstance(value, str) and is_a(0.5, kind):
+            with suppress(ValueError):  # 1e-3 is a text in YAML 1.1
+                value = float(value)
+        listed = is_a((), kind) and value is not None
+        found[name] = tuple(value if isinstance(value, list) else [value]) if listed else value
+    try:
+        RunConfig.from_dict(found)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return found
 
 
 def open_run(given: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False) -> tuple[RunConfig, RunFolder]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from aep_ext._recipes import Method, Recipe
@@ -16,7 +17,7 @@ from aep_ext._utils import inputs_and_labels, inputs_of, require
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy, LearnedLossWeights
 from aep_ext.ops import ensemble
 from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.training.augment import augmented
+from aep_ext.training.augment import augmented, mixed
 
 pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 
@@ -31,17 +32,20 @@ class JointLightningModule(pl.LightningModule):
         recipe: how it is optimised; None: that of ``Recipe``'s defaults.
         method: how the exits learn; None, or one exit: by their cross entropies alone.
         class_weight: K weights of the classes for the training loss; the validation loss never uses them.
+        transform: called for each training image (C, H, W) by itself, as torchvision's transforms are, before the
+            recipe's augmentations; None: nothing.
         seed: seed torch's global generator from (seed, epoch) at the start of every epoch; None: leave it alone.
         changes: fields of the :class:`~aep_ext.training.Recipe` to be otherwise, ``lr=0.1`` for example. Of them the
             module heeds ``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``schedule``, ``warmup``, ``augment``,
-            ``label_smoothing``, ``ema`` and ``channels_last``; the others are the Trainer's and the loader's.
+            ``mixup``, ``label_smoothing``, ``ema`` and ``channels_last``; the rest is the Trainer's and the loader's.
 
     Batches are (images (n, C, H, W), labels (n,) integers), or dicts of them as "pixel_values" or "image", and "labels"
-    or "label". Logged at the end of every epoch, for ``train`` and ``val`` (``test`` likewise): ``val/loss`` (the joint
-    loss), ``val/top1`` (of the full ensemble), ``val/exit0_loss``, ``val/exit0_top1`` and so on; losses are means over
-    the samples, accuracies fractions of 1. The training's figures are those of the network as it was at each batch;
-    ``val`` and ``test`` score ``evaluated``, with ``ema`` the average of the weights. The epoch's values are left in
-    ``record``, a plain dict.
+    or "label"; to train on, labels may be probabilities (n, K), as torchvision's MixUp and CutMix make them. Logged at
+    the end of every epoch, for ``train`` and ``val`` (``test`` likewise): ``val/loss`` (the joint loss), ``val/top1``
+    (of the full ensemble), ``val/exit0_loss``, ``val/exit0_top1`` and so on; losses are means over the samples,
+    accuracies fractions of 1. The training's figures are those of the network as it was at each batch; ``val`` and
+    ``test`` score ``evaluated``, with ``ema`` the average of the weights. The epoch's values are left in ``record``, a
+    plain dict.
 
     Raises:
         ValueError: a value of the recipe is out of range, or a name unknown.
@@ -55,6 +59,7 @@ class JointLightningModule(pl.LightningModule):
         recipe: Recipe | None = None,
         method: Method | None = None,
         class_weight: Tensor | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
         seed: int | None = None,
         **changes: Any,
     ) -> None:
@@ -68,7 +73,7 @@ class JointLightningModule(pl.LightningModule):
         self.ema: AveragedModel | None = None
         if self.recipe.ema:
             self.ema = AveragedModel(net, multi_avg_fn=_ema(self.recipe.ema), use_buffers=True).requires_grad_(False)
-        self.seed = seed
+        self.transform, self.seed = transform, seed
         self._generator: torch.Generator | None = None
         self.train_loss = joint_loss(
             net, self.method, class_weight=class_weight, label_smoothing=self.recipe.label_smoothing
@@ -137,19 +142,26 @@ class JointLightningModule(pl.LightningModule):
         seed = int(torch.randint(1 << 62, ())) if self.seed is None else torch.initial_seed()
         self._generator = torch.Generator().manual_seed(seed)
 
-    def _inputs(self, batch: Any) -> tuple[Tensor, Tensor]:
-        images, target = inputs_and_labels("fit", batch)
+    def _inputs(self, batch: Any, soft: bool = False) -> tuple[Tensor, Tensor]:
+        images, target = inputs_and_labels("fit", batch, soft)
         if self.recipe.channels_last and images.dim() == 4:
             images = images.to(memory_format=torch.channels_last)
-        return images, target.to(self.net.output_weights.device, torch.int64)
+        kind = torch.float32 if target.is_floating_point() else torch.int64
+        return images, target.to(self.net.output_weights.device, kind)
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """The joint loss of a batch, with class weights if there are any."""
-        images, target = self._inputs(batch)
+        images, target = self._inputs(batch, soft=True)
+        labels = target if target.dim() == 1 else target.argmax(1)
+        if self.transform is not None:
+            images = torch.stack([self.transform(image) for image in images])
         images = augmented(images, self.recipe.augment, self._generator)
+        if self.recipe.mixup:
+            target = target if target.dim() == 2 else F.one_hot(target, self.net.num_classes).float()
+            images, target = mixed(images, target, self.recipe.mixup, self._generator)
         exit_logits = self.net.exit_logits(images)
         loss, exit_losses, *_ = self.train_loss.losses(exit_logits, target)
-        self._score("train", exit_logits, target, loss, exit_losses)
+        self._score("train", exit_logits, labels, loss, exit_losses)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -176,6 +176,8 @@ class Job:
             raise UserError(f"no such device: {config.device} (this torch sees no GPU)")
         if not networks.known(config.network):  # told before the data is read
             raise UserError(networks.unknown(config.network))
+        if config.logger in ("tensorboard", "wandb"):
+            require(config.logger, config.logger, f"--logger {config.logger}")
         self.static = _static_networks(config)
         self.data = ImageDataModule.of_config(config)
         self.described = described
@@ -312,6 +314,7 @@ class Job:
             seed=seed,
             class_weight=self.class_weight,
             device=self.config.device,
+            logger=self.logger(seed, name),
             title=self.title(seed, name),
             progress=self.progress,
         )
@@ -369,6 +372,20 @@ class Job:
         small = prune(cast(MultiExitNet, self.load(seed, name, "full")), chosen)
         folder = save(small, self.folder.model(seed, name) / "selected", metadata=self.metadata())
         part["files"] |= {f"selected/{file}": sha256(folder / file) for file in MODEL_FILES}
+
+    def logger(self, seed: int, name: str) -> Any:
+        """Where the metrics of a model's epochs go, beside its checkpoint; a resumed training begins anew there."""
+        if self.config.logger is None:
+            return None
+        loggers = require("lightning.pytorch.loggers", "train", "aep run --logger")
+        folder, title = self.folder.path / "logs", f"seed-{seed}-{name}".replace("/", "-")
+        if self.config.logger == "csv":
+            return loggers.CSVLogger(folder, name=title, flush_logs_every_n_steps=1)
+        if self.config.logger == "tensorboard":
+            return loggers.TensorBoardLogger(folder, name=title)
+        require("wandb", "wandb", "--logger wandb").finish()  # the model before: one run each
+        folder.mkdir(exist_ok=True)
+        return loggers.WandbLogger(name=title, save_dir=folder, project="aep_ext", group=self.folder.path.name)
 
     def metadata(self) -> dict[str, Any]:
         """What a user of a saved network must know: how its images are prepared and what its classes are called."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 pytest.importorskip("lightning", reason="the training needs lightning")
 
 from aep_ext._recipes import AUGMENTATIONS
-from aep_ext.training.augment import augmented
+from aep_ext.training.augment import augmented, mixed
 
 
 def images(count: int = 64, side: int = 32) -> torch.Tensor:
@@ -77,3 +78,17 @@ def test_several_in_their_order() -> None:
     generator = seeded()
     expected = augmented(augmented(x, ["flip"], generator), ["cutout"], generator)
     assert torch.equal(augmented(x, ["flip", "cutout"], seeded()), expected)
+
+
+def test_mixup_is_one_share_of_an_image_and_the_one_before() -> None:
+    x, y = images(6), torch.eye(10)[torch.tensor([3, 1, 4, 1, 5, 9])]
+    shares = []
+    for seed in range(200):
+        found, soft = mixed(x, y, 0.4, seeded(seed))
+        share = float(np.random.default_rng(int(torch.randint(1 << 62, (), generator=seeded(seed)))).beta(0.4, 0.4))
+        for n in range(6):
+            torch.testing.assert_close(found[n], share * x[n] + (1 - share) * x[n - 1])
+            torch.testing.assert_close(soft[n], share * y[n] + (1 - share) * y[n - 1])
+        shares.append(share)
+    # Of Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)).
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.08) and np.var(shares) == pytest.approx(1 / 7.2, abs=0.03)

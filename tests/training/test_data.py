@@ -78,6 +78,78 @@ def test_measured_normalisation() -> None:
     assert std == pytest.approx((float(images.std(correction=0)),), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("asked", "mean", "std"),
+    [
+        ("imagenet", (0.485,), (0.229,)),
+        ("cifar10", PUBLISHED["cifar10"].mean[:1], PUBLISHED["cifar10"].std[:1]),
+        ("0.5/0.25", (0.5,), (0.25,)),
+        ("measured", None, None),
+        (None, None, None),
+    ],
+)
+def test_normalisation_by_name_or_numbers(asked: str | None, mean: Any, std: Any) -> None:
+    data = ImageDataModule("digits", normalize=asked, image_size=8)
+    if mean is None:
+        raw = ImageDataset(*data.splits.parts["train"], plain(8))
+        mean, std = measured_normalisation(raw)
+    assert (data.preprocessing.mean, data.preprocessing.std) == (mean, std)
+    assert ImageDataModule("digits", normalize="0.5/0.25", channels=3).preprocessing.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("soup", "no such normalize: 'soup' .*measured, cifar10.*imagenet"),
+        ("0.5", "no such normalize: '0.5'"),
+        ("0.5/a", "no such normalize"),
+        ("0.5,0.5/1", "normalize must be as many means as standard deviations, got '0.5,0.5/1'"),
+        ("0.5/0", "^std must be positive and finite, got 0"),
+        ("nan/1", "^mean must not be NaN"),
+    ],
+)
+def test_normalisations_that_are_none(asked: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ImageDataModule("digits", normalize=asked)
+
+
+def test_transforms_of_training_images() -> None:
+    """As torchvision's: an image by itself, before it is normalised; other splits have none."""
+    options: dict[str, Any] = {"image_size": 8, "batch_size": 64, "train_samples": 64}
+    bare = ImageDataModule("digits", **options)
+    seen: list[torch.Tensor] = []
+
+    def inverted(image: torch.Tensor) -> torch.Tensor:
+        seen.append(image)
+        return 255 - image
+
+    images, labels = next(iter(ImageDataModule("digits", transform=inverted, **options).train_dataloader()))
+    expected, same = next(iter(bare.train_dataloader()))
+    mean, std = bare.preprocessing.mean[0], bare.preprocessing.std[0]
+    torch.testing.assert_close(images, (1 - (expected * std + mean) - mean) / std)
+    assert torch.equal(labels, same) and len(seen) == 64
+    assert seen[0].dtype == torch.uint8 and seen[0].shape == (1, 8, 8)
+    scaled = ImageDataModule("digits", transform=lambda image: image.float() / 255, **options)
+    torch.testing.assert_close(next(iter(scaled.train_dataloader()))[0], expected)
+    assert torch.equal(next(iter(scaled.val_dataloader()))[0], next(iter(bare.val_dataloader()))[0])
+    for bad, found in (
+        (lambda image: image[:, 1:], r"torch.uint8 of shape \[1, 7, 8\]"),
+        (lambda image: image.numpy(), "ndarray"),
+    ):
+        with pytest.raises(ValueError, match=rf"transform must give tensors of one dtype .*\[1, 8, 8\], got {found}"):
+            next(iter(ImageDataModule("digits", transform=bad, **options).train_dataloader()))
+
+
+def test_the_real_torchvision_s_transforms() -> None:
+    v2 = pytest.importorskip("torchvision.transforms.v2", reason="torchvision is not installed", exc_type=ImportError)
+    transform = v2.Compose(
+        [v2.RandomCrop(8, padding=1), v2.ColorJitter(0.2), v2.ToDtype(torch.float32, scale=True), v2.RandomErasing(1.0)]
+    )
+    data = ImageDataModule("digits", image_size=8, batch_size=32, train_samples=64, transform=transform)
+    images, _ = next(iter(data.train_dataloader()))
+    assert images.shape == (32, 1, 8, 8) and images.dtype == torch.float32 and bool(images.isfinite().all())
+
+
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     first, second = EpochSampler(20, seed=1), EpochSampler(20, seed=1)
     first.set_epoch(3)

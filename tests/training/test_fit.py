@@ -32,6 +32,7 @@ from aep_ext.training import (
     Recipe,
     fit,
 )
+from aep_ext.training.augment import mixed
 from aep_ext.training.callbacks import RunCheckpoint, SealedCheckpoints
 from aep_ext.training.fit import accelerator_of
 
@@ -100,7 +101,7 @@ def test_keeps_the_best_epoch(tmp_path: Path, equal_weights: Any) -> None:
     [
         RECIPE,
         replace(RECIPE, schedule="cosine"),
-        replace(RECIPE, schedule="linear", augment=("crop", "cutout"), label_smoothing=0.1),
+        replace(RECIPE, schedule="linear", augment=("crop", "cutout"), label_smoothing=0.1, mixup=0.2),
         replace(RECIPES["cifar"], epochs=4, lr=0.03),
     ],
     ids=["constant", "cosine", "linear", "cifar"],
@@ -213,6 +214,79 @@ def test_a_training_against_plain_torch(tmp_path: Path, schedule: str) -> None:
     whole = torch.cat([x for x, _ in batches])
     right = (net(whole).argmax(1) == torch.cat([y for _, y in batches])).double().mean()
     assert float(right) == pytest.approx(result.history[result.best_epoch]["val/top1"])  # the average is what is scored
+
+
+def test_mixup_and_a_transform_reach_the_loss() -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Watched(torch.nn.Module):
+        def losses(self, exit_logits: torch.Tensor, target: torch.Tensor) -> Any:
+            seen.append((exit_logits, target))
+            return loss.losses(exit_logits, target)
+
+    task = JointLightningModule(fresh(), mixup=1.0, transform=lambda image: 2 * image)
+    loss, task.train_loss = task.train_loss, Watched()  # type: ignore[assignment]
+    x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
+    torch.manual_seed(3)
+    found = task.training_step((x, y), 0)
+    torch.manual_seed(3)
+    images, soft = mixed(2 * x, torch.eye(10)[y], 1.0)
+    logits = task.net.exit_logits(images)
+    torch.testing.assert_close(seen[0][0], logits)
+    torch.testing.assert_close(seen[0][1], soft)
+    expected = sum(a * F.cross_entropy(o, soft) for a, o in zip(task.net.loss_weights.tolist(), logits, strict=True))
+    torch.testing.assert_close(found, expected)
+    plain = JointLightningModule(fresh())  # labels that are probabilities already, as CutMix makes them
+    torch.testing.assert_close(
+        plain.training_step((x, soft), 0),
+        sum(
+            a * F.cross_entropy(o, soft)
+            for a, o in zip(plain.net.loss_weights.tolist(), plain.net.exit_logits(x), strict=True)
+        ),
+    )
+    with pytest.raises(ValueError, match=r"y must be integers of shape \[8\], got torch.float32"):
+        plain.validation_step((x, soft), 0)
+
+
+def test_a_transform_of_every_image_under_resume(tmp_path: Path, equal_weights: Any) -> None:
+    """Its draws are of torch's generator: in the loader's workers, beside the data module, and in fit."""
+
+    def noisy(image: torch.Tensor) -> torch.Tensor:
+        return image + torch.randn(image.shape)
+
+    def noisy_pixels(image: torch.Tensor) -> torch.Tensor:
+        return (image / 255 + torch.rand(image.shape)).clamp(0, 1)
+
+    def trained(net: MultiExitNet, name: str, write: Any = None) -> None:
+        workers = 2 if name.startswith("workers") else 0
+        data: Any = ImageDataModule(
+            "digits", image_size=8, batch_size=32, train_samples=96, seed=1, transform=noisy_pixels, workers=workers
+        )
+        augment, val = None, None
+        if name.startswith("fit"):
+            data, val, augment = module().train_dataloader(), module().val_dataloader(), noisy
+        recipe = replace(RECIPE, epochs=3)
+        options = {"augment": augment, "checkpoint": tmp_path / name, "seed": 1, "device": "cpu"}
+        fit(net, data, val, recipe=recipe, progress=Progress(write) if write else False, **options)
+
+    for kind in ("fit", "data", "workers"):
+        whole, broken = fresh(), fresh()
+        trained(whole, f"{kind}-whole")
+        with pytest.raises(_Killed):
+            trained(broken, f"{kind}-broken", killed_after(1))
+        trained(broken, f"{kind}-broken")
+        assert equal_weights(whole.state_dict(), broken.state_dict()), kind
+
+
+def test_augment_is_names_or_a_callable() -> None:
+    data = [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,)))]
+    options: dict[str, Any] = {"epochs": 1, "device": "cpu", "progress": False}
+    with pytest.raises(ValueError, match="^fit: augment must be a sequence of names, or a callable, got 'flip'"):
+        fit(fresh(), data, data, augment="flip", **options)
+    with pytest.raises(ValueError, match="^fit: augment must be names beside an ImageDataModule"):
+        fit(fresh(), module(), augment=lambda image: image, **options)
+    with pytest.raises(ValueError, match="augment must be one of flip, .*, got 'spin'"):
+        fit(fresh(), data, data, augment=["spin"], **options)
 
 
 def test_channels_last_is_of_the_training_alone() -> None:
