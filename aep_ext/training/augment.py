@@ -26,6 +26,15 @@ def augmented(images: Tensor, names: Sequence[str], generator: Generator | None 
     return images
 
 
+def each_transformed(
+    images: Sequence[Tensor] | Tensor, transform: Callable[[Tensor], Tensor], seed: int
+) -> list[Tensor]:
+    """Each image by itself through a transform; its draws from torch's generator depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return [transform(image) for image in images]
+
+
 def mixed(images: Tensor, target: Tensor, alpha: float, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
     """Each image and its label mixed with the one before it in the batch (mixup, arXiv 1710.09412).
 

@@ -363,8 +363,11 @@ class ImageDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The training images, in an order drawn from (seed, epoch)."""
         data = self.dataset("train")
-        images = data if self.transform is None else TransformedDataset(data, self.transform)
-        return batches(images, self.batch_size, sampler=EpochSampler(len(data), self.seed), workers=self.workers)
+        sampler = EpochSampler(len(data), self.seed)
+        if self.trainer is not None:  # workers begin before Lightning tells the sampler in which epoch a run is resumed
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)
+        images = data if self.transform is None else TransformedDataset(data, self.transform, sampler)
+        return batches(images, self.batch_size, sampler=sampler, workers=self.workers)
 
     def loader(self, split: str) -> DataLoader:
         """The images of a split in their order, in batches for scoring."""

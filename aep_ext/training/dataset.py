@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from aep_ext.export.preprocessing import ImageError, Preprocessing
+from aep_ext.training.augment import each_transformed
 from aep_ext.training.sources import Source
 
 CACHE_BYTES = 2 << 30
@@ -104,21 +105,23 @@ class TransformedDataset(Dataset):
 
     Args:
         dataset: the images.
-        transform: makes of an image, uint8 (C, S, S), another: uint8, or floating with values within 0..1.
+        transform: makes of an image, uint8 (C, S, S), another: uint8, or floating with values within 0..1. What it
+            draws from torch's generator depends on the sampler's seed and epoch and on the batch alone.
+        sampler: the order in which the images are read.
 
     Raises:
         ValueError: at an access: the transform gave something else.
     """
 
-    def __init__(self, dataset: ImageDataset, transform: Callable[[Tensor], Tensor]) -> None:
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, dataset: ImageDataset, transform: Callable[[Tensor], Tensor], sampler: EpochSampler) -> None:
+        self.dataset, self.transform, self.sampler = dataset, transform, sampler
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         pixels = self.dataset.pixels(rows)
-        images = [self.transform(image) for image in pixels]
+        images = each_transformed(pixels, self.transform, (self.sampler.epoch_seed * len(self) + rows[0]) % (1 << 63))
         for image in images:
             if not isinstance(image, Tensor) or image.shape != pixels.shape[1:] or image.dtype != images[0].dtype:
                 found = (
@@ -152,11 +155,16 @@ class EpochSampler(Sampler[int]):
         """Choose the epoch whose order comes next (Lightning calls this)."""
         self.epoch = epoch
 
+    @property
+    def epoch_seed(self) -> int:
+        """Of (seed, epoch)."""
+        return self.seed * 1_000_003 + self.epoch
+
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % (1 << 63))
+        generator = torch.Generator().manual_seed(self.epoch_seed % (1 << 63))
         return iter(torch.randperm(self.length, generator=generator).tolist())
 
 
@@ -183,6 +191,6 @@ def batches(
         num_workers=workers,
         collate_fn=_ready_batch,  # type: ignore[arg-type]  # the stub does not know __getitems__
         drop_last=lone,
-        # New workers for every epoch have new seeds, drawn from torch's generator, which depends on the epoch alone.
+        # Workers that stayed would not hear of the sampler's next epoch, of which a transform draws.
         persistent_workers=workers > 0 and isinstance(dataset, ImageDataset),
     )

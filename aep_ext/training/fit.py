@@ -151,6 +151,8 @@ def fit(
     if not isinstance(net, MultiExitNet):
         raise TypeError(f"fit: net must be a MultiExitNet, got {type(net).__name__}")
     data = _loaders(train, val)
+    if isinstance(augment, str):
+        raise ValueError(f"fit: augment must be a sequence of names, or a callable, got {augment!r}")
     if isinstance(recipe, str):
         recipe = recipe_named(recipe)
         method = method or recipe.method
@@ -168,8 +170,6 @@ def fit(
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     if callable(augment) and isinstance(train, ImageDataModule):
         raise ValueError("fit: augment must be names beside an ImageDataModule, which takes transforms itself")
-    if isinstance(augment, str):
-        raise ValueError(f"fit: augment must be a sequence of names, or a callable, got {augment!r}")
     if recipe.epochs < 1:
         raise ValueError(f"fit: epochs must be at least 1, got {recipe.epochs}")
     if isinstance(progress, bool):

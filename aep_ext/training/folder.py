@@ -197,7 +197,7 @@ class RunFolder:
 
 def _of_today(values: dict[str, Any]) -> dict[str, Any]:
     """The fields of a run from its ``config.json``, which an earlier version may have written."""
-    values = {name: value for name, value in values.items() if name not in ("version", "files")}
+    values = {name: value for name, value in values.items() if name not in ("version", "files", "sha256")}
     if "exit_weights" in values:  # as methods were called
         values["methods"] = values.pop("exit_weights")
     return {**_BEFORE, **values}

@@ -17,7 +17,7 @@ from aep_ext._utils import inputs_and_labels, inputs_of, require
 from aep_ext.ensemble import ExitWeights, JointCrossEntropy, LearnedLossWeights
 from aep_ext.ops import ensemble
 from aep_ext.surgery.multi_exit import MultiExitNet
-from aep_ext.training.augment import augmented, mixed
+from aep_ext.training.augment import augmented, each_transformed, mixed
 
 pl: Any = require("lightning.pytorch", "train", "aep_ext.training")
 
@@ -154,7 +154,8 @@ class JointLightningModule(pl.LightningModule):
         images, target = self._inputs(batch, soft=True)
         labels = target if target.dim() == 1 else target.argmax(1)
         if self.transform is not None:
-            images = torch.stack([self.transform(image) for image in images])
+            seed = int(torch.randint(1 << 62, (), generator=self._generator))
+            images = torch.stack(each_transformed(images, self.transform, seed))
         images = augmented(images, self.recipe.augment, self._generator)
         if self.recipe.mixup:
             target = target if target.dim() == 2 else F.one_hot(target, self.net.num_classes).float()

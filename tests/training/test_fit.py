@@ -230,6 +230,7 @@ def test_mixup_and_a_transform_reach_the_loss() -> None:
     torch.manual_seed(3)
     found = task.training_step((x, y), 0)
     torch.manual_seed(3)
+    torch.randint(1 << 62, ())  # of the transform
     images, soft = mixed(2 * x, torch.eye(10)[y], 1.0)
     logits = task.net.exit_logits(images)
     torch.testing.assert_close(seen[0][0], logits)
@@ -249,7 +250,7 @@ def test_mixup_and_a_transform_reach_the_loss() -> None:
 
 
 def test_a_transform_of_every_image_under_resume(tmp_path: Path, equal_weights: Any) -> None:
-    """Its draws are of torch's generator: in the loader's workers, beside the data module, and in fit."""
+    """Whether the loader calls it, its workers, or fit."""
 
     def noisy(image: torch.Tensor) -> torch.Tensor:
         return image + torch.randn(image.shape)
@@ -269,6 +270,7 @@ def test_a_transform_of_every_image_under_resume(tmp_path: Path, equal_weights: 
         options = {"augment": augment, "checkpoint": tmp_path / name, "seed": 1, "device": "cpu"}
         fit(net, data, val, recipe=recipe, progress=Progress(write) if write else False, **options)
 
+    ends = {}
     for kind in ("fit", "data", "workers"):
         whole, broken = fresh(), fresh()
         trained(whole, f"{kind}-whole")
@@ -276,6 +278,8 @@ def test_a_transform_of_every_image_under_resume(tmp_path: Path, equal_weights: 
             trained(broken, f"{kind}-broken", killed_after(1))
         trained(broken, f"{kind}-broken")
         assert equal_weights(whole.state_dict(), broken.state_dict()), kind
+        ends[kind] = whole.state_dict()
+    assert equal_weights(ends["data"], ends["workers"]) and not equal_weights(ends["data"], ends["fit"])
 
 
 def test_augment_is_names_or_a_callable() -> None:
