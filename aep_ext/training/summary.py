@@ -261,7 +261,13 @@ def delivered(config: RunConfig, seeds: list[dict[str, Any]]) -> dict[str, Any]:
             notice = "no subset meets the constraints for every seed, so the published choice is delivered"
         if config.objective == "gated" and part["gated"]:
             notice = "no gates keep the budget, so the published choice is delivered"  # why is among the notices
-    chosen = part[kind].get("selection")  # of a gated network it is its calibration
+    chosen = part[kind].get("selection")
+    if kind == "gated":
+        found = part["gated"]["calibration"]
+        chosen = {
+            **{"objective": "gated", "budget": found["budget"], "reference": config.reference, "exits": exits},
+            **{name: found[name] for name in ("drop_points", "interval", "mean_cost", "data")},
+        }
     return {"seed": seed, "method": name, "kind": kind, "exits": exits, "notice": notice, "selection": chosen}
 
 

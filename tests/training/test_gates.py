@@ -75,6 +75,10 @@ def test_the_gates_keep_the_margin_at_less_cost(finished: Finished) -> None:
     asked = results["calibration"]
     assert asked["budget"] == {"kind": "accuracy", "points": 8.0} and asked["reference"] == "baseline"
     assert (asked["images"], asked["samples"]) == ("calibration", 597) and results["test_looks"] == 1
+    chosen, said = results["delivered"], results["delivered"]["selection"]
+    assert chosen["kind"] == said["objective"] == "gated" and said["exits"] == chosen["exits"]
+    assert said["budget"]["points"] == 8.0 and said["data"]["n"] == 597
+    assert (said["data"]["subsets"], said["data"]["screened"], said["data"]["cross_validated"]) == (15, 15, 15)
 
 
 def test_figures_are_those_of_the_stored_logits(finished: Finished) -> None:
