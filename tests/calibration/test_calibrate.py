@@ -179,10 +179,10 @@ def test_exits_keep_the_numbers_of_the_network(logits):
 
 def test_what_was_left_out_is_said(logits, monkeypatch):
     monkeypatch.setattr(selection, "CROSS_VALIDATED", 2)
-    result = calibrate(logits.select(torch.arange(100)), costs=MACS, budget=2.0, folds=2)
+    result = calibrate(logits.select(torch.arange(40)), costs=MACS, budget=2.0, folds=2)
     assert (result.data["subsets"], result.data["screened"], result.data["cross_validated"]) == (7, 7, 2)
     assert "2 subsets of the exits cross-validated of 7 tried of 7" in str(result)
-    given = calibrate(logits.select(torch.arange(100)), costs=MACS, budget=2.0, folds=2, exits=[0, 2])
+    given = calibrate(logits.select(torch.arange(40)), costs=MACS, budget=2.0, folds=2, exits=[0, 2])
     assert given.data["screened"] == 1 and "cross-validated of" not in str(given)
 
 
