@@ -176,8 +176,8 @@ def subsets(results: dict[str, Any], method: str) -> Figure:
     choices = [part["selected"]["selection"] for part in _selected(results, method)]
     for choice in choices:
         ring: dict[str, Any] = {"s": 190, "facecolor": "none", "edgecolor": ORANGE, "linewidth": 1.8, "zorder": 5}
-        label = f"chosen: {choice['objective']}"
-        axis.scatter(choice["macs"] / size, 100 * mean_top1[tuple(choice["exits"])], label=label, **ring)
+        name = f"chosen: {choice['objective']}"
+        axis.scatter(choice["macs"] / size, 100 * mean_top1[tuple(choice["exits"])], label=name, **ring)
         line: dict[str, Any] = {
             "color": ORANGE,
             "linewidth": 1.0,

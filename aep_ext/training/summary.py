@@ -110,10 +110,11 @@ def selected(
     scores, single = _scores(predictions, "val", part), baseline["full"]
     costs = SubsetCosts((single["parameters"],), (single["macs"],))
     logits, labels = (baseline_predictions[f"val_{what}"] for what in ("logits", "labels"))
-    reference = score_logits(logits, [1.0], labels, costs=costs, keep_correct=True, split="val")
+    last = scores.num_exits - 1
+    reference = score_logits(logits, [1.0], labels, costs=costs, exit_ids=[last], keep_correct=True, split="val")
     timed = SubsetScores.from_dict(part["scores"]).latency
     if timed:  # the last exit alone is the single-exit network
-        alone = timed[(1 << scores.num_exits - 1) - 1]
+        alone = timed[(1 << last) - 1]
         scores, reference = replace(scores, latency=timed), replace(reference, latency=(alone,))
     chosen = scores.best(config.objective, constraints=config.constraints, reference=reference)
     on_test = _scores(predictions, "test", part)[chosen.mask]

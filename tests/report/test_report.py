@@ -196,6 +196,7 @@ def test_the_front_the_constraints_and_the_chosen_subset_are_drawn() -> None:
     choice = {"objective": "macs", "exits": [1], "macs": row["macs"], "limits": {"top1": 0.68, "macs": 12e6}}
     results["seeds"][0]["methods"]["mixed"]["selected"] = {"exits": [1], "selection": choice}
     axis = subsets(results, "mixed").axes[0]
+    assert axis.get_xlabel() == "multiply-adds (M)"
     lines = {line.get_label(): line for line in axis.lines}
     front = [(one["macs"] / 1e6, 100 * one["top1"]["mean"]) for one in method["subsets"] if one["front"]]
     assert lines["Pareto front"].get_xydata().tolist() == [list(point) for point in sorted(front)]

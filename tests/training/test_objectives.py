@@ -39,6 +39,7 @@ def test_the_cheapest_subset_inside_constraints(tmp_path: Path) -> None:
     assert chosen["macs"] == min(one.macs for one in inside) < single["macs"]
     assert chosen["limits"] == {"top1": pytest.approx(single["val"]["top1"] - 0.3), "macs": 0.9 * single["macs"]}
     assert (chosen["split"], chosen["images"], chosen["exhaustive"]) == ("val", single["val"]["n"], True)
+    assert chosen["reference"]["exits"] == [3] and chosen["reference"]["top1"] == single["val"]["top1"]
     # What is delivered says how it was chosen.
     net = load(tmp_path / "run")
     assert list(net.exit_ids) == chosen["exits"] == results["delivered"]["exits"] and net.selection == chosen
