@@ -27,6 +27,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 def test_the_cheapest_subset_inside_constraints(tmp_path: Path) -> None:
     asked = {"objective": "macs", "constraints": ("top1=-30", "macs=90%"), "terminate": False}
     results = run({**TINY, **asked, "output": str(tmp_path / "run")})
