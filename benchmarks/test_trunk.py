@@ -50,7 +50,7 @@ def _network(name: str, pixels: int) -> MultiExitNet:
     models = pytest.importorskip("torchvision.models", reason="the networks are torchvision's")
     if name == "efficientnet_b0":
         model = models.efficientnet_b0(weights=None, num_classes=CLASSES)
-        net = anticipate(model, exits=4, example=(3, pixels, pixels))
+        net = anticipate(model, exits=4, placement="stages", example=(3, pixels, pixels))
     else:
         net = networks.build(name, CLASSES)
     generator = torch.Generator().manual_seed(1)

@@ -40,7 +40,7 @@ def aep_resnet18(pretrained: bool = False, img_size: int = 32, smooth: bool = Fa
     backbone = timm.create_model("resnet18", **kwargs)
     if smooth:
         backbone.maxpool = nn.AvgPool2d(3, stride=2, padding=1)
-    net = anticipate(backbone, exits=EXITS, example=(kwargs.get("in_chans", 3), img_size, img_size))
+    net = anticipate(backbone, exits=EXITS, placement="stages", example=(kwargs.get("in_chans", 3), img_size, img_size))
     net.pretrained_cfg = backbone.pretrained_cfg  # from here scripts take the images' mean and deviation
     return net
 

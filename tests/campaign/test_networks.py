@@ -218,6 +218,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
         "- *Refused*: `anticipate` raises a `ValueError` of one line, which is given.",
         "- *Convolutional*: at least half of the multiply-adds are convolutions', or nothing but convolutions mixes "
         "positions.",
+        "- *Exits*: four at most. Rows from before exits were placed by cost have one for each stage that was found.",
         "- *Seconds* of one core, for all of it.",
         "",
         f"Of {len(convolutional)} convolutional networks {passed} pass, of {len(rows) - len(convolutional)} others "

@@ -59,7 +59,7 @@ def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("command", ["", "run", "calibrate", "predict", "bench", "report", "info"])
+@pytest.mark.parametrize("command", ["", "run", "calibrate", "accelerate", "predict", "bench", "report", "info"])
 def test_help_is_written_for_users(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(command, capsys)
     assert not re.search(r"None|True|False|SUPPRESS|default: [(\['\"]|\(default\)", text), text

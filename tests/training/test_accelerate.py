@@ -139,6 +139,26 @@ def test_the_last_exit_answers_bit_for_bit_as_the_model(models: dict[str, nn.Mod
     assert torch.equal(gated(x).logits, own) and bool((gated(x).exit == last).all())
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", pytest.param("vgg11", marks=pytest.mark.slow)])
+def test_torchvisions_networks_keep_their_answers(name: str) -> None:
+    torchvision = pytest.importorskip("torchvision", reason="the networks are torchvision's")
+    model = torchvision.models.get_model(name, weights=None, num_classes=CLASSES)
+    data = [(images(n, seed)[0].repeat(1, 3, 2, 2), images(n, seed)[1]) for n, seed in ((40, 0), (40, 1))]
+    model.train()(data[0][0])  # BatchNorm statistics other than the initial ones
+    model.eval()
+    gated, report = quick(model, train_loader=data[:1], calibration_loader=data[1:], epochs=1, exits=2, budget=100.0)
+    x = data[1][0][:6]
+    with torch.no_grad():
+        for enabled in (True, False):
+            gated.enabled.fill_(enabled)
+            found = [gated(x[row : row + 1]) for row in range(6)]
+            for row, answer in enumerate(found):
+                if answer.exit == gated.num_exits - 1:
+                    assert torch.equal(answer.logits, model(x[row : row + 1]))
+        assert torch.equal(gated(x).logits, model(x)) and gated.policy.last_alone
+    assert len(report.heads) == 1
+
+
 def test_features_are_the_same_where_they_are_computed_anew(models: dict[str, nn.Module]) -> None:
     gated, report = quick(models["plain"], cache_bytes=0, epochs=2, exits=3, head=["conv@8", "linear"])
     assert not report.cached and report.heads == ("conv@8", "linear") and report.train_images == 240
