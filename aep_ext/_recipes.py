@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -224,6 +224,9 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
+RECIPES["best"] = replace(
+    RECIPES["cifar"], name="best", description="Every technique that pays; its optimisation is that of cifar."
+)
 
 
 def recipe_named(name: str) -> Recipe:

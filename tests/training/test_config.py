@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("lightning", reason="the training needs lightning")
 
-from aep_ext.training import RECIPES, RunConfig, UserError
+from aep_ext.training import METHODS, RECIPES, RunConfig, UserError
 from aep_ext.training.folder import RunFolder, begin, open_run
 
 
@@ -23,7 +23,7 @@ def test_recipe_fills_in_what_is_not_given() -> None:
     assert config.resolved() == config and RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.training() == replace(RECIPES["paper"], epochs=3)
     assert [RunConfig(recipe=name).resolved().network for name in RECIPES] == [
-        "resnet_cifar" if name == "cifar" else "resnet_small" for name in RECIPES
+        "resnet_cifar" if name in ("cifar", "best") else "resnet_small" for name in RECIPES
     ]
     assert RunConfig(recipe="cifar", network="resnet50").resolved().network == "resnet50"
     assert RunConfig(recipe="cifar", augment=()).resolved().training().augment == ()
@@ -37,6 +37,7 @@ def test_the_paper_s_protocol() -> None:
     assert (paper.patience, paper.seed, paper.weight_decay, paper.image_size) == (12, 420, 0.0, 64)
     assert (paper.schedule, paper.augment, paper.label_smoothing, paper.ema) == ("constant", (), 0.0, 0.0)
     assert (paper.channels_last, paper.precision) == (False, "32-true")
+    assert all(recipe.method in METHODS for recipe in RECIPES.values()) and RECIPES["best"].method == "best"
     assert all(recipe.description and recipe.name == name for name, recipe in RECIPES.items())
 
 

@@ -249,6 +249,7 @@ def test_mixup_and_a_transform_reach_the_loss() -> None:
         plain.validation_step((x, soft), 0)
 
 
+@pytest.mark.slow
 def test_a_transform_of_every_image_under_resume(tmp_path: Path, equal_weights: Any) -> None:
     """Whether the loader calls it, its workers, or fit."""
 
