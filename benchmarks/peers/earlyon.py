@@ -296,7 +296,7 @@ def compare_run(
     module = ImageDataModule.of_config(config)
     datasets = [module.dataset(split) for split in ("val", "test")]
     val, test = (dataset.__getitems__(list(range(len(dataset)))) for dataset in datasets)
-    method, seeds, rows = (config.methods or ())[0], [], []
+    method, seeds, rows = config.methods[0], [], []
     for seed in config.seeds or ():
         began = time.monotonic()
         net = load(folder.model(seed, method) / "full").eval()
