@@ -78,6 +78,38 @@ def loss_flat(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     return weights @ losses.view(exits, rows).mean(1)
 
 
+def terms_naive(
+    logits: Tensor, target: Tensor, weights: Tensor, distillation: float = 0.2, temperature: float = 3.0
+) -> Tensor:
+    """Exits, prefix ensembles and distillation, exit by exit; the weights serve as a, b and c."""
+    prefixes, running = [], 0
+    for e, (w, x) in enumerate(zip(weights, logits, strict=True)):
+        running = running + w * x
+        prefixes.append(running / weights[: e + 1].sum())
+    teacher = F.softmax(_wide(prefixes[-1].detach()) / temperature, -1)
+    loss = 0
+    for w, x, prefix in zip(weights, map(_wide, logits), map(_wide, prefixes), strict=True):
+        loss = loss + w * (F.cross_entropy(x, target) + F.cross_entropy(prefix, target))
+        divergence = F.kl_div(F.log_softmax(x / temperature, -1), teacher, reduction="batchmean")
+        loss = loss + distillation * temperature**2 * divergence
+    return loss
+
+
+def terms_flat(
+    logits: Tensor, target: Tensor, weights: Tensor, distillation: float = 0.2, temperature: float = 3.0
+) -> Tensor:
+    """The same in few operators: prefixes by one product, one log-sum-exp for all exits."""
+    exits, rows, _ = logits.shape
+    shares = torch.tril(weights.expand(exits, exits))
+    prefixes = ((shares / shares.sum(1, keepdim=True)) @ logits.flatten(1)).view_as(logits)
+    loss = loss_flat(_wide(logits), target, _wide(weights)) + loss_flat(_wide(prefixes), target, _wide(weights))
+    teacher = F.softmax(_wide(prefixes[-1].detach()) / temperature, -1)
+    scaled = _wide(logits) / temperature
+    own = torch.logsumexp(scaled, -1) - (scaled * teacher).sum(-1)
+    divergence = own.sum() + exits * torch.special.xlogy(teacher, teacher).sum()
+    return loss + distillation * temperature**2 * divergence / rows
+
+
 def subsets_published(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
     """The loop over the subsets: each one's ensemble is added up anew and its top-5 compared with the labels."""
     exits, _, classes = logits.shape

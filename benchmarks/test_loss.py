@@ -1,6 +1,8 @@
-"""The joint loss, forward and backward, in its memory modes."""
+"""The losses of (E, N, K) logits, forward and backward: cross entropies in their memory modes, and with all terms."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -41,15 +43,17 @@ def fused_loss(variant: str) -> Function:
     return loss
 
 
+def arguments(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits that want a gradient, target and weights."""
+    logits, weights, target = make_logits(case, device)
+    return logits.requires_grad_(), target, weights
+
+
 def joint_cross_entropy(case: Case, device: str) -> Comparison:
     """Loss and gradient of logits (E, N, K). ``in_place`` overwrites its logits, so it works on copies of its own."""
     exits, rows, classes = case.size
     values = [(e + 1) / sum(range(1, exits + 1)) for e in range(exits)]
     step, copies = with_gradient(fused_loss(case.variant)), {}
-
-    def make() -> tuple[Tensor, Tensor, Tensor]:
-        logits, weights, target = make_logits(case, device)
-        return logits.requires_grad_(), target, weights
 
     def on_a_copy(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         # Overwritten logits (by now gradients) cost what logits cost: the time depends on no value. The first call,
@@ -73,7 +77,7 @@ def joint_cross_entropy(case: Case, device: str) -> Comparison:
             "summed": with_gradient(lambda logits, target, _: baselines.loss_summed(logits, target, values)),
             "flat": with_gradient(baselines.loss_flat),
         },
-        make=make,
+        make=lambda: arguments(case, device),
         reference=with_gradient(lambda *arguments: reference.joint_cross_entropy(*arguments).loss),
         compiled=baselines.loss_flat,
         around=with_gradient,
@@ -110,3 +114,34 @@ def test_joint_cross_entropy(paired_timing, case):
             held = peak(lambda loss=loss: loss(*arguments)).held  # what the backward needs
             info[f"held_over_logits{name}"] = held / size
     paired_timing(comparison)
+
+
+def multi_exit_loss(case: Case, device: str) -> Comparison:
+    """Loss and gradient with prefixes and distillation; the weights serve as a, b and c."""
+
+    def of(function: Function) -> Function:
+        return with_gradient(lambda x, y, w: function(x, y, w, w, w, distillation=0.2, temperature=3.0).loss)
+
+    return Comparison(
+        fused=of(ops.multi_exit_loss),
+        baselines={"naive": with_gradient(baselines.terms_naive), "flat": with_gradient(baselines.terms_flat)},
+        make=lambda: arguments(case, device),
+        reference=of(reference.multi_exit_loss),
+        compiled=baselines.terms_flat,
+        around=with_gradient,
+        comparable=lambda result: (result[0].float(), result[1] * case.size[1]),
+        bytes_moved=3 * math.prod(case.size) * case.torch_dtype.itemsize,
+        **case.tolerance,
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases(
+        [(4, 64, 10), (4, 256, 100), (4, 256, 1000), (7, 256, 200)],
+        goal=("4x256x100", "4x256x1000", "7x256x200"),
+        quick=("4x64x10", "4x256x100", "4x256x100-bfloat16"),
+    ),
+)
+def test_multi_exit_loss(paired_timing, case):
+    paired_timing(multi_exit_loss(case, "cpu"))

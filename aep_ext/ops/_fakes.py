@@ -55,7 +55,7 @@ def _losses(like: Tensor, exits: int) -> tuple[Tensor, Tensor]:
     return like.new_empty((), dtype=dtype), like.new_empty(exits, dtype=dtype)
 
 
-def _joint_cross_entropy(
+def _multi_exit_loss_(
     exit_logits: Tensor,
     target: Tensor,
     exit_weights: Tensor,
@@ -63,27 +63,36 @@ def _joint_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-) -> tuple[Tensor, Tensor, Tensor]:
+    prefix_weights: Tensor | None = None,
+    output_weights: Tensor | None = None,
+    distillation: float = 0.0,
+    *others: Any,
+) -> tuple[Tensor, ...]:
     exits, rows, _ = exit_logits.shape
-    losses = _losses(exit_logits, exits)
+    loss, exit_losses = _losses(exit_logits, exits)
     if reduction == "none":
-        losses = losses[0].new_empty(rows), losses[0].new_empty(exits, rows)
-    return (*losses, losses[0].new_empty(2 * exits * rows + 1))
+        loss, exit_losses = loss.new_empty(rows), loss.new_empty(exits, rows)
+    absent = {1: prefix_weights is None, 2: not distillation > 0}
+    return loss, exit_losses, *(loss.new_empty(0 if absent[i] else exit_losses.shape) for i in (1, 2))
 
 
-def _joint_cross_entropy_backward(exit_logits: Tensor, *others: Any) -> Tensor:
+def _multi_exit_loss(exit_logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    losses = _multi_exit_loss_(exit_logits, *others)
+    exits, rows, _ = exit_logits.shape
+    terms = any(term.dim() == losses[1].dim() and term.shape[0] > 0 for term in losses[2:])
+    # csrc/kernels/params.h, and the two divisors of the mean.
+    return *losses, losses[0].new_empty(((5 * exits + 1) * rows if terms else 2 * exits * rows) + 2)
+
+
+def _multi_exit_loss_backward(exit_logits: Tensor, *others: Any) -> Tensor:
     return exit_logits.new_empty(exit_logits.shape)
 
 
-def _joint_cross_entropy_with_grad(exit_logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return (*_losses(exit_logits, exit_logits.shape[0]), exit_logits.new_empty(exit_logits.shape))
+def _multi_exit_loss_with_grad(exit_logits: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return *_multi_exit_loss_(exit_logits, *others), exit_logits.new_empty(exit_logits.shape)
 
 
-def _joint_cross_entropy_(exit_logits: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _losses(exit_logits, exit_logits.shape[0])
-
-
-def _joint_cross_entropy_scale_(*arguments: Any) -> None:
+def _multi_exit_loss_scale_(*arguments: Any) -> None:
     return None
 
 
@@ -148,11 +157,11 @@ def register() -> None:
         _ensemble_backward_logits,
         _ensemble_backward_weights,
         _ensemble_stats,
-        _joint_cross_entropy,
-        _joint_cross_entropy_backward,
-        _joint_cross_entropy_with_grad,
-        _joint_cross_entropy_,
-        _joint_cross_entropy_scale_,
+        _multi_exit_loss,
+        _multi_exit_loss_backward,
+        _multi_exit_loss_with_grad,
+        _multi_exit_loss_,
+        _multi_exit_loss_scale_,
         _linear_joint_cross_entropy,
         _linear_joint_cross_entropy_with_grad,
         _subset_correct,

@@ -20,9 +20,9 @@ if _load.extension is not None:
     multi_exit_linear_head = torch.ops.aep.multi_exit_linear_head.default
     ensemble = torch.ops.aep.ensemble.default
     ensemble_stats = torch.ops.aep.ensemble_stats.default
-    joint_cross_entropy = torch.ops.aep.joint_cross_entropy.default
-    joint_cross_entropy_with_grad = torch.ops.aep.joint_cross_entropy_with_grad.default
-    joint_cross_entropy_ = torch.ops.aep.joint_cross_entropy_.default
+    multi_exit_loss = torch.ops.aep.multi_exit_loss.default
+    multi_exit_loss_with_grad = torch.ops.aep.multi_exit_loss_with_grad.default
+    multi_exit_loss_ = torch.ops.aep.multi_exit_loss_.default
     linear_joint_cross_entropy = torch.ops.aep.linear_joint_cross_entropy.default
     subset_correct = torch.ops.aep.subset_correct.default
     gate = torch.ops.aep.gate.default

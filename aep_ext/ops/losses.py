@@ -72,31 +72,19 @@ def joint_cross_entropy(
         exit_losses = torch.stack([F.cross_entropy(x.float(), target, class_weight, ...) for x in exit_logits])
         loss = (exit_weights[:, None] * exit_losses).sum(0)  # without [:, None] unless reduction is "none"
     """
-    op = "joint_cross_entropy"
-    if memory != "recompute":
-        _checks.choice(op, "memory", memory, MEMORY_MODES)
-        if reduction == "none":
-            raise ValueError(f"aep::{op}: memory='{memory}' needs reduction 'mean' or 'sum', got 'none'")
-        if not (isinstance(exit_logits, Tensor) and torch.is_grad_enabled() and exit_logits.requires_grad):
-            memory = "recompute"  # no gradient to form
-        elif memory == "in_place" and torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"aep::{op}: memory must be 'recompute' or 'in_forward' under torch.compile, got 'in_place'"
-            )
-    arguments = (exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction)
-    if use_native(exit_logits, target, exit_weights, exit_logits if class_weight is None else class_weight):
-        if memory == "recompute":
-            loss, exit_losses, _ = _native.joint_cross_entropy(*arguments)
-        elif memory == "in_forward":
-            loss, exit_losses, _ = _native.joint_cross_entropy_with_grad(*arguments)
-        else:
-            loss, exit_losses = _native.joint_cross_entropy_(*arguments)
-        return JointLoss(loss, exit_losses)
-    _, rows, classes = _checks.weighted_exits(op, exit_logits, "exit_weights", exit_weights)
-    _checks.choice(op, "reduction", reduction, ("none", "mean", "sum"))
-    _check_options(op, target, (rows, classes), exit_logits.device, class_weight, label_smoothing, ignore_index)
-    loss, exit_losses = reference.joint_cross_entropy(*arguments)
-    return JointLoss(loss, exit_losses if memory == "recompute" else exit_losses.detach())
+    options = (
+        class_weight,
+        label_smoothing,
+        ignore_index,
+        reduction,
+        None,
+        None,
+        0.0,
+        1.0,
+        False,
+        "joint_cross_entropy",
+    )
+    return JointLoss(*_loss(memory, exit_logits, target, exit_weights, *options)[:2])
 
 
 def multi_exit_loss(
@@ -156,19 +144,61 @@ def multi_exit_loss(
     Source: joint loss: arXiv 2301.12168, section 3.2. Prefix ensembles trained for what they answer: the idea of
     BoostNet (arXiv 2211.16726). Distillation: KL with T^2 as in arXiv 1503.02531, from the ensemble of exits.
     """
-    op = "multi_exit_loss"
+    ensemble = (prefix_weights, output_weights, distillation, temperature, detach_prefix)
+    options = (class_weight, label_smoothing, ignore_index, reduction, *ensemble, "multi_exit_loss")
+    result = _loss(memory, exit_logits, target, exit_weights, *options)
+    exit_losses = result[1]
+    # What was not asked for is empty.
+    found = (term if term.shape == exit_losses.shape else torch.zeros_like(exit_losses) for term in result[2:4])
+    return MultiExitLoss(*result[:2], *found)
+
+
+def _loss(
+    memory: str,
+    exit_logits: Tensor,
+    target: Tensor,
+    exit_weights: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    prefix_weights: Tensor | None,
+    output_weights: Tensor | None,
+    distillation: float,
+    temperature: float,
+    detach_prefix: bool,
+    op: str,
+) -> Sequence[Tensor]:
+    """Loss, exit losses, prefix losses and distillation losses of ``op``; those not asked for may be empty."""
+    if memory != "recompute":
+        _checks.choice(op, "memory", memory, MEMORY_MODES)
+        if reduction == "none":
+            raise ValueError(f"aep::{op}: memory='{memory}' needs reduction 'mean' or 'sum', got 'none'")
+        if not (isinstance(exit_logits, Tensor) and torch.is_grad_enabled() and exit_logits.requires_grad):
+            memory = "recompute"  # no gradient to form
+        elif memory == "in_place" and torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"aep::{op}: memory must be 'recompute' or 'in_forward' under torch.compile, got 'in_place'"
+            )
+    options = (class_weight, label_smoothing, ignore_index, reduction)
+    ensemble = (prefix_weights, output_weights, distillation, temperature, detach_prefix)
+    given = [t for t in (class_weight, prefix_weights, output_weights) if t is not None]
+    if use_native(exit_logits, target, exit_weights, *given):
+        if memory == "recompute":
+            return _native.multi_exit_loss(exit_logits, target, exit_weights, *options, *ensemble, op)
+        if memory == "in_forward":
+            return _native.multi_exit_loss_with_grad(exit_logits, target, exit_weights, *options, *ensemble, op)
+        return _native.multi_exit_loss_(exit_logits, target, exit_weights, *options, *ensemble, op)
     _, rows, classes = _checks.weighted_exits(op, exit_logits, "exit_weights", exit_weights)
     for name, weights in (("prefix_weights", prefix_weights), ("output_weights", output_weights)):
         if weights is not None:
             _checks.weighted_exits(op, exit_logits, name, weights)
     _without_gradient(op, "output_weights", output_weights)
-    _checks.number(op, "temperature", temperature, exit_logits.device, positive=True)
+    _checks.number(op, "distillation", distillation, exit_logits.device)
     if not 0.0 <= distillation < math.inf:
         raise ValueError(f"aep::{op}: distillation must be finite and at least 0, got {distillation:g}")
-    _checks.choice(op, "memory", memory, MEMORY_MODES)
+    _checks.number(op, "temperature", temperature, exit_logits.device, positive=True)
     _checks.choice(op, "reduction", reduction, ("none", "mean", "sum"))
-    if memory != "recompute" and reduction == "none":
-        raise ValueError(f"aep::{op}: memory='{memory}' needs reduction 'mean' or 'sum', got 'none'")
     _check_options(op, target, (rows, classes), exit_logits.device, class_weight, label_smoothing, ignore_index)
     result = reference.multi_exit_loss(
         exit_logits,
@@ -184,7 +214,7 @@ def multi_exit_loss(
         ignore_index=ignore_index,
         reduction=reduction,
     )
-    return result if memory == "recompute" else MultiExitLoss(result.loss, *(t.detach() for t in result[1:]))
+    return result if memory == "recompute" else (result.loss, *(term.detach() for term in result[1:]))
 
 
 def linear_joint_cross_entropy(

@@ -2,8 +2,8 @@
 //
 // Interface changes after the first version are announced here:
 //   SmallLinearParams and GateOneParams: new. GateParams::last: new, set it to false for what was.
-//   joint_cross_entropy's row losses may come without the log-sum-exp; its backward forms the rows' coefficients itself
-//   (LossCoefficients); JointCrossEntropyGradParams and LossGradScaleParams are new.
+//   MultiExitLoss*Params: for JointCrossEntropy*Params, whose loss is the one without prefixes and distillation. The items
+//   of its kernels are samples, no longer rows; the backward is the gradient without row losses.
 //   EnsembleBackwardParams::partials: ensemble_backward_partials() says how large, for both backends.
 //
 // Conventions, for every struct:
@@ -99,40 +99,50 @@ struct EnsembleStatsParams {
   int64_t* argmax;                 // (N)
 };
 
-// row_losses[e, n] = (1 - s) * w[y] * (lse - x_y) + s / K * sum_c w[c] * (lse - x_c); 0 where target == ignore_index.
-// On CUDA a label out of range (and not ignored) gives a NaN row loss; on the CPU check with find_bad_label() first.
-struct JointCrossEntropyParams {
-  const void* logits;        // dtype (E, N, K), any strides
-  const int64_t* target;     // (N), any stride
-  const void* class_weight;  // acc (K), or null for ones
-  void* row_losses;          // acc (E, N)
-  // For the backward, or both null; written for every row, ignored ones too. Apart, since their sum max + log(sum) would
-  // round the logarithm away where the logits are large.
-  void* row_max;  // acc (E, N): the largest logit
-  void* row_sum;  // acc (E, N): the sum of exp(x - row_max); NaN where the softmax is
+// The losses of every sample, with lse(x) = log(sum_k exp(x[k])) and t[k] = w[k] * ((1 - s) * q[k] + s / K), where q is the
+// one-hot form of target[n], or probabilities[n]:
+//   row_losses[0][e, n] = sum_k t[k] * (lse(O_e) - O_e[k]), the cross entropy of the exit's logits O_e;
+//   row_losses[1][e, n] = the same of R_e = sum_{j <= e} b_j O_j / sum_{j <= e} b_j; with `prefixes`;
+//   row_losses[2][e, n] = KL(softmax(R_{E-1} / T) || softmax(O_e / T)); with `distillation`;
+// all 0 where target == ignore_index. On CUDA a label out of range (and not ignored) gives NaN; on the CPU check with
+// find_bad_label() first.
+struct MultiExitLossParams {
+  const void* logits;          // dtype (E, N, K), any strides
+  const int64_t* target;       // (N), any stride; or null
+  const void* probabilities;   // acc (N, K), class stride 1; read where target is null
+  const void* class_weight;    // acc (K): w; or null for ones
+  const void* output_weights;  // acc (E): b; or null for ones
+  void* row_losses[3];         // acc (E, N) each; null where not asked for
+  void* kept;  // acc, multi_exit_loss_kept() values, for the backward; or null. Nothing of use for rows without a gradient
   DType dtype;
   int64_t E, N, K;
   int64_t stride_e, stride_n, stride_k;
-  int64_t target_stride;
+  int64_t target_stride;  // of the samples' targets or probabilities
   int64_t ignore_index;
-  double label_smoothing;
+  double label_smoothing, temperature;
+  bool prefixes, distillation, detach_prefix;
 };
+// (E, N) each: what is subtracted from the exits' logits and the sums of the exponentials then (apart, since their sum
+// shift + log(sum) would round the logarithm away where logits are large); with prefixes or distillation also both for
+// the prefixes, and the sums for O_e / T; and (N), that for R_{E-1} / T.
+constexpr int64_t multi_exit_loss_kept(int64_t E, int64_t N, bool terms) { return terms ? (5 * E + 1) * N : 2 * E * N; }
 
 enum class Reduction : int32_t { none = 0, mean = 1, sum = 2 };
 
-// From row losses to the returned losses, in a fixed order of additions.
-//   none: loss (N) = sum_e a_e * row_losses[e, n]; exit_losses is not written (it IS row_losses).
-//   sum:  exit_losses[e] = sum_n row_losses[e, n]; loss = sum_e a_e * exit_losses[e]
-//   mean: the same divided by `denominator` = sum of w[y_n] over the rows that are not ignored (NaN where that
-//   sum is 0).
-struct JointCrossEntropyReduceParams {
-  const void* row_losses;    // acc (E, N)
-  const void* exit_weights;  // acc (E)
-  const int64_t* target;     // (N), any stride
-  const void* class_weight;  // acc (K), or null
-  void* loss;                // acc: (N) for none, else one value
-  void* exit_losses;         // acc (E); null for none
-  void* denominator;         // acc, one value: the divisor (1 for none and sum)
+// From row losses to the returned losses, in a fixed order of additions. Terms i without row_losses[i] are left out.
+//   none: loss (N) = sum over terms and exits of weight * row loss; losses are not written (they ARE the row losses).
+//   sum:  losses[i][e] = sum_n row_losses[i][e, n]; loss = sum of weight * losses[i][e]
+//   mean: the same, with terms 0 and 1 divided by divisors[0] = sum of w[y_n] over the rows that are not ignored (NaN
+//   where that sum is 0), or N for probabilities, and term 2 by divisors[1] = the number of rows that are not ignored.
+struct MultiExitLossReduceParams {
+  const void* row_losses[3];  // acc (E, N) each
+  const void* weights[3];     // acc (E) each; null: `weight` for every exit
+  double weight;
+  const int64_t* target;      // (N), any stride; null: probabilities
+  const void* class_weight;   // acc (K), or null
+  void* loss;                 // acc: (N) for none, else one value
+  void* losses[3];            // acc (E) each; not read for none
+  void* divisors;             // acc, two values (1 for none and sum); or null
   DType dtype;
   Reduction reduction;
   int64_t E, N, K;
@@ -141,41 +151,27 @@ struct JointCrossEntropyReduceParams {
 };
 
 // What one unit of each row's loss adds to the final scalar:
-//   c[e, n] = (exit_weights[e] * grad_loss[n] + grad_exit_losses[e, n]) / denominator * factor
+//   c[e, n] = (weights[e] * grad_loss[n] + grad_losses[e, n]) / denominator * factor
 struct LossCoefficients {
-  const void* exit_weights;      // acc (E); null: the first term is absent
-  const void* grad_loss;         // acc, stride loss_stride_n (0: one value for all rows); null: 1
-  const void* grad_exit_losses;  // acc, strides exit_stride_e and exit_stride_n (0: one value an exit); null: 0
-  const void* denominator;       // acc, one value; null: 1
+  const void* weights;      // acc (E); null: `weight` for every exit
+  double weight;
+  const void* grad_loss;    // acc, stride loss_stride_n (0: one value for all rows); null: 1
+  const void* grad_losses;  // acc, strides stride_e and stride_n (0: one value an exit); null: 0
+  const void* denominator;  // acc, one value; null: 1
   int64_t loss_stride_n;
-  int64_t exit_stride_e, exit_stride_n;
+  int64_t stride_e, stride_n;
   double factor;
 };
 
-// grad_logits[e, n, k] = c[e, n] * ((1 - s) * w[y] * (p_k - [k == y]) + s / K * (W * p_k - w[k])), p = exp(x -
-// row_max) / row_sum, W = sum w; exactly 0 in ignored rows, whatever the coefficient; on CUDA also 0 in rows whose label is
-// out of range.
-struct JointCrossEntropyBackwardParams {
-  const void* logits;        // dtype (E, N, K), any strides
-  const int64_t* target;     // (N), any stride
-  const void* class_weight;  // acc (K), or null
-  const void* row_max;       // acc (E, N), from the forward
-  const void* row_sum;       // acc (E, N), from the forward
-  LossCoefficients coefficients;
-  void* grad_logits;  // dtype (E, N, K), class stride 1; may be `logits` itself with the same strides (in place)
-  DType dtype;
-  int64_t E, N, K;
-  int64_t stride_e, stride_n, stride_k;
-  int64_t target_stride;
-  int64_t out_stride_e, out_stride_n;
-  int64_t ignore_index;
-  double label_smoothing;
-};
-
-// Row losses and gradient from one pass: JointCrossEntropyParams and, with its softmax, grad_logits as above.
-struct JointCrossEntropyGradParams {
-  JointCrossEntropyParams loss;
-  LossCoefficients coefficients;
+// The gradient of the row losses times their coefficients:
+//   grad_logits[e, n, :] = c0[e, n] * (W softmax(O_e) - t)
+//                          + b_e * sum_{j >= e} c1[j, n] / B_j * (W softmax(R_j) - t), j = e alone with detach_prefix
+//                          + c2[e, n] / T * (softmax(O_e / T) - softmax(R_{E-1} / T)),
+// W = sum_k t[k], B_j = sum_{i <= j} b_i; exactly 0 in ignored rows, whatever the coefficients; on CUDA also 0 in rows whose
+// label is out of range. With loss.row_losses: these too, in the same pass; without: from loss.kept.
+struct MultiExitLossGradParams {
+  MultiExitLossParams loss;
+  LossCoefficients coefficients[3];
   void* grad_logits;  // dtype (E, N, K), any strides; may be `logits` itself with the same strides (in place)
   int64_t out_stride_e, out_stride_n, out_stride_k;
 };

@@ -223,9 +223,15 @@ void check_scalar(const char* op, const char* name, const std::optional<Tensor>&
 }
 
 void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target,
-                const std::optional<Tensor>& class_weight, double label_smoothing) {
+                const std::optional<Tensor>& class_weight, double label_smoothing, bool probabilities) {
   is_exit_logits(op, exit_logits);
-  is_integers(op, {"target"}, target, {exit_logits.size(1)}, exit_logits.device());
+  if (probabilities && target.dim() == 2) {
+    floating(op, {"target"}, target);
+    has_shape(op, {"target"}, target, {exit_logits.size(1), exit_logits.size(2)});
+    on_device(op, {"target"}, target, exit_logits.device());
+  } else {
+    is_integers(op, {"target"}, target, {exit_logits.size(1)}, exit_logits.device());
+  }
   if (class_weight.has_value()) {
     check_vector(op, "class_weight", *class_weight, exit_logits.size(2), exit_logits.device());
   }
@@ -233,9 +239,9 @@ void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target,
                     ": label_smoothing must be within 0..1, got ", label_smoothing);
 }
 
-void check_reduction(std::string_view reduction) {
-  TORCH_CHECK_VALUE(reduction == "none" || reduction == "mean" || reduction == "sum",
-                    "aep::joint_cross_entropy: reduction must be 'none', 'mean' or 'sum', got '", reduction, "'");
+void check_reduction(const char* op, std::string_view reduction) {
+  TORCH_CHECK_VALUE(reduction == "none" || reduction == "mean" || reduction == "sum", "aep::", op,
+                    ": reduction must be 'none', 'mean' or 'sum', got '", reduction, "'");
 }
 
 void check_subsets(const Tensor& exit_logits, const Tensor& weights, const Tensor& target) {

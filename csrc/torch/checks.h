@@ -21,10 +21,11 @@ void check_head(at::TensorList features, at::TensorList weights, const Biases& b
 void check_ensemble(const char* op, const Tensor& exit_logits, const Tensor& weights);
 void check_scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, double value,
                   at::Device device, bool positive);
+// `probabilities`: whether the target may be (N, K) of them.
 void check_loss(const char* op, const Tensor& exit_logits, const Tensor& target,
-                const std::optional<Tensor>& class_weight, double label_smoothing);
+                const std::optional<Tensor>& class_weight, double label_smoothing, bool probabilities);
 void check_vector(const char* op, const char* name, const Tensor& vector, int64_t length, at::Device device);
-void check_reduction(std::string_view reduction);
+void check_reduction(const char* op, std::string_view reduction);
 void check_linear_loss(at::TensorList pooled, at::TensorList weights, const Biases& biases, const Tensor& target,
                        const Tensor& exit_weights, const std::optional<Tensor>& class_weight, double label_smoothing,
                        std::string_view reduction, std::optional<int64_t> chunk);

@@ -5,6 +5,11 @@
 // tensor's value is never read back.
 #include <torch/library.h>
 
+#define AEP_LOSS_SCHEMA                                                                                          \
+  "Tensor? class_weight=None, float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\", "         \
+  "Tensor? prefix_weights=None, Tensor? output_weights=None, float distillation=0.0, float temperature=3.0, "    \
+  "bool detach_prefix=False, str name=\"multi_exit_loss\""
+
 TORCH_LIBRARY(aep, m) {
   m.def("global_avg_pool(Tensor features) -> Tensor");
 
@@ -21,26 +26,21 @@ TORCH_LIBRARY(aep, m) {
       "Tensor? normalizer_tensor=None, Tensor? temperature_tensor=None) "
       "-> (Tensor logits, Tensor stats, Tensor argmax)");
 
-  // kept (2 * E * N + 1), for the backward: the rows' maxima, their sums of exponentials, the divisor of the mean.
+  // kept, for the backward: what kernels/params.h says, and the two divisors of the mean. `name`: the function that errors
+  // name; joint_cross_entropy is this one without prefixes and distillation. Losses that are not asked for are empty.
+  m.def("multi_exit_loss(Tensor exit_logits, Tensor target, Tensor exit_weights, " AEP_LOSS_SCHEMA
+        ") -> (Tensor loss, Tensor exit_losses, Tensor prefix_losses, Tensor distillation_losses, Tensor kept)");
   m.def(
-      "joint_cross_entropy(Tensor exit_logits, Tensor target, Tensor exit_weights, Tensor? class_weight=None, "
-      "float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "
-      "-> (Tensor loss, Tensor exit_losses, Tensor kept)");
-  m.def(
-      "joint_cross_entropy_backward(Tensor exit_logits, Tensor target, Tensor exit_weights, Tensor kept, "
-      "Tensor? grad_loss, Tensor? grad_exit_losses, Tensor? class_weight, float label_smoothing, int ignore_index, "
-      "str reduction) -> Tensor");
+      "multi_exit_loss_backward(Tensor exit_logits, Tensor target, Tensor exit_weights, Tensor kept, "
+      "Tensor? grad_loss, Tensor? grad_exit_losses, Tensor? grad_prefix_losses, Tensor? grad_distillation_losses, "
+      AEP_LOSS_SCHEMA ") -> Tensor");
   // The other memory modes: the gradient as a result, and in the place of the logits. Both hold it times
-  // held_factor (csrc/torch/loss_held.cpp), which joint_cross_entropy_scale_ divides by.
-  m.def(
-      "joint_cross_entropy_with_grad(Tensor exit_logits, Tensor target, Tensor exit_weights, "
-      "Tensor? class_weight=None, float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "
-      "-> (Tensor loss, Tensor exit_losses, Tensor grad_logits)");
-  m.def(
-      "joint_cross_entropy_(Tensor(a!) exit_logits, Tensor target, Tensor exit_weights, Tensor? class_weight=None, "
-      "float label_smoothing=0.0, int ignore_index=-100, str reduction=\"mean\") "
-      "-> (Tensor loss, Tensor exit_losses)");
-  m.def("joint_cross_entropy_scale_(Tensor(a!) grad_logits, Tensor scale, float divisor=1.0) -> ()");
+  // held_factor (csrc/torch/loss_held.cpp), which multi_exit_loss_scale_ divides by.
+  m.def("multi_exit_loss_with_grad(Tensor exit_logits, Tensor target, Tensor exit_weights, " AEP_LOSS_SCHEMA
+        ") -> (Tensor loss, Tensor exit_losses, Tensor prefix_losses, Tensor distillation_losses, Tensor grad_logits)");
+  m.def("multi_exit_loss_(Tensor(a!) exit_logits, Tensor target, Tensor exit_weights, " AEP_LOSS_SCHEMA
+        ") -> (Tensor loss, Tensor exit_losses, Tensor prefix_losses, Tensor distillation_losses)");
+  m.def("multi_exit_loss_scale_(Tensor(a!) grad_logits, Tensor scale, float divisor=1.0) -> ()");
 
   // The loss of linear exits, whose logits are formed `chunk` rows at a time (csrc/torch/linear_loss.cpp).
   m.def(

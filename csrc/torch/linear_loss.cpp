@@ -109,29 +109,29 @@ LinearLossResult linear_loss(const LinearLoss& a, const c10::List<bool>* wanted,
   const auto wide = like.options().dtype(accumulate_type(type));
   const int64_t wide_size = accumulate_type(type) == at::kDouble ? 8 : 4;
   const Tensor loss = at::empty({}, wide), exit_losses = at::empty({E}, wide), row_losses = at::empty({E, N}, wide);
-  const Tensor denominator = at::empty({}, wide), exit_weights = accumulated(a.exit_weights, type);
+  const Tensor divisors = at::empty({2}, wide), exit_weights = accumulated(a.exit_weights, type);
   Tensor class_weight;
   if (a.class_weight.has_value()) class_weight = accumulated(*a.class_weight, type);
 
-  kernels::JointCrossEntropyReduceParams reduce{};
-  reduce.row_losses = row_losses.const_data_ptr();
-  reduce.exit_weights = exit_weights.const_data_ptr();
+  kernels::MultiExitLossReduceParams reduce{};
+  reduce.row_losses[0] = row_losses.const_data_ptr();
+  reduce.weights[0] = exit_weights.const_data_ptr();
   reduce.target = a.target.const_data_ptr<int64_t>();
   reduce.class_weight = class_weight.defined() ? class_weight.const_data_ptr() : nullptr;
   reduce.loss = loss.mutable_data_ptr();
-  reduce.exit_losses = exit_losses.mutable_data_ptr();
-  reduce.denominator = denominator.mutable_data_ptr();
+  reduce.losses[0] = exit_losses.mutable_data_ptr();
+  reduce.divisors = divisors.mutable_data_ptr();
   reduce.dtype = kernel_type(type);
   reduce.reduction = a.reduction == "mean" ? kernels::Reduction::mean : kernels::Reduction::sum;
   reduce.E = E, reduce.N = N, reduce.K = K;
   reduce.target_stride = a.target.stride(0);
   reduce.ignore_index = a.ignore_index;
-  kernels.denominator(reduce);  // the gradient needs it before the losses are known
+  kernels.divisors(reduce);  // the gradient needs it before the losses are known
 
   const double factor = held_factor(type, N, a.reduction);
   const int64_t rows = chunk_rows(a, E, N, K, static_cast<int64_t>(like.element_size()));
   const Tensor buffer = fresh({std::min(rows, N), K}, type, like);
-  kernels::JointCrossEntropyGradParams q{};
+  kernels::MultiExitLossGradParams q{};
   auto& p = q.loss;
   p.logits = q.grad_logits = buffer.mutable_data_ptr();
   p.class_weight = reduce.class_weight;
@@ -143,8 +143,9 @@ LinearLossResult linear_loss(const LinearLoss& a, const c10::List<bool>* wanted,
   p.target_stride = reduce.target_stride;
   p.ignore_index = a.ignore_index;
   p.label_smoothing = a.label_smoothing;
-  q.coefficients.denominator = reduce.denominator;
-  q.coefficients.factor = factor;
+  p.temperature = 1;
+  q.coefficients[0].denominator = reduce.divisors;
+  q.coefficients[0].factor = factor;
 
   std::vector<ExitGradients> gradients(E);
   for (int64_t e = 0; e < E; ++e) {
@@ -160,7 +161,7 @@ LinearLossResult linear_loss(const LinearLoss& a, const c10::List<bool>* wanted,
       if (own.weight.defined()) own.weight.zero_();
       if (own.bias.defined()) own.bias.zero_();
     }
-    q.coefficients.exit_weights = static_cast<const char*>(exit_weights.const_data_ptr()) + e * wide_size;
+    q.coefficients[0].weights = static_cast<const char*>(exit_weights.const_data_ptr()) + e * wide_size;
     Accumulator accumulate(own, weight, factor);
     for (int64_t start = 0; start < N; start += rows) {
       const int64_t count = std::min(rows, N - start);
@@ -173,7 +174,7 @@ LinearLossResult linear_loss(const LinearLoss& a, const c10::List<bool>* wanted,
       }
       p.N = count;
       p.target = reduce.target + start * reduce.target_stride;
-      p.row_losses = static_cast<char*>(row_losses.mutable_data_ptr()) + (e * N + start) * wide_size;
+      p.row_losses[0] = static_cast<char*>(row_losses.mutable_data_ptr()) + (e * N + start) * wide_size;
       if (own.any()) {
         kernels.gradient(q);
         accumulate.add(logits, pooled, start, start == 0);

@@ -33,10 +33,10 @@ class LossKernels {
   virtual ~LossKernels() = default;
   // Raises for a label out of range, where that needs no waiting for a device or is asked for all the same.
   virtual void labels(const Tensor& target, int64_t classes, int64_t ignore_index) const = 0;
-  virtual void denominator(const kernels::JointCrossEntropyReduceParams& p) const = 0;
-  virtual void losses(const kernels::JointCrossEntropyParams& p) const = 0;
-  virtual void gradient(const kernels::JointCrossEntropyGradParams& p) const = 0;
-  virtual void reduce(const kernels::JointCrossEntropyReduceParams& p) const = 0;
+  virtual void divisors(const kernels::MultiExitLossReduceParams& p) const = 0;
+  virtual void losses(const kernels::MultiExitLossParams& p) const = 0;
+  virtual void gradient(const kernels::MultiExitLossGradParams& p) const = 0;
+  virtual void reduce(const kernels::MultiExitLossReduceParams& p) const = 0;
 };
 
 using LinearLossResult = std::tuple<Tensor, Tensor, std::vector<Tensor>>;  // loss, exit_losses, gradients

@@ -1,5 +1,5 @@
-// The memory modes of joint_cross_entropy that form the gradient in the forward: held in a tensor of its own
-// (joint_cross_entropy_with_grad) or written over the logits (joint_cross_entropy_). The backward only scales it.
+// The memory modes of multi_exit_loss that form the gradient in the forward: held in a tensor of its own
+// (multi_exit_loss_with_grad) or written over the logits (multi_exit_loss_). The backward only scales it.
 #include <ATen/MemoryOverlap.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/empty.h>
@@ -34,8 +34,6 @@ double held_factor(at::ScalarType type, const c10::SymInt& rows, std::string_vie
 
 namespace {
 
-constexpr const char* kHeldLoss = "joint_cross_entropy";
-
 double factor_of(const Tensor& exit_logits, std::string_view reduction) {
   return held_factor(exit_logits.scalar_type(), exit_logits.sym_size(1), reduction);
 }
@@ -63,46 +61,54 @@ bool without_overlap(const Tensor& tensor) {
 }
 
 void check_replaceable(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                       const OptionalTensor& class_weight) {
-  TORCH_CHECK(without_overlap(exit_logits), "aep::", kHeldLoss,
+                       const LossOptions& o) {
+  TORCH_CHECK(without_overlap(exit_logits), "aep::", o.op(),
               ": memory='in_place' needs exit_logits whose elements do not share memory (clone() them), got shape ",
               exit_logits.sizes(), " with strides ", exit_logits.strides());
-  for (const Tensor* other : {&target, &exit_weights, class_weight.has_value() ? &*class_weight : nullptr}) {
-    TORCH_CHECK(!other || !other->storage().is_alias_of(exit_logits.storage()), "aep::", kHeldLoss,
+  const auto check = [&](const Tensor& other) {
+    TORCH_CHECK(!other.storage().is_alias_of(exit_logits.storage()), "aep::", o.op(),
                 ": memory='in_place' overwrites exit_logits: no other argument may share their memory, got one of shape ",
-                other->sizes(), " that does");
+                other.sizes(), " that does");
+  };
+  check(target), check(exit_weights);
+  for (const OptionalTensor* other : {&o.class_weight, &o.prefix_weights, &o.output_weights}) {
+    if (other->has_value()) check(**other);
   }
 }
 
 }  // namespace
 
 LossGradCall prepare_loss_grad(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                               const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
-                               std::string_view reduction, bool in_place) {
+                               const LossOptions& o, bool in_place) {
   LossGradCall call;
-  call.loss = prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
-  TORCH_CHECK_VALUE(reduction != "none", "aep::", kHeldLoss, ": memory='", in_place ? "in_place" : "in_forward",
+  call.loss = prepare_loss(exit_logits, target, exit_weights, o);
+  TORCH_CHECK_VALUE(o.reduction != "none", "aep::", o.op(), ": memory='", in_place ? "in_place" : "in_forward",
                     "' needs reduction 'mean' or 'sum', got 'none'");
   if (in_place) {
-    check_replaceable(exit_logits, target, exit_weights, class_weight);
+    check_replaceable(exit_logits, target, exit_weights, o);
     call.grad_logits = exit_logits;
   } else {
     call.grad_logits = fresh(exit_logits.sizes(), exit_logits.scalar_type(), exit_logits);
   }
-  auto& p = call.params;
-  p.loss = call.loss.params;
-  p.loss.row_max = p.loss.row_sum = nullptr;
-  p.coefficients.exit_weights = call.loss.reduce.exit_weights;
-  p.coefficients.denominator = call.loss.reduce.denominator;
-  p.coefficients.factor = factor_of(exit_logits, reduction);
-  p.grad_logits = call.grad_logits.mutable_data_ptr();
-  p.out_stride_e = call.grad_logits.stride(0), p.out_stride_n = call.grad_logits.stride(1);
-  p.out_stride_k = call.grad_logits.stride(2);
+  auto& q = call.params;
+  const auto& r = call.loss.reduce;
+  q.loss = call.loss.params;
+  q.loss.kept = nullptr;
+  for (int i = 0; i < 3; ++i) {
+    auto& c = q.coefficients[i];
+    c.weights = r.weights[i];
+    c.weight = r.weight;
+    c.denominator = static_cast<char*>(r.divisors) + i / 2 * static_cast<int64_t>(call.loss.kept.element_size());
+    c.factor = factor_of(exit_logits, o.reduction);
+  }
+  q.grad_logits = call.grad_logits.mutable_data_ptr();
+  q.out_stride_e = call.grad_logits.stride(0), q.out_stride_n = call.grad_logits.stride(1);
+  q.out_stride_k = call.grad_logits.stride(2);
   return call;
 }
 
 LossGradScaleCall prepare_loss_grad_scale(const Tensor& grad_logits, const Tensor& scale, double divisor) {
-  constexpr const char* op = "joint_cross_entropy_scale_";
+  constexpr const char* op = "multi_exit_loss_scale_";
   const auto type = grad_logits.scalar_type();
   check_floating(op, "grad_logits", grad_logits);
   TORCH_CHECK_VALUE(grad_logits.dim() == 3, "aep::", op, ": grad_logits must have 3 dimensions (E, N, K), got shape ",
@@ -126,33 +132,25 @@ LossGradScaleCall prepare_loss_grad_scale(const Tensor& grad_logits, const Tenso
 
 namespace {
 
-struct LossOptions {
-  const OptionalTensor* class_weight;
-  double label_smoothing;
-  int64_t ignore_index;
-  std::string_view reduction;
-  bool in_place;
-};
+using HeldResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using InPlaceResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor> dispatch_with_grad(const Tensor& exit_logits, const Tensor& target,
-                                                      const Tensor& exit_weights, const LossOptions& o) {
-  static auto op =
-      find_operator<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
-                                                       const OptionalTensor&, double, int64_t, std::string_view)>(
-          "aep::joint_cross_entropy_with_grad");
-  return op.call(exit_logits, target, exit_weights, *o.class_weight, o.label_smoothing, o.ignore_index, o.reduction);
+HeldResult dispatch_with_grad(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                              const LossOptions& o) {
+  static auto op = find_operator<HeldResult(const Tensor&, const Tensor&, const Tensor&, AEP_LOSS_ARGUMENTS)>(
+      "aep::multi_exit_loss_with_grad");
+  return op.call(exit_logits, target, exit_weights, AEP_LOSS_VALUES(o));
 }
 
-std::tuple<Tensor, Tensor> dispatch_in_place(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                                             const LossOptions& o) {
-  static auto op = find_operator<std::tuple<Tensor, Tensor>(Tensor&, const Tensor&, const Tensor&,
-                                                            const OptionalTensor&, double, int64_t, std::string_view)>(
-      "aep::joint_cross_entropy_");
-  return op.call(exit_logits, target, exit_weights, *o.class_weight, o.label_smoothing, o.ignore_index, o.reduction);
+InPlaceResult dispatch_in_place(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                const LossOptions& o) {
+  static auto op = find_operator<InPlaceResult(Tensor&, const Tensor&, const Tensor&, AEP_LOSS_ARGUMENTS)>(
+      "aep::multi_exit_loss_");
+  return op.call(exit_logits, target, exit_weights, AEP_LOSS_VALUES(o));
 }
 
 void dispatch_scale(Tensor& grad_logits, const Tensor& scale, double divisor) {
-  static auto op = find_operator<void(Tensor&, const Tensor&, double)>("aep::joint_cross_entropy_scale_");
+  static auto op = find_operator<void(Tensor&, const Tensor&, double)>("aep::multi_exit_loss_scale_");
   op.call(grad_logits, scale, divisor);
 }
 
@@ -203,45 +201,54 @@ namespace {
 class HeldFunction : public torch::autograd::Function<HeldFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& exit_logits, const Tensor& target,
-                               const Tensor& exit_weights, const LossOptions* options) {
-    Tensor loss, exit_losses, held;
-    if (options->in_place) {
+                               const Tensor& exit_weights, const OptionalTensor& prefix_weights,
+                               const LossOptions* options, bool in_place) {
+    Tensor loss, losses[3], held;
+    if (in_place) {
       at::AutoDispatchBelowAutograd guard;  // the version counter is the business of the key between
       held = exit_logits.detach();
-      std::tie(loss, exit_losses) = dispatch_in_place(held, target, exit_weights, *options);
+      std::tie(loss, losses[0], losses[1], losses[2]) = dispatch_in_place(held, target, exit_weights, *options);
     } else {
       at::AutoDispatchBelowADInplaceOrView guard;
-      std::tie(loss, exit_losses, held) = dispatch_with_grad(exit_logits, target, exit_weights, *options);
+      std::tie(loss, losses[0], losses[1], losses[2], held) =
+          dispatch_with_grad(exit_logits, target, exit_weights, *options);
     }
+    const bool learned = prefix_weights.has_value() && prefix_weights->requires_grad();
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({held, exit_weights.requires_grad() ? exit_losses : Tensor()});
+    ctx->save_for_backward(
+        {held, exit_weights.requires_grad() ? losses[0] : Tensor(), learned ? losses[1] : Tensor()});
     ctx->saved_data["factor"] = factor_of(exit_logits, options->reduction);
-    ctx->saved_data["holders"] = options->in_place ? kAnyHolders : holders_of_saved();
-    ctx->saved_data["weights"] = exit_weights.scalar_type();
-    if (options->in_place) {
-      ctx->mark_non_differentiable({exit_losses});
-      return {loss, exit_losses};
+    ctx->saved_data["holders"] = in_place ? kAnyHolders : holders_of_saved();
+    ctx->saved_data["exit_weights"] = exit_weights.scalar_type();
+    ctx->saved_data["prefix_weights"] = prefix_weights.value_or(exit_weights).scalar_type();
+    ctx->saved_data["name"] = std::string(options->op());
+    if (in_place) {
+      ctx->mark_non_differentiable({losses[0], losses[1], losses[2]});
+      return {loss, losses[0], losses[1], losses[2]};
     }
-    ctx->mark_non_differentiable({exit_losses, held});
-    return {loss, exit_losses, held};
+    ctx->mark_non_differentiable({losses[0], losses[1], losses[2], held});
+    return {loss, losses[0], losses[1], losses[2], held};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(4);
+    variable_list result(6);
     const Tensor& grad_loss = grads[0];
     if (!grad_loss.defined()) {
       return result;
     }
     auto saved = ctx->get_saved_variables();
-    if (ctx->needs_input_grad(2)) {
-      result[2] = saved[1].mul(grad_loss).to(ctx->saved_data["weights"].toScalarType());
+    if (saved[1].defined()) {
+      result[2] = saved[1].mul(grad_loss).to(ctx->saved_data["exit_weights"].toScalarType());
+    }
+    if (saved[2].defined()) {
+      result[3] = saved[2].mul(grad_loss).to(ctx->saved_data["prefix_weights"].toScalarType());
     }
     if (ctx->needs_input_grad(0)) {
       result[0] = scaled(std::move(saved[0]), grad_loss, ctx->saved_data["factor"].toDouble(),
                          ctx->saved_data["holders"].toInt());
     }
     if (at::GradMode::is_enabled()) {
-      refuse_second(kHeldLoss, result);
+      refuse_second(ctx->saved_data["name"].toStringRef().c_str(), result);
     }
     return result;
   }
@@ -250,70 +257,62 @@ class HeldFunction : public torch::autograd::Function<HeldFunction> {
 // Overwritten logits are no function of what they were computed from: their part of the graph ends in an error.
 class Overwritten : public torch::autograd::Function<Overwritten> {
  public:
-  static Tensor forward(AutogradContext* ctx, const Tensor& exit_logits) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& exit_logits, const char* op) {
+    ctx->saved_data["name"] = std::string(op);
     ctx->mark_dirty({exit_logits});
     return exit_logits;
   }
 
-  static variable_list backward(AutogradContext*, variable_list) {
-    TORCH_CHECK(false, "aep::", kHeldLoss, ": memory='in_place' has overwritten exit_logits with their gradient, "
-                "got a use of them after the loss");
+  static variable_list backward(AutogradContext* ctx, variable_list) {
+    TORCH_CHECK(false, "aep::", ctx->saved_data["name"].toStringRef(),
+                ": memory='in_place' has overwritten exit_logits with their gradient, got a use of them after the loss");
   }
 };
 
-void check_arguments(const Tensor& exit_logits, const Tensor& exit_weights, const OptionalTensor& class_weight) {
-  TORCH_CHECK_VALUE(!class_weight.has_value() || !needs_graph({&*class_weight}), "aep::", kHeldLoss,
-                    ": class_weight must not require a gradient, got requires_grad=True");
-  no_tangents(kHeldLoss, {&exit_logits, &exit_weights});
-  if (class_weight.has_value()) {
-    no_tangents(kHeldLoss, {&*class_weight});
-  }
+bool needs_graph_of(const Tensor& exit_logits, const Tensor& exit_weights, const OptionalTensor& prefix_weights) {
+  return needs_graph({&exit_logits, &exit_weights}) || (prefix_weights.has_value() && needs_graph({&*prefix_weights}));
 }
 
-std::tuple<Tensor, Tensor, Tensor> with_grad_autograd(const Tensor& exit_logits, const Tensor& target,
-                                                      const Tensor& exit_weights, const OptionalTensor& class_weight,
-                                                      double label_smoothing, int64_t ignore_index,
-                                                      std::string_view reduction) {
-  check_arguments(exit_logits, exit_weights, class_weight);
-  const LossOptions options{&class_weight, label_smoothing, ignore_index, reduction, false};
-  if (needs_graph({&exit_logits, &exit_weights})) {
-    const auto outputs = HeldFunction::apply(exit_logits, target, exit_weights, &options);
+HeldResult with_grad_autograd(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                              AEP_LOSS_ARGUMENTS) {
+  const LossOptions options = AEP_LOSS_OPTIONS;
+  refuse_gradients(exit_logits, target, exit_weights, options);
+  if (needs_graph_of(exit_logits, exit_weights, prefix_weights)) {
+    const auto outputs = HeldFunction::apply(exit_logits, target, exit_weights, prefix_weights, &options, false);
     // The caller's is a tensor of its own on the same memory: when it is gone, the memory counts one holder.
-    return {outputs[0], outputs[1], is_concrete(outputs[2]) ? outputs[2].detach() : outputs[2]};
+    return {outputs[0], outputs[1], outputs[2], outputs[3],
+            is_concrete(outputs[4]) ? outputs[4].detach() : outputs[4]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return dispatch_with_grad(exit_logits, target, exit_weights, options);
 }
 
-std::tuple<Tensor, Tensor> in_place_autograd(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                                             const OptionalTensor& class_weight, double label_smoothing,
-                                             int64_t ignore_index, std::string_view reduction) {
-  check_arguments(exit_logits, exit_weights, class_weight);
-  const LossOptions options{&class_weight, label_smoothing, ignore_index, reduction, true};
-  if (needs_graph({&exit_logits, &exit_weights})) {
+InPlaceResult in_place_autograd(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                AEP_LOSS_ARGUMENTS) {
+  const LossOptions options = AEP_LOSS_OPTIONS;
+  refuse_gradients(exit_logits, target, exit_weights, options);
+  if (needs_graph_of(exit_logits, exit_weights, prefix_weights)) {
     torch::autograd::check_inplace(exit_logits, true);  // leaves and their views, in torch's own words
-    const auto outputs = HeldFunction::apply(exit_logits, target, exit_weights, &options);
+    const auto outputs = HeldFunction::apply(exit_logits, target, exit_weights, prefix_weights, &options, true);
     if (exit_logits.requires_grad()) {
       // Only the graph changes here: the version stays the one that the held gradient was saved with.
       auto counter = exit_logits.unsafeGetTensorImpl()->version_counter();
       const auto version = counter.current_version();
-      Overwritten::apply(exit_logits);
+      Overwritten::apply(exit_logits, options.op());
       counter.set_version(version);
     }
-    return {outputs[0], outputs[1]};
+    return {outputs[0], outputs[1], outputs[2], outputs[3]};
   }
   at::AutoDispatchBelowAutograd guard;
   return dispatch_in_place(exit_logits, target, exit_weights, options);
 }
 
 // Between autograd and the backends: whoever has saved the logits must learn that they changed.
-std::tuple<Tensor, Tensor> in_place_version(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                                            const OptionalTensor& class_weight, double label_smoothing,
-                                            int64_t ignore_index, std::string_view reduction) {
-  const LossOptions options{&class_weight, label_smoothing, ignore_index, reduction, true};
+InPlaceResult in_place_version(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                               AEP_LOSS_ARGUMENTS) {
   const auto result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return dispatch_in_place(exit_logits, target, exit_weights, options);
+    return dispatch_in_place(exit_logits, target, exit_weights, AEP_LOSS_OPTIONS);
   }();
   torch::autograd::impl::bump_version(exit_logits);
   return result;
@@ -329,8 +328,8 @@ void scale_version(Tensor& grad_logits, const Tensor& scale, double divisor) {
 
 void scale_autograd(Tensor& grad_logits, const Tensor& scale, double divisor) {
   TORCH_CHECK(!needs_graph({&grad_logits, &scale}),
-              "aep::joint_cross_entropy_scale_: not differentiable, got an argument with requires_grad=True");
-  no_tangents("joint_cross_entropy_scale_", {&grad_logits, &scale});
+              "aep::multi_exit_loss_scale_: not differentiable, got an argument with requires_grad=True");
+  no_tangents("multi_exit_loss_scale_", {&grad_logits, &scale});
   at::AutoDispatchBelowAutograd guard;
   dispatch_scale(grad_logits, scale, divisor);
 }
@@ -340,12 +339,12 @@ void scale_autograd(Tensor& grad_logits, const Tensor& scale, double divisor) {
 }  // namespace aep
 
 TORCH_LIBRARY_IMPL(aep, Autograd, m) {
-  m.impl("joint_cross_entropy_with_grad", &aep::with_grad_autograd);
-  m.impl("joint_cross_entropy_", &aep::in_place_autograd);
-  m.impl("joint_cross_entropy_scale_", &aep::scale_autograd);
+  m.impl("multi_exit_loss_with_grad", &aep::with_grad_autograd);
+  m.impl("multi_exit_loss_", &aep::in_place_autograd);
+  m.impl("multi_exit_loss_scale_", &aep::scale_autograd);
 }
 
 TORCH_LIBRARY_IMPL(aep, ADInplaceOrView, m) {
-  m.impl("joint_cross_entropy_", &aep::in_place_version);
-  m.impl("joint_cross_entropy_scale_", &aep::scale_version);
+  m.impl("multi_exit_loss_", &aep::in_place_version);
+  m.impl("multi_exit_loss_scale_", &aep::scale_version);
 }

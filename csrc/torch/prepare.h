@@ -85,34 +85,57 @@ EnsembleStatsCall prepare_ensemble_stats(const Tensor& exit_logits, const Tensor
                                          double temperature, const std::optional<Tensor>& normalizer_tensor,
                                          const std::optional<Tensor>& temperature_tensor);
 
+// What follows the tensors in the schemas of the loss; `name` is the function that errors name.
+struct LossOptions {
+  const std::optional<Tensor>& class_weight;
+  double label_smoothing;
+  int64_t ignore_index;
+  std::string_view reduction;
+  const std::optional<Tensor>&prefix_weights, &output_weights;
+  double distillation, temperature;
+  bool detach_prefix;
+  std::string_view name;
+
+  const char* op() const { return name == "joint_cross_entropy" ? "joint_cross_entropy" : "multi_exit_loss"; }
+  bool terms() const { return prefix_weights.has_value() || distillation > 0; }
+};
+#define AEP_LOSS_ARGUMENTS                                                                                        \
+  const std::optional<Tensor>&class_weight, double label_smoothing, int64_t ignore_index,                         \
+      std::string_view reduction, const std::optional<Tensor>&prefix_weights,                                     \
+      const std::optional<Tensor>&output_weights, double distillation, double temperature, bool detach_prefix,    \
+      std::string_view name
+#define AEP_LOSS_OPTIONS                                                                                          \
+  LossOptions { class_weight, label_smoothing, ignore_index, reduction, prefix_weights, output_weights,           \
+        distillation, temperature, detach_prefix, name }
+#define AEP_LOSS_VALUES(o)                                                                                        \
+  (o).class_weight, (o).label_smoothing, (o).ignore_index, (o).reduction, (o).prefix_weights, (o).output_weights, \
+      (o).distillation, (o).temperature, (o).detach_prefix, (o).name
+
 struct LossCall {
-  Tensor loss, exit_losses, kept, row_losses, class_weight, exit_weights;
-  kernels::JointCrossEntropyParams params{};
-  kernels::JointCrossEntropyReduceParams reduce{};
+  Tensor loss, losses[3], kept;  // results; losses that are not asked for are empty
+  Tensor row_losses[3], target, class_weight, output_weights, weights[2];
+  kernels::MultiExitLossParams params{};
+  kernels::MultiExitLossReduceParams reduce{};
 };
 LossCall prepare_loss(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                      const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index,
-                      std::string_view reduction);
+                      const LossOptions& options);
 
-struct LossBackwardCall {
-  Tensor grad_logits, exit_weights, kept, grad_loss, grad_exit_losses, class_weight;
-  kernels::JointCrossEntropyBackwardParams params{};
-};
-LossBackwardCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                                       const Tensor& kept, const std::optional<Tensor>& grad_loss,
-                                       const std::optional<Tensor>& grad_exit_losses,
-                                       const std::optional<Tensor>& class_weight, double label_smoothing,
-                                       int64_t ignore_index, std::string_view reduction);
+// In the autograd kernels: raises for gradients and tangents that the loss does not have.
+void refuse_gradients(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                      const LossOptions& options);
 
-// Loss and gradient together; the gradient in a tensor of its own, or in the place of the logits.
+// The gradient of what a LossCall has kept; or of its loss, in the same pass, in a tensor of its own or in the place of
+// the logits.
 struct LossGradCall {
   LossCall loss;
-  Tensor grad_logits;
-  kernels::JointCrossEntropyGradParams params{};
+  Tensor grad_logits, grad_loss, grad_losses[3];
+  kernels::MultiExitLossGradParams params{};
 };
+LossGradCall prepare_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                   const Tensor& kept, const std::optional<Tensor>& grad_loss,
+                                   const std::optional<Tensor> (&grad_losses)[3], const LossOptions& options);
 LossGradCall prepare_loss_grad(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                               const std::optional<Tensor>& class_weight, double label_smoothing, int64_t ignore_index,
-                               std::string_view reduction, bool in_place);
+                               const LossOptions& options, bool in_place);
 
 struct LossGradScaleCall {
   Tensor scale;

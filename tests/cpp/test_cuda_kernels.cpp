@@ -10,53 +10,58 @@ namespace {
 constexpr int64_t kIgnore = -100;
 
 // Rows 1 and 4 have labels out of range, row 2 is ignored: compared with the CPU's kernels, which get valid labels.
-void bad_labels(DType d, int64_t K, bool weighted, double smoothing) {
+void bad_labels(DType d, int64_t K, bool weighted, double smoothing, bool terms) {
   const int64_t E = 2, N = 6;
   const DType acc = acc_of(d);
   Random random(static_cast<uint64_t>(K));
   Logits x(d, E, N, K, Logits::padded);
   x.values.fill_normal(random, 2);
-  Values w(acc, K), a(acc, E), grad(d, E * N * K), again(d, E * N * K), other(d, E * N * K), rows(acc, E * N),
-      expected(acc, E * N), tops(acc, E * N), sums(acc, E * N), loss(acc, 1), exits(acc, E), denominator(acc, 1);
+  Values w(acc, K), a(acc, E), grad(d, E * N * K), again(d, E * N * K), other(d, E * N * K), rows(acc, 3 * E * N),
+      expected(acc, 3 * E * N), kept(acc, multi_exit_loss_kept(E, N, terms)), loss(acc, 1), exits(acc, 3 * E),
+      divisors(acc, 2);
   for (int64_t k = 0; k < K; ++k) w.set(k, 0.3 + random.uniform());
   a.set(0, 0.4), a.set(1, 1.5);
   Guarded target(static_cast<size_t>(N) * 8);
   const int64_t labels[] = {0, K, kIgnore, K - 1, -1, K / 2};
   for (int64_t n = 0; n < N; ++n) target.as<int64_t>()[n] = labels[n];
 
-  JointCrossEntropyGradParams q{};
-  JointCrossEntropyParams& p = q.loss;
+  MultiExitLossGradParams q{};
+  MultiExitLossParams& p = q.loss;
   p.logits = x.data(), p.target = target.as<int64_t>(), p.class_weight = weighted ? w.data() : nullptr;
-  p.row_losses = rows.data(), p.row_max = tops.data(), p.row_sum = sums.data(), p.dtype = d, p.E = E, p.N = N, p.K = K;
+  for (int i = 0; i < (terms ? 3 : 1); ++i) p.row_losses[i] = rows.at(i * E * N), q.coefficients[i] = {a.data()};
+  for (auto& c : q.coefficients) c.factor = 1;
+  p.kept = kept.data(), p.dtype = d, p.E = E, p.N = N, p.K = K, p.temperature = 2;
+  p.prefixes = p.distillation = terms;
   p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = x.stride_k, p.target_stride = 1;
   p.ignore_index = kIgnore, p.label_smoothing = smoothing;
-  q.coefficients.exit_weights = a.data(), q.coefficients.factor = 1;
   q.grad_logits = grad.data(), q.out_stride_e = N * K, q.out_stride_n = K, q.out_stride_k = 1;
-  backend::check(cuda::launch_joint_cross_entropy_grad(q, nullptr), "joint_cross_entropy_grad");
+  backend::check(cuda::launch_multi_exit_loss_grad(q, nullptr), "multi_exit_loss_grad");
 
-  JointCrossEntropyBackwardParams b{};
-  b.logits = p.logits, b.target = p.target, b.class_weight = p.class_weight, b.row_max = tops.data();
-  b.row_sum = sums.data(), b.coefficients = q.coefficients, b.grad_logits = again.data(), b.dtype = d;
-  b.E = E, b.N = N, b.K = K, b.stride_e = p.stride_e, b.stride_n = p.stride_n, b.stride_k = p.stride_k;
-  b.target_stride = 1, b.out_stride_e = N * K, b.out_stride_n = K, b.ignore_index = kIgnore;
-  b.label_smoothing = smoothing;
-  backend::check(cuda::launch_joint_cross_entropy_backward(b, nullptr), "joint_cross_entropy_backward");
+  MultiExitLossGradParams b = q;
+  for (void*& losses : b.loss.row_losses) losses = nullptr;
+  b.grad_logits = again.data();
+  backend::check(cuda::launch_multi_exit_loss_grad(b, nullptr), "multi_exit_loss_grad");
 
-  JointCrossEntropyReduceParams r{};
-  r.row_losses = rows.data(), r.exit_weights = a.data(), r.target = p.target, r.class_weight = p.class_weight;
-  r.loss = loss.data(), r.exit_losses = exits.data(), r.denominator = denominator.data(), r.dtype = d;
+  MultiExitLossReduceParams r{};
+  for (int i = 0; i < 3; ++i) r.row_losses[i] = p.row_losses[i], r.weights[i] = a.data(), r.losses[i] = exits.at(i * E);
+  r.target = p.target, r.class_weight = p.class_weight;
+  r.loss = loss.data(), r.divisors = divisors.data(), r.dtype = d;
   r.reduction = Reduction::mean, r.E = E, r.N = N, r.K = K, r.target_stride = 1, r.ignore_index = kIgnore;
-  backend::joint_cross_entropy_reduce(r);
+  backend::multi_exit_loss_reduce(r);
   CHECK(isnan(loss.get(0)) && isnan(exits.get(0)));
 
   target.as<int64_t>()[1] = target.as<int64_t>()[4] = 0;
-  p.row_losses = expected.data(), q.grad_logits = other.data();
-  cpu::kScalarTable.joint_cross_entropy_grad(q, 0, E * N);
-  for (int64_t i = 0; i < E * N; ++i) {
-    const int64_t n = i % N;
-    const bool bad = n == 1 || n == 4, zero = bad || n == 2;
+  for (int i = 0; i < (terms ? 3 : 1); ++i) p.row_losses[i] = expected.at(i * E * N);
+  q.grad_logits = other.data();
+  cpu::kScalarTable.multi_exit_loss_grad(q, 0, N);
+  for (int64_t i = 0; i < (terms ? 3 : 1) * E * N; ++i) {
+    const bool bad = i % N == 1 || i % N == 4;
     CHECK(bad ? isnan(rows.get(i)) : near(rows.get(i), expected.get(i), 1e-5), "%s K %ld row %ld: %g, want %g",
           name_of(d), long(K), long(i), rows.get(i), expected.get(i));
+  }
+  for (int64_t i = 0; i < E * N; ++i) {
+    const int64_t n = i % N;
+    const bool zero = n == 1 || n == 4 || n == 2;
     for (int64_t k = 0; k < K; ++k) {
       const double want = zero ? 0 : other.get(i * K + k), close = zero ? 0 : 2e-5 + 2 * epsilon(d);
       CHECK(near(grad.get(i * K + k), want, close), "%s K %ld row %ld", name_of(d), long(K), long(i));
@@ -319,8 +324,9 @@ int main() {
   more_linears_than_a_launch_takes();
   for (DType d : kAllTypes) {
     for (int64_t K : {1, 2, 33, 257}) {
-      bad_labels(d, K, false, 0);
-      bad_labels(d, K, true, 0.1);
+      bad_labels(d, K, false, 0, false);
+      bad_labels(d, K, true, 0.1, false);
+      bad_labels(d, K, true, 0.1, true);
     }
     many_pools(d);
     many_linears(d);

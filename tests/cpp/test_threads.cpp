@@ -37,7 +37,7 @@ int main() {
   for (int64_t grain : {N, int64_t(13), int64_t(1)}) {
     static std::vector<float> first_out, first_stats, first_loss, first_gw;
     static std::vector<int64_t> first_counts;
-    std::vector<float> out(N * K), stats(N * 3), loss(E * N), tops(E * N), sums(E * N);
+    std::vector<float> out(N * K), stats(N * 3), loss(E * N), prefix(E * N), kl(E * N);
     std::vector<float> grad(E * N * K), coefficients(E * N, 1.0f);
     std::vector<int64_t> argmax(N);
     EnsembleStatsParams q{};
@@ -45,12 +45,12 @@ int main() {
     q.normalizer = {nullptr, 1}, q.temperature = {nullptr, 2}, q.stats = stats.data(), q.argmax = argmax.data();
     parallel(N, grain, [&](int64_t b, int64_t e, int) { cpu::ensemble_stats(q, b, e); });
 
-    JointCrossEntropyParams p{};
-    p.logits = x.data(), p.target = target.data(), p.row_losses = loss.data();
-    p.row_max = tops.data(), p.row_sum = sums.data(), p.dtype = DType::f32;
+    MultiExitLossParams p{};
+    p.logits = x.data(), p.target = target.data(), p.row_losses[0] = loss.data(), p.row_losses[1] = prefix.data();
+    p.row_losses[2] = kl.data(), p.dtype = DType::f32, p.temperature = 3, p.prefixes = p.distillation = true;
     p.E = E, p.N = N, p.K = K, p.stride_e = x.stride_e, p.stride_n = x.stride_n, p.stride_k = 1, p.target_stride = 1,
     p.ignore_index = -100;
-    parallel(E * N, grain, [&](int64_t b, int64_t e, int) { cpu::joint_cross_entropy(p, b, e); });
+    parallel(N, grain, [&](int64_t b, int64_t e, int) { cpu::multi_exit_loss(p, b, e); });
 
     const int64_t chunks = cpu::ensemble_backward_chunks(N);
     std::vector<float> partials(chunks * E), gw(E);

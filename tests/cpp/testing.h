@@ -24,7 +24,7 @@ using aep::kernels::cpu::ensemble_backward_weights_finish;
 using aep::kernels::cpu::find_bad_label;
 using aep::kernels::cpu::gate_partition;
 using aep::kernels::cpu::gate_scratch_bytes;
-using aep::kernels::cpu::joint_cross_entropy_reduce;
+using aep::kernels::cpu::multi_exit_loss_reduce;
 constexpr bool kCuda = false;
 }  // namespace backend
 #endif
@@ -173,6 +173,7 @@ struct Values {
   Values(DType d, int64_t count) : dtype(d), memory(static_cast<size_t>(count) * size_of(d)) {}
   void* data() { return memory.data(); }
   int64_t size() const { return static_cast<int64_t>(memory.size() / size_of(dtype)); }
+  void* at(int64_t i) { return static_cast<char*>(data()) + static_cast<size_t>(i) * size_of(dtype); }
   double get(int64_t i) { return load_value(dtype, data(), i); }
   void set(int64_t i, double x) { store_value(dtype, data(), i, x); }
   void fill_normal(Random& random, double scale = 1) {

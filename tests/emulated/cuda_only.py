@@ -17,6 +17,7 @@ def kernels_run() -> None:
         "ensemble": (1, lambda: ops.ensemble(x, weights)),
         "ensemble_stats": (1, lambda: ops.ensemble_stats(x, weights)),
         "joint_cross_entropy": (2, lambda: ops.joint_cross_entropy(x, target, weights)),
+        "multi_exit_loss": (2, lambda: ops.multi_exit_loss(x, target, weights, weights, distillation=0.5)),
         "subset_correct": (1, lambda: ops.subset_correct(x, weights, target)),
     }
     for name, (number, call) in launches.items():
@@ -40,6 +41,9 @@ def a_label_out_of_range() -> None:
             expected.backward()
             for row in (0, 2, 3):
                 torch.testing.assert_close(leaf.grad[:, row], good.grad[:, row])
+            terms = {"prefix_weights": weights, "distillation": 0.5, "memory": memory}
+            (again,) = torch.autograd.grad(ops.multi_exit_loss(leaf * 1.0, target, weights, **terms).loss, leaf)
+            assert (again[:, [1, 4]] == 0).all() and again[:, [0, 2, 3]].isfinite().all(), (memory, bad)
     x, weights, target = torch.randn(3, 5, 7), torch.rand(3), torch.randint(7, (5,))
     wrong = target.clone()
     wrong[3] = 7

@@ -46,6 +46,10 @@ def loss(x=X, y=Y, a=W, **kwargs):
     return ops.joint_cross_entropy(x, y, a, **kwargs)
 
 
+def terms(x=X, y=Y, a=W, **kwargs):
+    return ops.multi_exit_loss(x, y, a, **kwargs)
+
+
 def subsets(x=X, w=W, y=Y):
     return ops.subset_correct(x, w, y)
 
@@ -130,6 +134,17 @@ CASES = {
     "loss reduction": (lambda: loss(reduction="avg"), ValueError, "joint_cross_entropy: reduction"),
     "loss memory": (lambda: loss(memory="inplace"), ValueError, "joint_cross_entropy: memory"),
     "loss memory none": (lambda: loss(memory="in_place", reduction="none"), ValueError, "joint_cross_entropy: memory"),
+    "terms target shape": (lambda: terms(y=torch.zeros(5, 3)), ValueError, "multi_exit_loss: target"),
+    "terms target one-hot int": (lambda: terms(y=torch.zeros(5, 4).long()), TypeError, "multi_exit_loss: target"),
+    "terms prefix weights": (lambda: terms(prefix_weights=W[:2]), ValueError, "multi_exit_loss: prefix_weights"),
+    "terms prefix list": (lambda: terms(prefix_weights=[1.0] * 3), TypeError, "multi_exit_loss: prefix_weights"),
+    "terms output weights": (lambda: terms(output_weights=Y[:3]), TypeError, "multi_exit_loss: output_weights"),
+    "terms distillation": (lambda: terms(distillation=-0.1), ValueError, "multi_exit_loss: distillation"),
+    "terms distillation nan": (lambda: terms(distillation=math.nan), ValueError, "multi_exit_loss: distillation"),
+    "terms temperature": (lambda: terms(temperature=0.0), ValueError, "multi_exit_loss: temperature"),
+    "terms temperature inf": (lambda: terms(temperature=math.inf), ValueError, "multi_exit_loss: temperature"),
+    "terms reduction": (lambda: terms(reduction="avg"), ValueError, "multi_exit_loss: reduction"),
+    "terms memory": (lambda: terms(memory="in_place", reduction="none"), ValueError, "multi_exit_loss: memory"),
     "subsets exits": (
         lambda: subsets(torch.zeros(17, 5, 3), torch.ones(17)),
         ValueError,
@@ -176,6 +191,7 @@ ELSEWHERE = {
     "ensemble": lambda: ops.ensemble(X, FAR),
     "ensemble_stats": lambda: ops.ensemble_stats(X, W, normalizer=FAR[0]),
     "joint_cross_entropy": lambda: loss(a=FAR),
+    "multi_exit_loss": lambda: terms(prefix_weights=FAR),
     "subset_correct": lambda: subsets(w=FAR),
     "gate": lambda: gate(weight_sum=FAR[0]),
 }
@@ -211,6 +227,7 @@ ARGUMENTS = {
     "ensemble": (ops.ensemble, 2),
     "ensemble_stats": (ops.ensemble_stats, 2),
     "joint_cross_entropy": (ops.joint_cross_entropy, 4),
+    "multi_exit_loss": (ops.multi_exit_loss, 5),
     "linear_joint_cross_entropy": (
         lambda x, z, w, v, b, y, a: ops.linear_joint_cross_entropy([x, z], [w, v], [b, None], y, a),
         7,

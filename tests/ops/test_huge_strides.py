@@ -73,11 +73,11 @@ def test_gradients_of_the_loss(apart, close, where, native):
     (grad,) = torch.autograd.grad(ops.joint_cross_entropy(far.requires_grad_(), target, weights).loss, far)
     close(grad, leaf.grad)
     far.requires_grad_(False)
-    held = torch.ops.aep.joint_cross_entropy_with_grad(far, target, weights)[2]
+    held = torch.ops.aep.multi_exit_loss_with_grad(far, target, weights)[4]
     close(held, leaf.grad)
-    torch.ops.aep.joint_cross_entropy_(far, target, weights)  # over the logits, where they lie
+    torch.ops.aep.multi_exit_loss_(far, target, weights)  # over the logits, where they lie
     close(far, leaf.grad)
-    torch.ops.aep.joint_cross_entropy_scale_(far, torch.tensor(3.0))
+    torch.ops.aep.multi_exit_loss_scale_(far, torch.tensor(3.0))
     close(far, 3 * leaf.grad)
 
 

@@ -60,6 +60,13 @@ def linear(grad: bool) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def of_terms(target: Tensor) -> Tensor:
+    leaf, weights = logits(target.device.type), torch.ones(EXITS, device=target.device)
+    loss = ops.multi_exit_loss(leaf, target, weights, weights, distillation=0.5).loss
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return torch.cat([loss.detach()[None], grad.flatten()])
+
+
 def counts(target: Tensor) -> Tensor:
     return ops.subset_correct(logits(target.device.type, False), torch.ones(EXITS, device=target.device), target)
 
@@ -68,6 +75,7 @@ CALLS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "recompute": ("joint_cross_entropy", loss_of("recompute")),
     "in_forward": ("joint_cross_entropy", loss_of("in_forward")),
     "in_place": ("joint_cross_entropy", loss_of("in_place")),
+    "several terms": ("multi_exit_loss", of_terms),
     "linear": ("linear_joint_cross_entropy", linear(False)),
     "linear with gradients": ("linear_joint_cross_entropy", linear(True)),
     "subsets": ("subset_correct", counts),

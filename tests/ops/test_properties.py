@@ -92,6 +92,33 @@ def test_joint_cross_entropy(x, reduction, smoothing, weighted, ignored):
 
 
 @SETTINGS
+@given(
+    logits(special=False),
+    st.sampled_from(["mean", "sum", "none"]),
+    st.sampled_from([0.0, 0.1]),
+    st.booleans(),
+    st.sampled_from([1.0, 2.0, 2.5, 4.0]),
+    st.booleans(),
+)
+def test_multi_exit_loss(x, reduction, smoothing, soft, temperature, detach):
+    a, b, y = weights_for(x), weights_for(x, 1) + 0.1, labels_for(x)
+    if soft:
+        y = torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(2)).softmax(-1)
+    grads = []
+    for function in (ops.multi_exit_loss, reference.multi_exit_loss):
+        leaf, scale, prefix = (t.clone().requires_grad_() for t in (x, a, a + 0.3))
+        options = {"distillation": 0.4, "temperature": temperature, "detach_prefix": detach, "reduction": reduction}
+        result = function(leaf, y, scale, prefix, b, label_smoothing=smoothing, **options)
+        sum(term.sum() for term in result).backward()
+        grads.append((*(term.detach() for term in result), scale.grad, prefix.grad, leaf.grad))
+    for actual, expected in zip(*grads, strict=True):
+        if expected.dtype in (torch.bfloat16, torch.float16):
+            torch.testing.assert_close(actual, expected, equal_nan=True, rtol=1.6e-2, atol=1e-3)
+        else:
+            same(actual, expected, exact=False)
+
+
+@SETTINGS
 @given(logits(max_exits=2), st.sampled_from(["confidence", "entropy", "margin", "patience", "vote"]), st.booleans())
 def test_gate(x, criterion, on_exit):
     x = x[0]

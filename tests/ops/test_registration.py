@@ -20,11 +20,11 @@ OPERATORS = [
     "ensemble_backward_logits",
     "ensemble_backward_weights",
     "ensemble_stats",
-    "joint_cross_entropy",
-    "joint_cross_entropy_backward",
-    "joint_cross_entropy_with_grad",
-    "joint_cross_entropy_",
-    "joint_cross_entropy_scale_",
+    "multi_exit_loss",
+    "multi_exit_loss_backward",
+    "multi_exit_loss_with_grad",
+    "multi_exit_loss_",
+    "multi_exit_loss_scale_",
     "subset_correct",
     "gate",
     "gate_one_",
@@ -56,29 +56,29 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
     elif name == "ensemble_stats":
         yield rand(3, 5, 4), rand(3), 0.5, 2.0
         yield rand(3, 5, 1), rand(3), 1.0, 1.0, torch.tensor(0.5, device=device), torch.tensor(2.0, device=device)
-    elif name == "joint_cross_entropy":
+    elif name == "multi_exit_loss":
         yield rand(3, 5, 4), target, rand(3)
         for reduction in ("none", "sum", "mean"):
-            yield rand(3, 5, 4), target, rand(3), torch.rand(4, device=device), 0.1, -100, reduction
-    elif name == "joint_cross_entropy_backward":
-        yield rand(3, 5, 4), target, rand(3), rand(31), rand(), None, None, 0.1, -100, "mean"
-        class_weight = torch.rand(4, device=device)
-        yield rand(3, 5, 4), target, rand(3), rand(31), rand(), rand(3), class_weight, 0.0, -100, "sum"
-        yield rand(3, 5, 4), target, rand(3), rand(31), None, rand(3, 1).expand(3, 5), class_weight, 0.0, -100, "none"
-    elif name in ("joint_cross_entropy_with_grad", "joint_cross_entropy_"):
+            options = torch.rand(4, device=device), 0.1, -100, reduction
+            yield rand(3, 5, 4), target, rand(3), *options
+            yield rand(3, 5, 4), torch.rand(5, 4, device=device), rand(3), *options, rand(3), None, 0.5, 3.0, True
+    elif name == "multi_exit_loss_backward":
+        logits, class_weight = rand(3, 5, 4), torch.rand(4, device=device)
+        b = torch.rand(3, device=device)
+        yield logits, target, rand(3), rand(32), rand(), None, None, None, None, 0.1, -100, "mean"
+        every = rand(3), rand(3), rand(3)
+        options = class_weight, 0.0, -100, "sum", rand(3), b, 0.5, 2.5
+        yield logits, target, rand(3), rand(82), rand(), *every, *options
+        wide = rand(3, 1).expand(3, 5)
+        yield logits, target, rand(3), rand(32), None, wide, None, None, class_weight, 0.0, -100, "none"
+    elif name in ("multi_exit_loss_with_grad", "multi_exit_loss_"):
         for reduction in ("sum", "mean"):
             x = rand(3, 5, 4)
             # The second is no leaf: it may be overwritten although it requires a gradient.
-            yield (
-                x * 1 if name.endswith("_") else x,
-                target,
-                rand(3),
-                torch.rand(4, device=device),
-                0.1,
-                -100,
-                reduction,
-            )
-    elif name == "joint_cross_entropy_scale_":
+            logits = x * 1 if name.endswith("_") else x
+            terms = (rand(3), torch.rand(3, device=device), 0.5) if reduction == "mean" else ()
+            yield logits, target, rand(3), torch.rand(4, device=device), 0.1, -100, reduction, *terms
+    elif name == "multi_exit_loss_scale_":
         yield rand(3, 5, 4).detach(), rand().detach(), 2.0
     elif name == "subset_correct":
         yield rand(3, 5, 4), rand(3), target.clamp(0)
@@ -118,7 +118,7 @@ def samples(name: str, device: str, grad: bool) -> Iterator[tuple]:
 def test_opcheck(name, grad, device, native):
     operator = getattr(torch.ops.aep, name).default
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    if grad and ("backward" in name or name.endswith("cross_entropy_")):
+    if grad and ("backward" in name or name.endswith("loss_")):
         # It differentiates. A backward cannot be differentiated: the next test. What a compiler makes of overwritten
         # logits is not asked for: the public function refuses.
         checks.pop()
@@ -176,6 +176,18 @@ def calls(device: str) -> dict[str, tuple[Callable[..., object], Callable[[int],
         "loss per row": (
             lambda x, a, y: ops.joint_cross_entropy(x, y, a, reduction="none"),
             lambda n: (torch.randn(3, n, 4, **kind), weights.clone(), torch.randint(4, (n,), **kind)),
+        ),
+        "loss of several terms": (
+            lambda x, a, c, y: ops.multi_exit_loss(x, y, a, c, distillation=0.5),
+            lambda n: (torch.randn(3, n, 4, **kind), weights.clone(), weights + 1, torch.randint(4, (n,), **kind)),
+        ),
+        "loss of several terms in forward": (
+            lambda x, a, y: ops.multi_exit_loss(x, y, a, a, distillation=0.5, memory="in_forward").loss,
+            lambda n: (
+                torch.randn(3, n, 4, **kind),
+                weights.clone(),
+                torch.randn(n, 4, **kind).softmax(-1).int().float(),
+            ),
         ),
         "subsets": (
             ops.subset_correct,

@@ -45,18 +45,16 @@ void ensemble_backward_weights_finish(const EnsembleBackwardParams& p);
 // label).
 int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t K, const int64_t* ignore_index);
 
+// Samples 0 .. N.
+void multi_exit_loss(const MultiExitLossParams& p, int64_t begin, int64_t end);
+// The gradient, with the losses in the same pass or from what theirs has kept; multi_exit_loss_divisors() first, where the
+// coefficients point to them.
+void multi_exit_loss_grad(const MultiExitLossGradParams& p, int64_t begin, int64_t end);
+void multi_exit_loss_divisors(const MultiExitLossReduceParams& p);
+// Once all samples are done, on one thread.
+void multi_exit_loss_reduce(const MultiExitLossReduceParams& p);
 // Rows 0 .. E * N, row = e * N + n.
-void joint_cross_entropy(const JointCrossEntropyParams& p, int64_t begin, int64_t end);
-// Loss and gradient in one pass, rows as above; joint_cross_entropy_denominator() first, where the coefficients point
-// to it.
-void joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, int64_t begin, int64_t end);
-void joint_cross_entropy_denominator(const JointCrossEntropyReduceParams& p);
-// Rows as above.
 void loss_grad_scale(const LossGradScaleParams& p, int64_t begin, int64_t end);
-// Once all rows are done, on one thread.
-void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p);
-// Rows 0 .. E * N, row = e * N + n.
-void joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, int64_t begin, int64_t end);
 
 // Samples 0 .. N; adds to `counts` (2^E - 1, 2), which replaces p.counts, so that every thread can have its own (sums
 // of integers do not depend on the order). Cut N into few large pieces (64 samples and more each): a call has a fixed

@@ -137,14 +137,11 @@ void ensemble_backward_logits(const EnsembleBackwardParams& p, int64_t begin, in
 void ensemble_backward_weights(const EnsembleBackwardParams& p, int64_t begin, int64_t end) {
   active_table().ensemble_backward_weights(p, begin, end);
 }
-void joint_cross_entropy(const JointCrossEntropyParams& p, int64_t begin, int64_t end) {
-  active_table().joint_cross_entropy(p, begin, end);
+void multi_exit_loss(const MultiExitLossParams& p, int64_t begin, int64_t end) {
+  active_table().multi_exit_loss(p, begin, end);
 }
-void joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, int64_t begin, int64_t end) {
-  active_table().joint_cross_entropy_backward(p, begin, end);
-}
-void joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, int64_t begin, int64_t end) {
-  active_table().joint_cross_entropy_grad(p, begin, end);
+void multi_exit_loss_grad(const MultiExitLossGradParams& p, int64_t begin, int64_t end) {
+  active_table().multi_exit_loss_grad(p, begin, end);
 }
 void loss_grad_scale(const LossGradScaleParams& p, int64_t begin, int64_t end) {
   active_table().loss_grad_scale(p, begin, end);

@@ -21,9 +21,8 @@ struct KernelTable {
   void (*ensemble_stats)(const EnsembleStatsParams&, int64_t, int64_t);
   void (*ensemble_backward_logits)(const EnsembleBackwardParams&, int64_t, int64_t);
   void (*ensemble_backward_weights)(const EnsembleBackwardParams&, int64_t, int64_t);
-  void (*joint_cross_entropy)(const JointCrossEntropyParams&, int64_t, int64_t);
-  void (*joint_cross_entropy_backward)(const JointCrossEntropyBackwardParams&, int64_t, int64_t);
-  void (*joint_cross_entropy_grad)(const JointCrossEntropyGradParams&, int64_t, int64_t);
+  void (*multi_exit_loss)(const MultiExitLossParams&, int64_t, int64_t);
+  void (*multi_exit_loss_grad)(const MultiExitLossGradParams&, int64_t, int64_t);
   void (*loss_grad_scale)(const LossGradScaleParams&, int64_t, int64_t);
   void (*subset_correct)(const SubsetCorrectParams&, int64_t, int64_t, int64_t*);
   void (*gate_judge)(const GateParams&, int64_t, int64_t);

@@ -7,7 +7,7 @@
 #include "ensemble.inl.h"
 #include "gate.inl.h"
 #include "global_avg_pool.inl.h"
-#include "joint_cross_entropy.inl.h"
+#include "multi_exit_loss.inl.h"
 #include "small_linear.inl.h"
 #include "subset_correct.inl.h"
 
@@ -46,9 +46,8 @@ extern const KernelTable AEP_ISA_TABLE = {
     AEP_ISA_NAMESPACE::ensemble_stats,
     AEP_ISA_NAMESPACE::ensemble_backward_logits,
     AEP_ISA_NAMESPACE::ensemble_backward_weights,
-    AEP_ISA_NAMESPACE::joint_cross_entropy,
-    AEP_ISA_NAMESPACE::joint_cross_entropy_backward,
-    AEP_ISA_NAMESPACE::joint_cross_entropy_grad,
+    AEP_ISA_NAMESPACE::multi_exit_loss,
+    AEP_ISA_NAMESPACE::multi_exit_loss_grad,
     AEP_ISA_NAMESPACE::loss_grad_scale,
     AEP_ISA_NAMESPACE::subset_correct,
     AEP_ISA_NAMESPACE::gate_judge,

@@ -17,45 +17,62 @@ A read(Scalar s) {
   return s.ptr ? *static_cast<const A*>(s.ptr) : static_cast<A>(s.value);
 }
 
-// What the mean divides by.
+// What the mean divides by: cross entropies, and divergences.
 template <class A>
-A denominator_of(const JointCrossEntropyReduceParams& p) {
-  if (p.reduction != Reduction::mean) return A(1);
+void find_divisors(const MultiExitLossReduceParams& p, A (&divisors)[2]) {
+  divisors[0] = divisors[1] = A(1);
+  if (p.reduction != Reduction::mean) return;
   const A* class_weight = static_cast<const A*>(p.class_weight);
-  double total = 0;
+  double total = 0, count = 0;
   for (int64_t n = 0; n < p.N; ++n) {
-    const int64_t y = p.target[n * p.target_stride];
-    if (y != p.ignore_index) total += class_weight ? static_cast<double>(class_weight[y]) : 1.0;
+    const int64_t y = p.target ? p.target[n * p.target_stride] : 0;
+    if (p.target && y == p.ignore_index) continue;
+    total += p.target && class_weight ? static_cast<double>(class_weight[y]) : 1.0;
+    count += 1;
   }
   // As F.cross_entropy: without any weight NaN, even where label smoothing leaves a loss to divide.
-  return total == 0 ? static_cast<A>(__builtin_nan("")) : static_cast<A>(total);
+  divisors[0] = total == 0 ? static_cast<A>(__builtin_nan("")) : static_cast<A>(total);
+  divisors[1] = count == 0 ? static_cast<A>(__builtin_nan("")) : static_cast<A>(count);
 }
 
 template <class A>
-void reduce_losses(const JointCrossEntropyReduceParams& p) {
-  const A* rows = static_cast<const A*>(p.row_losses);
-  const A* exit_weights = static_cast<const A*>(p.exit_weights);
+void write_divisors(const MultiExitLossReduceParams& p) {
+  A divisors[2];
+  find_divisors(p, divisors);
+  for (int i = 0; i < 2; ++i) static_cast<A*>(p.divisors)[i] = divisors[i];
+}
+
+template <class A>
+void reduce_losses(const MultiExitLossReduceParams& p) {
+  const auto weight = [&](int i, int64_t e) {
+    return p.weights[i] ? static_cast<const A*>(p.weights[i])[e] : static_cast<A>(p.weight);
+  };
   A* loss = static_cast<A*>(p.loss);
-  A* exit_losses = static_cast<A*>(p.exit_losses);
-  const A denominator = denominator_of<A>(p);
+  A divisors[2];
+  find_divisors(p, divisors);
   if (p.reduction == Reduction::none) {
-    for (int64_t n = 0; n < p.N; ++n) {
-      A sum = exit_weights[0] * rows[n];
-      for (int64_t e = 1; e < p.E; ++e) sum = sum + exit_weights[e] * rows[e * p.N + n];
-      loss[n] = sum;
-    }
+    for (int64_t n = 0; n < p.N; ++n) loss[n] = 0;
   } else {
-    A sum = 0;
-    for (int64_t e = 0; e < p.E; ++e) {
-      double total = 0;
-      for (int64_t n = 0; n < p.N; ++n) total += static_cast<double>(rows[e * p.N + n]);
-      exit_losses[e] = static_cast<A>(total / static_cast<double>(denominator));
-      const A product = exit_weights[e] * exit_losses[e];
-      sum = e == 0 ? product : sum + product;
-    }
-    *loss = sum;
+    *loss = 0;
   }
-  if (p.denominator) *static_cast<A*>(p.denominator) = denominator;
+  for (int i = 0; i < 3; ++i) {
+    const A* rows = static_cast<const A*>(p.row_losses[i]);
+    if (!rows) continue;
+    A sum = 0;
+    for (int64_t e = 0; e < p.E; ++e, rows += p.N) {
+      if (p.reduction == Reduction::none) {
+        for (int64_t n = 0; n < p.N; ++n) loss[n] = loss[n] + weight(i, e) * rows[n];
+        continue;
+      }
+      double total = 0;
+      for (int64_t n = 0; n < p.N; ++n) total += static_cast<double>(rows[n]);
+      const A own = static_cast<A>(total / static_cast<double>(divisors[i / 2]));
+      static_cast<A*>(p.losses[i])[e] = own;
+      sum = sum + weight(i, e) * own;
+    }
+    if (p.reduction != Reduction::none) *loss = *loss + sum;
+  }
+  if (p.divisors) write_divisors<A>(p);
 }
 
 template <class A>
@@ -86,16 +103,12 @@ int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t
   return -1;
 }
 
-void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p) {
+void multi_exit_loss_reduce(const MultiExitLossReduceParams& p) {
   p.dtype == DType::f64 ? reduce_losses<double>(p) : reduce_losses<float>(p);
 }
 
-void joint_cross_entropy_denominator(const JointCrossEntropyReduceParams& p) {
-  if (p.dtype == DType::f64) {
-    *static_cast<double*>(p.denominator) = denominator_of<double>(p);
-  } else {
-    *static_cast<float*>(p.denominator) = denominator_of<float>(p);
-  }
+void multi_exit_loss_divisors(const MultiExitLossReduceParams& p) {
+  p.dtype == DType::f64 ? write_divisors<double>(p) : write_divisors<float>(p);
 }
 
 size_t gate_scratch_bytes(int64_t n) { return static_cast<size_t>(n) * sizeof(GateRow); }

@@ -65,6 +65,9 @@ struct Vec<float> {
     return t[i];
   }
   static Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+  static Vec times_power(Vec a, Vec t) {
+    return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t.v), 23)))};
+  }
   static Vec scale2(Vec a, Vec k) { return {_mm512_scalef_ps(a.v, k.v)}; }
 };
 

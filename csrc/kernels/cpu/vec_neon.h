@@ -62,6 +62,9 @@ struct Vec<float> {
     return t[i];
   }
   static Vec round(Vec a) { return {vrndnq_f32(a.v)}; }
+  static Vec times_power(Vec a, Vec t) {
+    return {vmulq_f32(a.v, vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(t.v), 23)))};
+  }
   static float32x4_t power2(int32x4_t e) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(e, vdupq_n_s32(127)), 23));
   }

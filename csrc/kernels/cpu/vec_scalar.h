@@ -4,6 +4,7 @@
 //   max(a, b), min(a, b) give b when either is NaN (as x86 does); comparisons with NaN are false, but unordered().
 //   sums(a) has the sum of a[i]'s lanes in lane i, added in the same order for every i.
 //   bits(mask) has bit i set for lane i. load/store with a Part touch `count` lanes only, the others become `fill`.
+//   times_power(x, t) = x * 2^n (float), where t = 1.5 * 2^23 + 127 + n: 0 for n = -127, infinite for n = 128.
 //   scale2(x, n) = x * 2^n with gradual underflow, for whole n within +-1100 (double) or +-160 (float).
 #pragma once
 
@@ -62,6 +63,14 @@ struct ScalarVec {
     T x;
     memcpy(&x, &b, sizeof(x));
     return x;
+  }
+  static Self times_power(Self a, Self t) {
+    Bits b;
+    memcpy(&b, &t.v, sizeof(b));
+    b <<= kMantissa;
+    T power;
+    memcpy(&power, &b, sizeof(power));
+    return set(a.v * power);
   }
   static Self scale2(Self a, Self k) {
     if (!(k.v - k.v == 0)) return set(a.v + k.v);  // NaN stays NaN

@@ -36,12 +36,11 @@ cudaError_t launch_ensemble_backward(const EnsembleBackwardParams& p, cudaStream
 cudaError_t launch_find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t K,
                                   const int64_t* ignore_index, int64_t* result, cudaStream_t stream);
 // A label out of range: NaN loss, zero gradient in that row, no read out of bounds.
-cudaError_t launch_joint_cross_entropy(const JointCrossEntropyParams& p, cudaStream_t stream);
-cudaError_t launch_joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p, cudaStream_t stream);
-cudaError_t launch_joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, cudaStream_t stream);
-// Loss and gradient together; the denominator first, where the coefficients point to it.
-cudaError_t launch_joint_cross_entropy_denominator(const JointCrossEntropyReduceParams& p, cudaStream_t stream);
-cudaError_t launch_joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, cudaStream_t stream);
+cudaError_t launch_multi_exit_loss(const MultiExitLossParams& p, cudaStream_t stream);
+cudaError_t launch_multi_exit_loss_reduce(const MultiExitLossReduceParams& p, cudaStream_t stream);
+// The gradient, with the losses or from what they have kept; the divisors first, where the coefficients point to them.
+cudaError_t launch_multi_exit_loss_divisors(const MultiExitLossReduceParams& p, cudaStream_t stream);
+cudaError_t launch_multi_exit_loss_grad(const MultiExitLossGradParams& p, cudaStream_t stream);
 cudaError_t launch_loss_grad_scale(const LossGradScaleParams& p, cudaStream_t stream);
 
 // Adds to p.counts (integer atomics). A label out of range is wrong at every k.

@@ -18,17 +18,17 @@ class CpuLossKernels final : public LossKernels {
   void labels(const Tensor& target, int64_t classes, int64_t ignore_index) const override {
     check_labels("linear_joint_cross_entropy", target, classes, &ignore_index);
   }
-  void denominator(const kernels::JointCrossEntropyReduceParams& p) const override {
-    cpu::joint_cross_entropy_denominator(p);
+  void divisors(const kernels::MultiExitLossReduceParams& p) const override {
+    cpu::multi_exit_loss_divisors(p);
   }
-  void losses(const kernels::JointCrossEntropyParams& p) const override {
-    share(p.E * p.N, p.K, [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy(p, begin, end); });
+  void losses(const kernels::MultiExitLossParams& p) const override {
+    share(p.N, p.E * p.K, [&](int64_t begin, int64_t end) { cpu::multi_exit_loss(p, begin, end); });
   }
-  void gradient(const kernels::JointCrossEntropyGradParams& p) const override {
-    share(p.loss.E * p.loss.N, p.loss.K,
-          [&](int64_t begin, int64_t end) { cpu::joint_cross_entropy_grad(p, begin, end); });
+  void gradient(const kernels::MultiExitLossGradParams& p) const override {
+    share(p.loss.N, p.loss.E * p.loss.K,
+          [&](int64_t begin, int64_t end) { cpu::multi_exit_loss_grad(p, begin, end); });
   }
-  void reduce(const kernels::JointCrossEntropyReduceParams& p) const override { cpu::joint_cross_entropy_reduce(p); }
+  void reduce(const kernels::MultiExitLossReduceParams& p) const override { cpu::multi_exit_loss_reduce(p); }
 };
 
 std::tuple<Tensor, Tensor> linear_joint_cross_entropy(at::TensorList pooled, at::TensorList weights,

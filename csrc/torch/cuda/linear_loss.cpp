@@ -27,17 +27,17 @@ class CudaLossKernels final : public LossKernels {
   void labels(const Tensor& target, int64_t classes, int64_t ignore_index) const override {
     check_labels_if_asked("linear_joint_cross_entropy", target, classes, &ignore_index);
   }
-  void denominator(const kernels::JointCrossEntropyReduceParams& p) const override {
-    C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_denominator(p, stream_));
+  void divisors(const kernels::MultiExitLossReduceParams& p) const override {
+    C10_CUDA_CHECK(cuda::launch_multi_exit_loss_divisors(p, stream_));
   }
-  void losses(const kernels::JointCrossEntropyParams& p) const override {
-    C10_CUDA_CHECK(cuda::launch_joint_cross_entropy(p, stream_));
+  void losses(const kernels::MultiExitLossParams& p) const override {
+    C10_CUDA_CHECK(cuda::launch_multi_exit_loss(p, stream_));
   }
-  void gradient(const kernels::JointCrossEntropyGradParams& p) const override {
-    C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_grad(p, stream_));
+  void gradient(const kernels::MultiExitLossGradParams& p) const override {
+    C10_CUDA_CHECK(cuda::launch_multi_exit_loss_grad(p, stream_));
   }
-  void reduce(const kernels::JointCrossEntropyReduceParams& p) const override {
-    C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(p, stream_));
+  void reduce(const kernels::MultiExitLossReduceParams& p) const override {
+    C10_CUDA_CHECK(cuda::launch_multi_exit_loss_reduce(p, stream_));
   }
 
  private:

@@ -91,64 +91,60 @@ std::tuple<Tensor, Tensor, Tensor> ensemble_stats(const Tensor& exit_logits, con
   return {call.ensemble.output, call.stats, call.argmax};
 }
 
-std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy(const Tensor& exit_logits, const Tensor& target,
-                                                       const Tensor& exit_weights, const OptionalTensor& class_weight,
-                                                       double label_smoothing, int64_t ignore_index,
-                                                       std::string_view reduction) {
-  const LossCall call =
-      prepare_loss(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index, reduction);
+using LossResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+LossResult multi_exit_loss(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                           AEP_LOSS_ARGUMENTS) {
+  const LossOptions options = AEP_LOSS_OPTIONS;
+  const LossCall call = prepare_loss(exit_logits, target, exit_weights, options);
+  const auto& p = call.params;
   const OnDevice device(exit_logits);
-  check_labels_if_asked("joint_cross_entropy", target, call.params.K, &ignore_index);
-  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy(call.params, device.stream));
-  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(call.reduce, device.stream));
-  return {call.loss, call.exit_losses, call.kept};
+  if (target.dim() == 1) check_labels_if_asked(options.op(), target, p.K, &ignore_index);
+  C10_CUDA_CHECK(cuda::launch_multi_exit_loss(p, device.stream));
+  C10_CUDA_CHECK(cuda::launch_multi_exit_loss_reduce(call.reduce, device.stream));
+  return {call.loss, call.losses[0], call.losses[1], call.losses[2], call.kept};
 }
 
-Tensor joint_cross_entropy_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                                    const Tensor& kept, const OptionalTensor& grad_loss,
-                                    const OptionalTensor& grad_exit_losses, const OptionalTensor& class_weight,
-                                    double label_smoothing, int64_t ignore_index, std::string_view reduction) {
-  const LossBackwardCall call = prepare_loss_backward(exit_logits, target, exit_weights, kept, grad_loss,
-                                                      grad_exit_losses, class_weight, label_smoothing, ignore_index,
-                                                      reduction);
+Tensor multi_exit_loss_backward(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                const Tensor& kept, const OptionalTensor& grad_loss,
+                                const OptionalTensor& grad_exit_losses, const OptionalTensor& grad_prefix_losses,
+                                const OptionalTensor& grad_distillation_losses, AEP_LOSS_ARGUMENTS) {
+  const OptionalTensor grad_losses[3] = {grad_exit_losses, grad_prefix_losses, grad_distillation_losses};
+  const LossGradCall call =
+      prepare_loss_backward(exit_logits, target, exit_weights, kept, grad_loss, grad_losses, AEP_LOSS_OPTIONS);
+  const auto& p = call.params;
   const OnDevice device(exit_logits);
-  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_backward(call.params, device.stream));
+  C10_CUDA_CHECK(cuda::launch_multi_exit_loss_grad(p, device.stream));
   return call.grad_logits;
 }
 
 LossGradCall loss_and_gradient(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                               const OptionalTensor& class_weight, double label_smoothing, int64_t ignore_index,
-                               std::string_view reduction, bool in_place) {
-  LossGradCall call = prepare_loss_grad(exit_logits, target, exit_weights, class_weight, label_smoothing, ignore_index,
-                                        reduction, in_place);
+                               const LossOptions& options, bool in_place) {
+  LossGradCall call = prepare_loss_grad(exit_logits, target, exit_weights, options, in_place);
+  const auto& p = call.params;
+  const int64_t ignore_index = options.ignore_index;
   const OnDevice device(exit_logits);
   // Before the logits are overwritten.
-  check_labels_if_asked("joint_cross_entropy", target, call.params.loss.K, &ignore_index);
-  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_denominator(call.loss.reduce, device.stream));
-  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_grad(call.params, device.stream));
-  C10_CUDA_CHECK(cuda::launch_joint_cross_entropy_reduce(call.loss.reduce, device.stream));
+  if (target.dim() == 1) check_labels_if_asked(options.op(), target, p.loss.K, &ignore_index);
+  C10_CUDA_CHECK(cuda::launch_multi_exit_loss_divisors(call.loss.reduce, device.stream));
+  C10_CUDA_CHECK(cuda::launch_multi_exit_loss_grad(p, device.stream));
+  C10_CUDA_CHECK(cuda::launch_multi_exit_loss_reduce(call.loss.reduce, device.stream));
   return call;
 }
 
-std::tuple<Tensor, Tensor, Tensor> joint_cross_entropy_with_grad(const Tensor& exit_logits, const Tensor& target,
-                                                                 const Tensor& exit_weights,
-                                                                 const OptionalTensor& class_weight,
-                                                                 double label_smoothing, int64_t ignore_index,
-                                                                 std::string_view reduction) {
-  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
-                                              ignore_index, reduction, false);
-  return {call.loss.loss, call.loss.exit_losses, call.grad_logits};
+LossResult multi_exit_loss_with_grad(const Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
+                                     AEP_LOSS_ARGUMENTS) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, AEP_LOSS_OPTIONS, false);
+  return {call.loss.loss, call.loss.losses[0], call.loss.losses[1], call.loss.losses[2], call.grad_logits};
 }
 
-std::tuple<Tensor, Tensor> joint_cross_entropy_(Tensor& exit_logits, const Tensor& target, const Tensor& exit_weights,
-                                                const OptionalTensor& class_weight, double label_smoothing,
-                                                int64_t ignore_index, std::string_view reduction) {
-  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, class_weight, label_smoothing,
-                                              ignore_index, reduction, true);
-  return {call.loss.loss, call.loss.exit_losses};
+std::tuple<Tensor, Tensor, Tensor, Tensor> multi_exit_loss_(Tensor& exit_logits, const Tensor& target,
+                                                            const Tensor& exit_weights, AEP_LOSS_ARGUMENTS) {
+  const LossGradCall call = loss_and_gradient(exit_logits, target, exit_weights, AEP_LOSS_OPTIONS, true);
+  return {call.loss.loss, call.loss.losses[0], call.loss.losses[1], call.loss.losses[2]};
 }
 
-void joint_cross_entropy_scale_(Tensor& grad_logits, const Tensor& scale, double divisor) {
+void multi_exit_loss_scale_(Tensor& grad_logits, const Tensor& scale, double divisor) {
   const LossGradScaleCall call = prepare_loss_grad_scale(grad_logits, scale, divisor);
   const OnDevice device(grad_logits);
   C10_CUDA_CHECK(cuda::launch_loss_grad_scale(call.params, device.stream));
@@ -201,11 +197,11 @@ TORCH_LIBRARY_IMPL(aep, CUDA, m) {
   m.impl("ensemble_backward_logits", &aep::ensemble_backward_logits);
   m.impl("ensemble_backward_weights", &aep::ensemble_backward_weights);
   m.impl("ensemble_stats", &aep::ensemble_stats);
-  m.impl("joint_cross_entropy", &aep::joint_cross_entropy);
-  m.impl("joint_cross_entropy_backward", &aep::joint_cross_entropy_backward);
-  m.impl("joint_cross_entropy_with_grad", &aep::joint_cross_entropy_with_grad);
-  m.impl("joint_cross_entropy_", &aep::joint_cross_entropy_);
-  m.impl("joint_cross_entropy_scale_", &aep::joint_cross_entropy_scale_);
+  m.impl("multi_exit_loss", &aep::multi_exit_loss);
+  m.impl("multi_exit_loss_backward", &aep::multi_exit_loss_backward);
+  m.impl("multi_exit_loss_with_grad", &aep::multi_exit_loss_with_grad);
+  m.impl("multi_exit_loss_", &aep::multi_exit_loss_);
+  m.impl("multi_exit_loss_scale_", &aep::multi_exit_loss_scale_);
   m.impl("subset_correct", &aep::subset_correct);
   m.impl("gate", &aep::gate);
 }

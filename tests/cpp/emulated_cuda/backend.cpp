@@ -26,16 +26,11 @@ void ensemble_backward_logits(const EnsembleBackwardParams& p, int64_t begin, in
   if (whole(begin, end, p.N)) check(cuda::launch_ensemble_backward(q, nullptr), "ensemble_backward");
 }
 void ensemble_backward_weights(const EnsembleBackwardParams&, int64_t, int64_t) {}  // with the last step, below
-void joint_cross_entropy(const JointCrossEntropyParams& p, int64_t begin, int64_t end) {
-  if (whole(begin, end, p.E * p.N)) check(cuda::launch_joint_cross_entropy(p, nullptr), "joint_cross_entropy");
+void multi_exit_loss(const MultiExitLossParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.N)) check(cuda::launch_multi_exit_loss(p, nullptr), "multi_exit_loss");
 }
-void joint_cross_entropy_backward(const JointCrossEntropyBackwardParams& p, int64_t begin, int64_t end) {
-  if (whole(begin, end, p.E * p.N))
-    check(cuda::launch_joint_cross_entropy_backward(p, nullptr), "joint_cross_entropy_backward");
-}
-void joint_cross_entropy_grad(const JointCrossEntropyGradParams& p, int64_t begin, int64_t end) {
-  if (whole(begin, end, p.loss.E * p.loss.N))
-    check(cuda::launch_joint_cross_entropy_grad(p, nullptr), "joint_cross_entropy_grad");
+void multi_exit_loss_grad(const MultiExitLossGradParams& p, int64_t begin, int64_t end) {
+  if (whole(begin, end, p.loss.N)) check(cuda::launch_multi_exit_loss_grad(p, nullptr), "multi_exit_loss_grad");
 }
 void loss_grad_scale(const LossGradScaleParams& p, int64_t begin, int64_t end) {
   if (whole(begin, end, p.E * p.N)) check(cuda::launch_loss_grad_scale(p, nullptr), "loss_grad_scale");
@@ -67,9 +62,8 @@ const cpu::KernelTable& table() {
     t.ensemble_stats = ensemble_stats;
     t.ensemble_backward_logits = ensemble_backward_logits;
     t.ensemble_backward_weights = ensemble_backward_weights;
-    t.joint_cross_entropy = joint_cross_entropy;
-    t.joint_cross_entropy_backward = joint_cross_entropy_backward;
-    t.joint_cross_entropy_grad = joint_cross_entropy_grad;
+    t.multi_exit_loss = multi_exit_loss;
+    t.multi_exit_loss_grad = multi_exit_loss_grad;
     t.loss_grad_scale = loss_grad_scale;
     t.subset_correct = subset_correct;
     t.gate_judge = gate_judge;
@@ -98,12 +92,9 @@ void ensemble_backward_weights_finish(const EnsembleBackwardParams& p) {
   check(cuda::launch_ensemble_backward(q, nullptr), "ensemble_backward");
 }
 
-void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p) {
-  if (p.denominator) {
-    JointCrossEntropyReduceParams alone = p;
-    check(cuda::launch_joint_cross_entropy_denominator(alone, nullptr), "joint_cross_entropy_denominator");
-  }
-  check(cuda::launch_joint_cross_entropy_reduce(p, nullptr), "joint_cross_entropy_reduce");
+void multi_exit_loss_reduce(const MultiExitLossReduceParams& p) {
+  if (p.divisors) check(cuda::launch_multi_exit_loss_divisors(p, nullptr), "multi_exit_loss_divisors");
+  check(cuda::launch_multi_exit_loss_reduce(p, nullptr), "multi_exit_loss_reduce");
 }
 
 int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t K, const int64_t* ignore_index) {

@@ -20,7 +20,7 @@ void check(cudaError_t error, const char* what);
 int64_t gate_partition(const GateParams& p);
 inline size_t gate_scratch_bytes(int64_t n) { return cuda::gate_scratch_bytes(n); }
 void ensemble_backward_weights_finish(const EnsembleBackwardParams& p);
-void joint_cross_entropy_reduce(const JointCrossEntropyReduceParams& p);
+void multi_exit_loss_reduce(const MultiExitLossReduceParams& p);
 int64_t find_bad_label(const int64_t* target, int64_t stride, int64_t N, int64_t K, const int64_t* ignore_index);
 
 }  // namespace backend
