@@ -31,8 +31,9 @@ class check_labels:
     On the CPU the losses and scores look at their labels in any case, and raise IndexError for one out of range before
     anything is written. On a GPU looking would mean waiting for it, so by default nobody looks: a label out of range
     gives a NaN loss and no gradient, and is never counted as right. With this check on, the same error is raised there,
-    at the price of one wait in every call of :func:`joint_cross_entropy`, :func:`linear_joint_cross_entropy` and
-    :func:`subset_correct`, and of all that is made of them (``JointCrossEntropy``, ``score_subsets``). It is meant for
+    at the price of one wait in every call of :func:`joint_cross_entropy`, :func:`multi_exit_loss`,
+    :func:`linear_joint_cross_entropy` and :func:`subset_correct`, and of all that is made of them
+    (``JointCrossEntropy``, ``score_subsets``). It is meant for
     finding out where a NaN comes from::
 
         ops.check_labels()  # from here on

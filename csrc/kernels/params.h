@@ -129,7 +129,8 @@ constexpr int64_t multi_exit_loss_kept(int64_t E, int64_t N, bool terms) { retur
 
 enum class Reduction : int32_t { none = 0, mean = 1, sum = 2 };
 
-// From row losses to the returned losses, in a fixed order of additions. Terms i without row_losses[i] are left out.
+// From row losses to the returned losses, in a fixed order of additions. Terms i without losses[i] (none: row_losses[i]) are
+// left out.
 //   none: loss (N) = sum over terms and exits of weight * row loss; losses are not written (they ARE the row losses).
 //   sum:  losses[i][e] = sum_n row_losses[i][e, n]; loss = sum of weight * losses[i][e]
 //   mean: the same, with terms 0 and 1 divided by divisors[0] = sum of w[y_n] over the rows that are not ignored (NaN
@@ -141,7 +142,7 @@ struct MultiExitLossReduceParams {
   const int64_t* target;      // (N), any stride; null: probabilities
   const void* class_weight;   // acc (K), or null
   void* loss;                 // acc: (N) for none, else one value
-  void* losses[3];            // acc (E) each; not read for none
+  void* losses[3];            // acc (E) each; not looked at for none
   void* divisors;             // acc, two values (1 for none and sum); or null
   DType dtype;
   Reduction reduction;

@@ -246,7 +246,7 @@ void reduce(DType d) {
   p.row_losses[2] = rows.data(), p.losses[2] = other.data(), p.weight = 0.5;
   backend::multi_exit_loss_reduce(p);
   CHECK(other.get(0) == 1.5 && other.get(1) == 4.5 && loss.get(0) == 0.25 * 0.75 + 2 * 2.25 + 0.5 * 1.5 + 0.5 * 4.5);
-  p.row_losses[2] = nullptr;
+  p.row_losses[2] = p.losses[2] = nullptr;
   p.class_weight = nullptr;
   backend::multi_exit_loss_reduce(p);
   CHECK(divisors.get(0) == 2 && exits.get(1) == 4.5);

@@ -27,7 +27,8 @@ DIFFERENCES = (
 # What torch does around an operator does not depend on the backend, and takes most of the time.
 LEFT_OUT = ("compile", "opcheck", "gradcheck", "any_")
 FILES = (
-    "ensemble", "gate", "head", "huge_strides", "linear_loss", "loss", "loss_memory", "multi_exit_loss", "pool", "subsets",
+    "ensemble", "gate", "head", "huge_strides", "linear_loss", "loss", "loss_memory", "multi_exit_loss", "pool",
+    "subsets",
 )  # fmt: skip
 
 

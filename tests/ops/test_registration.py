@@ -183,11 +183,7 @@ def calls(device: str) -> dict[str, tuple[Callable[..., object], Callable[[int],
         ),
         "loss of several terms in forward": (
             lambda x, a, y: ops.multi_exit_loss(x, y, a, a, distillation=0.5, memory="in_forward").loss,
-            lambda n: (
-                torch.randn(3, n, 4, **kind),
-                weights.clone(),
-                torch.randn(n, 4, **kind).softmax(-1).int().float(),
-            ),
+            lambda n: (torch.randn(3, n, 4, **kind), weights.clone(), torch.randint(4, (n,), **kind)),
         ),
         "subsets": (
             ops.subset_correct,

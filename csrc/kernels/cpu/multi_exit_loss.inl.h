@@ -233,10 +233,12 @@ class Sample {
     }
   }
 
-  void clear_losses() const {
+  // Losses, and what is kept, of a sample that does not count.
+  void clear() {
     for (void* losses : p_.row_losses) {
       for (int64_t e = 0; losses && e < E_; ++e) static_cast<A*>(losses)[e * p_.N + n_] = 0;
     }
+    if (p_.kept) exchange([](A& kept, const A&) { kept = 0; });
   }
 
   // Into kept, and back.
@@ -445,7 +447,7 @@ void multi_exit_loss_as(const MultiExitLossParams& p, int64_t begin, int64_t end
       sample.write_losses();
       if (p.kept) sample.keep();
     } else {
-      sample.clear_losses();
+      sample.clear();
     }
   }
 }
@@ -463,7 +465,7 @@ void multi_exit_loss_grad_as(const MultiExitLossGradParams& q, int64_t begin, in
     S* const out = scattered ? spread.get() : place;
     const int64_t stride_e = scattered ? p.K : q.out_stride_e;
     if (!sample.load_sample(n)) {
-      if (p.row_losses[0]) sample.clear_losses();
+      if (p.row_losses[0]) sample.clear();
       for (int64_t e = 0; e < p.E; ++e) clear_row(out + e * stride_e, p.K);
     } else {
       if (p.row_losses[0]) {

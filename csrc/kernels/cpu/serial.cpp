@@ -57,7 +57,7 @@ void reduce_losses(const MultiExitLossReduceParams& p) {
   }
   for (int i = 0; i < 3; ++i) {
     const A* rows = static_cast<const A*>(p.row_losses[i]);
-    if (!rows) continue;
+    if (p.reduction == Reduction::none ? !rows : !p.losses[i]) continue;
     A sum = 0;
     for (int64_t e = 0; e < p.E; ++e, rows += p.N) {
       if (p.reduction == Reduction::none) {

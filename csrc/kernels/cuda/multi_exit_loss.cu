@@ -404,6 +404,9 @@ __global__ void __launch_bounds__(kMaxThreads) sample_kernel(MultiExitLossGradPa
         void* const losses = p.row_losses[i / E];
         if (losses) static_cast<A*>(losses)[i % E * p.N + n] = scores.ignored() ? A(0) : not_a_number<A>();
       }
+      for (int64_t i = threadIdx.x; kLosses && p.kept && i < SampleSums<A>::values(E); i += blockDim.x) {
+        if (i < 2 * E || p.prefixes || p.distillation) static_cast<A*>(p.kept)[i / E * rows + i % E * p.N + n] = A(0);
+      }
       for (int64_t e = 0; kGrad && e < E; ++e) {
         write_zeros<Team<true>>(static_cast<S*>(q.grad_logits) + e * q.out_stride_e + n * q.out_stride_n,
                                 q.out_stride_k, p.K);
@@ -635,7 +638,7 @@ __global__ void __launch_bounds__(kGroups * kMaxThreads) total_loss_kernel(Multi
       }
       const int i = static_cast<int>(item / p.E);
       const int64_t e = item % p.E;
-      if (!p.row_losses[i]) continue;
+      if (!p.losses[i]) continue;
       const A divisor = i < 2 ? weights : count;
       const A exit_loss = static_cast<A>(sum_of_group(item - first, shared) / static_cast<double>(divisor));
       static_cast<A*>(p.losses[i])[e] = exit_loss;
@@ -656,7 +659,7 @@ cudaError_t launch_reduce(const MultiExitLossReduceParams& p, cudaStream_t strea
     const unsigned blocks = blocks_for_elements(p.N > 0 ? p.N : 1);  // N == 0 still writes the divisors
     return enqueue(losses_per_sample_kernel<A>, blocks, kMaxThreads, 0, stream, p);
   }
-  const int64_t items = p.E * (p.row_losses[2] ? 3 : p.row_losses[1] ? 2 : 1);
+  const int64_t items = p.E * (p.losses[2] ? 3 : p.losses[1] ? 2 : 1);
   const unsigned groups = static_cast<unsigned>(items + 2 < kGroups ? items + 2 : kGroups);
   return enqueue(total_loss_kernel<A>, 1, groups * kMaxThreads, 0, stream, p, items);
 }
