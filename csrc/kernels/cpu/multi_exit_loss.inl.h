@@ -389,9 +389,9 @@ class Sample {
         exit.dot = target_.mass * (exit.own - exit.shift), prefix.dot = target_.mass * (prefix.own - prefix.shift);
       }
       student.dot = sum(5, e);
-      good = good && exit.sum < kMost<A> && prefix.sum < kMost<A>;
+      good = good && exit.sum < kMost<A> && prefix.sum < kMost<A> && student.sum < kMost<A>;
     }
-    return good;
+    return good && teacher_sum_ < kMost<A>;
   }
 
   // Shifts at the largest scores, where the label's are far below.
