@@ -336,7 +336,7 @@ struct SampleSums {
         prefix_sum(prefix_shift + E),
         student_sum(prefix_sum + E),
         teacher_sum(student_sum + E) {}
-  static constexpr int64_t values(int64_t E) { return 5 * E + 1; }
+  static __host__ __device__ int64_t values(int64_t E) { return 5 * E + 1; }
 };
 
 // The scores of a sample: logits, their running sums and what the classes should have.
