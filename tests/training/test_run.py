@@ -219,7 +219,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     given = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "aep_ext", "run", "--output", str(tmp_path / "killed"), *given]
-    checkpoint = tmp_path / "killed" / "checkpoints" / "seed-0" / "mixed.ckpt"
+    checkpoint = tmp_path / "killed" / "checkpoints" / "seed-0" / "best.ckpt"
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         began = time.monotonic()
         while not checkpoint.is_file() and process.poll() is None and time.monotonic() - began < 120:
@@ -231,11 +231,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     lines: list[str] = []
     resumed = run({"output": str(tmp_path / "killed")}, resume=True, progress=Progress(lines.append))
     epochs = [line for line in lines if ": epoch " in line]
-    assert 0 < len(epochs) < 4 and all(line.startswith("mixed: ") for line in lines)
+    assert 0 < len(epochs) < 4 and all(line.startswith("best: ") for line in lines)
 
     def comparable(results: dict[str, Any]) -> list[Any]:
         part = results["seeds"][0]
-        rows = [part["baseline"], part["methods"]["mixed"]]
+        rows = [part["baseline"], part["methods"]["best"]]
         histories = [[{**epoch, "seconds": 0} for epoch in row["training"]["history"]] for row in rows]
         return [
             histories,
