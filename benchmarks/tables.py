@@ -325,7 +325,26 @@ def _peer_notes(result: dict[str, Any]) -> Iterator[str]:
             )
 
 
+def curves(result: dict[str, Any]) -> str:
+    """Accuracy of the exits and of the gated networks of a run, by benchmarks/curves.py; each with its mean cost."""
+    methods = result["methods"]
+
+    def cell(top1: float, cost: float) -> str:
+        return f"{100 * top1:.2f} % ({100 * cost:.0f} %)"
+
+    rows = [
+        [f"exit {e + 1} alone", *(cell(m["exits"][e], m["costs"][e]) for m in methods)]
+        for e in range(len(methods[0]["exits"]))
+    ]
+    for number, point in enumerate(methods[0]["gated"]):
+        gated = [m["gated"][number] for m in methods]
+        rows.append([f"gated, at most {100 * point['share']:.0f} %", *(cell(p["top1"], p["cost"]) for p in gated)])
+    rows.append(["single exit", *(cell(m["single_exit"], 1) for m in methods)])
+    return markdown([f"{result['images']:,} images", *(m["name"] for m in methods)], rows, 1)
+
+
 TABLES = {
+    "curves": curves,
     "goals": goals,
     "operators": operators,
     "fallback": fallback,

@@ -187,6 +187,7 @@ def test_every_committed_result_of_a_benchmark_has_its_tables():
         "cpu-linear-loss": ("goals", "operators", "machine"),
         "cpu-trunk": ("trunk", "engines", "machine"),
         "cpu-gated": ("overhead",),
+        "cifar10-best-curves": ("curves",),
         "cifar10-earlyon": ("peer",),
     }.items():
         content = json.loads((report.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
