@@ -7,7 +7,7 @@ them any other way.
 
 A table stands between ``<!-- KIND: NAME TABLE -->`` and ``<!-- /KIND -->``, KIND being ``benchmarks``, ``gated`` or
 ``results``, and comes from ``benchmarks/results/NAME.json``. TABLE is one of benchmarks/tables.py (goals, operators,
-fallback, machine, trunk, engines, overhead, peer), or, where the file is the ``results.json`` of a run, one of
+fallback, machine, trunk, engines, overhead, peer, curves), or, where the file is the ``results.json`` of a run, one of
 aep_ext/report/tables.py (run, gates, bench); without TABLE it is ``run``. A goal that was missed needs a note in
 benchmarks/notes.toml: ``--check`` sees to it.
 """

@@ -344,7 +344,6 @@ def curves(result: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "curves": curves,
     "goals": goals,
     "operators": operators,
     "fallback": fallback,
@@ -353,5 +352,6 @@ TABLES = {
     "engines": engines,
     "overhead": overhead,
     "peer": peer,
+    "curves": curves,
 }
 UNEXPLAINED = {"goals": _unexplained_goals, "trunk": _unexplained_trunk, "overhead": _unexplained_overhead}
