@@ -539,10 +539,15 @@ def _with_heads(net: MultiExitNet, head: str | Sequence[str], example: Sequence[
     if head == "copy":
         return net
     x, maps = torch.zeros((1, *example), device="meta"), []
-    with torch.no_grad(), MacCounter() as counter:
-        for stage in list(shadow(net.stages).eval().children())[:-1]:
-            x = stage(x)
-            maps.append(FeatureMap(x.shape[1], map_size(x.shape, 1), counter.macs))
+    try:
+        with torch.no_grad(), MacCounter() as counter:
+            for stage in list(shadow(net.stages).eval().children())[:-1]:
+                x = stage(x)
+                maps.append(FeatureMap(x.shape[1], map_size(x.shape, 1), counter.macs))
+    except RuntimeError as error:  # each layer has its own words for a map that is too small
+        raise ValueError(
+            f"build: {net.origin['name']} cannot take images of {example[-1]} pixels, try another image size: {error}"
+        ) from error
     names = head_names("build", head, maps)
     heads = [
         own if name == "copy" else head_by_name(name, found, net.num_classes)

@@ -20,7 +20,7 @@ import aep_ext
 from aep_ext import MultiExitNet
 from aep_ext._utils import UserError
 from aep_ext.surgery import networks
-from aep_ext.training import Recipe
+from aep_ext.training import RECIPES, Recipe
 
 X = torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0, :4].mean((1, 2)) > X[:, 0, 4:].mean((1, 2))).long()
@@ -94,7 +94,7 @@ def test_recipes_and_what_is_given_beside_them(monkeypatch: pytest.MonkeyPatch) 
     aep_ext.fit(fresh(), loader(), loader(), epochs=1, **QUIET)
     names = ("lr", "weight_decay", "optimizer", "schedule")
     assert [tuple(getattr(options["recipe"], name) for name in names) for options in seen] == [
-        (0.1, 5e-4, "adamw", "onecycle"),
+        (RECIPES["cifar"].lr, 5e-4, "adamw", "onecycle"),
         (0.01, 0.1, "adam", "cosine"),
         (1e-3, 0.0, "adam", "constant"),
     ]

@@ -40,7 +40,7 @@ def test_answers_are_those_of_the_run(trained: tuple[Path, list[Path]]) -> None:
     run, files = trained
     net = aep_ext.load(run)
     assert isinstance(net, GatedNet) and net.classes == ("cat", "dog") and net.preprocessing.image_size == 8
-    with np.load(run / "seed-0" / "mixed" / "predictions.npz") as stored:
+    with np.load(run / "seed-0" / "best" / "predictions.npz") as stored:
         logits = torch.from_numpy(stored["test_logits"])
     expected = net.simulate(logits[list(net.net.exit_ids)])
     found = aep_ext.predict(net, files, batch_size=4)
