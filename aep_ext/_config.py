@@ -184,6 +184,8 @@ class RunConfig:
         """
         recipe = recipe_named(self.recipe)
         filled = {name: getattr(recipe, name) for name in OF_RECIPE if getattr(self, name) is None}
+        if self.augment == ("none",):
+            filled["augment"] = ()
         if self.patience is None:
             filled["patience"] = recipe.patience or 0
         if self.network == "auto":

@@ -138,6 +138,7 @@ class Method:
             raise UserError(f"distillation must be finite and >= 0, got {self.distillation}")
         if not 0 < self.temperature < math.inf:
             raise UserError(f"temperature must be finite and > 0, got {self.temperature}")
+        object.__setattr__(self, "exit_weights", SHORT_NAMES.get(str(self.exit_weights).lower(), self.exit_weights))
         for name, known in (("exit_weights", (None, *FAMILIES)), ("learned_weights", LEARNED_WEIGHTS)):
             value = getattr(self, name)
             if value not in known:

@@ -228,8 +228,10 @@ def _learned_nothing(keeper: RunCheckpoint, net: MultiExitNet) -> str:
     """
     assert keeper.best is not None
     chance, last, top1 = 1 / net.num_classes, keeper.history[-1], keeper.best["top1"]
-    # Not train/loss, which a method may have made of more terms.
+    # Not train/loss, which a method may have made of more terms. Probabilities as labels are not divided by the weights
+    # of their classes; the validation loss has neither.
     loss = sum(weight * last[f"train/exit{e}_loss"] for e, weight in enumerate(net.loss_weights.tolist()))
+    loss = min(loss, last["val/loss"])
     constant = -float(net.loss_weights.sum()) * math.log(chance)
     if net.num_classes == 1 or (loss < constant and top1 > chance):
         return ""

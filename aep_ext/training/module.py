@@ -222,8 +222,11 @@ class JointLightningModule(pl.LightningModule):
             raise ValueError(f"fit: schedule must be constant for a loader without a length, got {recipe.schedule}")
         scheduler: Any
         if recipe.schedule == "onecycle":
+            share = recipe.warmup
+            if round(share * steps, 6) in (1, steps):  # a phase without a step: torch divides by its length
+                share -= 0.5 / steps
             scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer, recipe.lr, total_steps=int(steps), pct_start=recipe.warmup, cycle_momentum=False
+                optimizer, recipe.lr, total_steps=int(steps), pct_start=share, cycle_momentum=False
             )
         else:
             factor = warmup_then(recipe.schedule, int(steps), recipe.warmup)

@@ -51,6 +51,19 @@ def test_one_line_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert top1 > 0.8 > float((fresh().eval()(X).argmax(1) == Y).double().mean())
 
 
+@pytest.mark.parametrize(("epochs", "warmup"), [(2, 1.0), (2, 0.0), (2, 1 / 6), (1, 0.5)])
+def test_a_one_cycle_schedule_of_few_steps(epochs: int, warmup: float) -> None:
+    """A warm-up of one step, or of all, is a phase without a length to torch."""
+    recipe = Recipe("short", "", schedule="onecycle", warmup=warmup, epochs=epochs)
+    assert len(aep_ext.fit(fresh(), loader(), loader(), recipe=recipe, **QUIET).history) == epochs
+
+
+def test_weights_of_classes_beside_probabilities_are_no_bad_sign() -> None:
+    soft = DataLoader(TensorDataset(X, 0.9 * torch.eye(2)[Y] + 0.05), 32, shuffle=True)
+    result = aep_ext.fit(fresh(), soft, loader(), epochs=4, lr=3e-3, class_weight=torch.tensor([5.0, 5.0]), **QUIET)
+    assert result.history[-1]["val/top1"] > 0.8 and result.notice == ""
+
+
 def test_every_kind_of_loader_trains_the_same(equal_weights: Any) -> None:
     class Stream(IterableDataset):
         def __iter__(self) -> Iterator[Any]:
