@@ -199,7 +199,7 @@ def head_by_name(name: str, found: FeatureMap, num_classes: int) -> nn.Module:
         outgoing = int(name.removeprefix("conv@"))
         width = 2 * outgoing
         pre += [
-            # Not depthwise: with a stride, and in bfloat16, the CPU's backward of that takes ten times as long.
+            # Not depthwise: with a stride, and in bfloat16, the CPU's backward of that takes several times as long.
             nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels // gcd(channels, 8), bias=False),
             nn.Conv2d(channels, outgoing, 1, bias=False),
             nn.BatchNorm2d(outgoing),
