@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -213,7 +213,7 @@ def fit(
         )
     net.to(home).load_state_dict(keeper.best["weights"])
     if recipe.channels_last:
-        net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        cast(Any, net).to(memory_format=torch.contiguous_format)
     net.eval()
     notice = _learned_nothing(keeper, net)
     if notice:

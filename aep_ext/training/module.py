@@ -69,7 +69,8 @@ class JointLightningModule(pl.LightningModule):
         weights = exit_weights or self.method.exit_weights
         if weights is not None:
             net.set_exit_weights(weights)
-        self.net = net.to(memory_format=torch.channels_last) if self.recipe.channels_last else net  # type: ignore[call-overload]
+        # Torch's stubs before 2.14 do not know memory_format alone.
+        self.net = cast(Any, net).to(memory_format=torch.channels_last) if self.recipe.channels_last else net
         self.ema: AveragedModel | None = None
         if self.recipe.ema:
             self.ema = AveragedModel(net, multi_avg_fn=_ema(self.recipe.ema), use_buffers=True).requires_grad_(False)
