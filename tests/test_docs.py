@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONAL = {
     "torchvision": r"^import .*\btorchvision\b",
+    "onnxruntime": r"^import onnxruntime\b",
     "lightning": r"^(import|from) lightning\b|aep_ext\.(fit|accelerate)\(",
 }
 

@@ -65,7 +65,7 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def exported(segment: Segment, example: Tensor) -> ExportedProgram:
+def exported(segment: nn.Module, example: Tensor) -> ExportedProgram:
     """``segment`` as a graph for any batch of at least one, which the engines' frontends read.
 
     Args:
