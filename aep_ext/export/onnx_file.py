@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from itertools import accumulate
@@ -76,9 +77,12 @@ def set_policy(path: str | Path, policy: ExitPolicy) -> Path:
         policy: for the same exits, criterion and ``last_alone``. Its exits may be enabled or not as it likes.
 
     Raises:
+        TypeError: ``policy`` is no ExitPolicy.
         ValueError: the file is no gated network of aep_ext's, or the policy is for other exits or of another kind.
         FileNotFoundError: there is no such file.
     """
+    if not isinstance(policy, ExitPolicy):
+        raise TypeError(f"set_policy: policy must be an ExitPolicy, got {type(policy).__name__}")
     package = require("onnx", "onnxruntime", "set_policy")
     try:
         model = package.load_model_from_string(Path(path).read_bytes())
@@ -125,10 +129,11 @@ def _facts(model: Any) -> dict[str, str]:
 def _write_policy(model: Any, policy: ExitPolicy) -> None:
     """The policy's numbers into the graph's initialisers, and the policy into its metadata."""
     package = require("onnx", "onnxruntime", "onnx")
-    kept = [entry for entry in model.graph.initializer if entry.name not in _numbers(policy)]
+    numbers = _numbers(policy)
+    kept = [entry for entry in model.graph.initializer if entry.name not in numbers]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    for name, value in _numbers(policy).items():
+    for name, value in numbers.items():
         model.graph.initializer.append(package.numpy_helper.from_array(value.numpy(), name))
     package.helper.set_model_props(model, {**_facts(model), "policy": json.dumps(policy.to_dict())})
 
@@ -155,7 +160,7 @@ def _model(net: MultiExitNet, policy: ExitPolicy | None, example: Tensor) -> Any
     package = require("onnx", "onnxruntime", "onnx")
     require("onnxscript", "onnxruntime", "onnx")
     helper = package.helper
-    segments = cut(net)
+    segments = cut(copy.deepcopy(net).eval().requires_grad_(False))  # the network itself keeps its mode
     inputs = segment_inputs(segments, example)
     parts = [_part(e, segment, x, policy is None) for e, (segment, x) in enumerate(zip(segments, inputs, strict=True))]
     weights, classes = net.output_weights, net.num_classes
@@ -183,12 +188,16 @@ def _part(e: int, segment: Segment, x: Tensor, any_batch: bool) -> Any:
     compose = require("onnx.compose", "onnxruntime", "onnx")
     helper = require("onnx.helper", "onnxruntime", "onnx")
     folded, _ = fold_batch_norm(segment, x)
-    with torch.no_grad(), quiet():
-        if any_batch:
-            program = exported(folded, x)
-        else:
-            program = torch.export.export(folded, (x[:1].contiguous(),), strict=False)
-        made = torch.onnx.export(program, dynamo=True, verbose=False)
+    try:
+        with torch.no_grad(), quiet():
+            if any_batch:
+                program = exported(folded, x)
+            else:
+                program = torch.export.export(folded, (x[:1].contiguous(),), strict=False)
+            made = torch.onnx.export(program, dynamo=True, verbose=False)
+    except Exception as error:  # whatever torch or a user's forward raises
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RuntimeError(f"onnx: stage {e} cannot be exported: {reason}") from error
     assert made is not None  # with dynamo=True
     model = made.model_proto
     if model.functions:

@@ -23,18 +23,6 @@ pytest.importorskip("onnxscript", reason="the file needs onnxscript")
 SIZE = (3, 16, 16)
 
 
-def spread(net: MultiExitNet, scale: float = 8.0) -> MultiExitNet:
-    """BatchNorm statistics of its own, and logits far enough apart for gates to have something to decide."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.2, 0.2)
-            module.running_var.uniform_(0.5, 1.5)
-        if isinstance(module, nn.Linear):
-            with torch.no_grad():
-                module.weight.mul_(scale)
-    return net.eval()
-
-
 def pictures(n: int) -> Tensor:
     """Images that differ in more than noise, which pooling would average away."""
     return torch.randn(n, 3, 1, 1) * 2 + torch.randn(n, *SIZE) / 2
@@ -56,8 +44,15 @@ def policies(exits: int = 4) -> dict[str, ExitPolicy]:
 
 
 def network(classes: int = 5) -> MultiExitNet:
+    """With BatchNorm statistics of images, and logits far enough apart for gates to have something to decide."""
     torch.manual_seed(3)
-    return spread(build("resnet_small", classes))
+    net = build("resnet_small", classes)
+    with torch.no_grad():
+        for _ in range(20):
+            net(pictures(32))
+        for head in net.exits:
+            head.linear.weight.mul_(6)
+    return net.eval()
 
 
 def onnxruntime_of(path: Path) -> Callable[[Tensor], tuple[np.ndarray, ...]]:
@@ -166,6 +161,23 @@ def test_few_classes(classes: int, criterion: str, tmp_path: Path) -> None:
     compared(gated, onnxruntime_of(onnx(gated, tmp_path / "net.onnx", images)), images)
 
 
+def test_the_network_keeps_its_mode(tmp_path: Path) -> None:
+    net, images = network(), pictures(3)
+    expected = net(images).detach()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    (logits,) = onnxruntime_of(onnx(net.train(), tmp_path / "net.onnx", images))(images)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert all(module.training for module in net.modules()) and all(p.requires_grad for p in net.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+class Sized(nn.Module):
+    """A stage whose forward depends on the values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     net, path = network(), tmp_path / "net.onnx"
     policy = ExitPolicy(output_weights=(1.0,) * 4, criterion=lambda state: state.stats[:, 0] > 0.5)
@@ -180,4 +192,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         onnx(net, path, images.double())
     with pytest.raises(ValueError, match=r"onnx: net must be float32 on the CPU, got torch.float64 on cpu"):
         onnx(network().double(), path, images.double())
+    with pytest.raises(TypeError, match="set_policy: policy must be an ExitPolicy, got dict"):
+        set_policy(path, {})  # type: ignore[arg-type]
+    net.stages[1].append(Sized())
+    with pytest.raises(RuntimeError, match="onnx: stage 1 cannot be exported: "):
+        onnx(net, path, images)
     assert not path.exists()
